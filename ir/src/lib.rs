@@ -1,0 +1,6 @@
+//! Millrace graph IR.
+#![forbid(unsafe_code)]
+
+pub mod error;
+
+pub use error::{Error, Kind, Result};

@@ -1,0 +1,2 @@
+//! millrace binary
+fn main() {}
