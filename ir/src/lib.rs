@@ -1,8 +1,20 @@
 //! Millrace graph IR.
 #![forbid(unsafe_code)]
 
+pub mod arena;
+pub mod attr;
+pub mod dim;
 pub mod dtype;
 pub mod error;
+pub mod graph;
+pub mod ops;
+pub mod tensor;
+pub mod types;
 
+pub use arena::{Arena, Id};
+pub use dim::{Bindings, Dim, Sym, SymDecl};
 pub use dtype::DType;
 pub use error::{Error, Kind, Result};
+pub use graph::*;
+pub use ops::Op;
+pub use types::TensorType;

@@ -1,0 +1,574 @@
+//! Symbolic dimensions: integers known at run time, kept in one normal form.
+//!
+//! A [`Dim`] is a sum of products over symbols (`$t`) and the functions `ceildiv`, `max` and `min`. Equal
+//! expressions have equal normal forms wherever only addition and multiplication are involved, so `==` is
+//! the equality that type inference needs. Arithmetic saturates instead of panicking; the verifier rejects
+//! dims outside `0..=MAX_EXTENT`, so a saturated value never reaches a plan.
+//!
+//! Monotonicity is what lets one symbolic plan serve every shape: a size that grows with each symbol has its
+//! maximum at the upper bounds. [`Dim::is_monotone`] proves it from ranges.
+
+use std::cmp::Ordering;
+use std::fmt;
+use std::sync::Arc;
+
+/// Largest extent or byte size the verifier accepts.
+pub const MAX_EXTENT: i64 = 1 << 46;
+
+/// A symbol: a dimension whose value is bound per call, spelled `$name`. At most 15 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Sym([u8; 16]);
+
+impl Sym {
+    /// A symbol named `name` (without `$`): 1 to 15 ASCII letters, digits or `_`, not starting with a digit.
+    pub fn new(name: &str) -> Option<Sym> {
+        let bytes = name.as_bytes();
+        let valid = (1..=15).contains(&bytes.len())
+            && !bytes[0].is_ascii_digit()
+            && bytes.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'_');
+        valid.then(|| {
+            let mut inline = [0; 16];
+            inline[..bytes.len()].copy_from_slice(bytes);
+            Sym(inline)
+        })
+    }
+
+    /// The name without `$`.
+    pub fn name(&self) -> &str {
+        let len = self.0.iter().position(|b| *b == 0).unwrap_or(16);
+        std::str::from_utf8(&self.0[..len]).unwrap_or("")
+    }
+}
+
+impl fmt::Display for Sym {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "${}", self.name())
+    }
+}
+
+impl fmt::Debug for Sym {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// Declaration of a symbol: its range and what to expect of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SymDecl {
+    /// The symbol.
+    pub sym: Sym,
+    /// Smallest legal value.
+    pub min: u64,
+    /// Largest legal value; static allocation uses it.
+    pub max: u64,
+    /// Values are multiples of this.
+    pub multiple: u64,
+    /// Typical value, for cost estimates.
+    pub hint: Option<u64>,
+}
+
+/// Values of symbols for one call, in declaration order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bindings(Vec<(Sym, u64)>);
+
+impl Bindings {
+    /// No symbol bound.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Every symbol at its upper bound.
+    pub fn maxima(decls: &[SymDecl]) -> Self {
+        Bindings(decls.iter().map(|d| (d.sym, d.max)).collect())
+    }
+
+    /// Every symbol at its lower bound.
+    pub fn minima(decls: &[SymDecl]) -> Self {
+        Bindings(decls.iter().map(|d| (d.sym, d.min)).collect())
+    }
+
+    /// Every symbol at its hint, or at its upper bound without one.
+    pub fn hints(decls: &[SymDecl]) -> Self {
+        Bindings(decls.iter().map(|d| (d.sym, d.hint.unwrap_or(d.max))).collect())
+    }
+
+    /// Binds `sym`, replacing an earlier value.
+    pub fn set(&mut self, sym: Sym, value: u64) {
+        match self.0.iter_mut().find(|(s, _)| *s == sym) {
+            Some(slot) => slot.1 = value,
+            None => self.0.push((sym, value)),
+        }
+    }
+
+    /// The value of `sym`.
+    pub fn get(&self, sym: Sym) -> Option<u64> {
+        self.0.iter().find(|(s, _)| *s == sym).map(|(_, v)| *v)
+    }
+
+    /// All pairs in binding order.
+    pub fn iter(&self) -> impl Iterator<Item = (Sym, u64)> + '_ {
+        self.0.iter().copied()
+    }
+}
+
+/// A symbolic integer in normal form.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Dim(Repr);
+
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Repr {
+    Const(i64),
+    /// Sorted by factors, no zero coefficient, never a lone constant.
+    Sum(Arc<Vec<Term>>),
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Term {
+    /// Sorted; empty for the constant term.
+    factors: Vec<Factor>,
+    coeff: i64,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Factor {
+    Sym(Sym),
+    /// Numerator and positive divisor.
+    CeilDiv(Dim, i64),
+    /// Sorted, at least two.
+    Max(Vec<Dim>),
+    /// Sorted, at least two.
+    Min(Vec<Dim>),
+}
+
+impl From<i64> for Dim {
+    fn from(value: i64) -> Self {
+        Dim(Repr::Const(value))
+    }
+}
+
+impl From<u64> for Dim {
+    fn from(value: u64) -> Self {
+        Dim(Repr::Const(i64::try_from(value).unwrap_or(i64::MAX)))
+    }
+}
+
+impl From<usize> for Dim {
+    fn from(value: usize) -> Self {
+        Dim::from(value as u64)
+    }
+}
+
+impl From<Sym> for Dim {
+    fn from(sym: Sym) -> Self {
+        Dim::factor(Factor::Sym(sym))
+    }
+}
+
+impl Dim {
+    fn factor(factor: Factor) -> Self {
+        Dim(Repr::Sum(Arc::new(vec![Term { factors: vec![factor], coeff: 1 }])))
+    }
+
+    fn terms(&self) -> Vec<Term> {
+        match &self.0 {
+            Repr::Const(0) => Vec::new(),
+            Repr::Const(c) => vec![Term { factors: Vec::new(), coeff: *c }],
+            Repr::Sum(terms) => terms.as_ref().clone(),
+        }
+    }
+
+    fn from_terms(mut terms: Vec<Term>) -> Self {
+        terms.sort();
+        let mut merged: Vec<Term> = Vec::with_capacity(terms.len());
+        for term in terms {
+            match merged.last_mut() {
+                Some(last) if last.factors == term.factors => {
+                    last.coeff = last.coeff.saturating_add(term.coeff);
+                }
+                _ => merged.push(term),
+            }
+        }
+        merged.retain(|t| t.coeff != 0);
+        match merged.as_slice() {
+            [] => Dim(Repr::Const(0)),
+            [only] if only.factors.is_empty() => Dim(Repr::Const(only.coeff)),
+            _ => Dim(Repr::Sum(Arc::new(merged))),
+        }
+    }
+
+    /// The value if no symbol is involved.
+    pub fn as_const(&self) -> Option<i64> {
+        match self.0 {
+            Repr::Const(c) => Some(c),
+            Repr::Sum(_) => None,
+        }
+    }
+
+    /// The symbol if the dim is exactly one symbol.
+    pub fn as_sym(&self) -> Option<Sym> {
+        match &self.0 {
+            Repr::Sum(terms) => match terms.as_slice() {
+                [Term { factors, coeff: 1 }] => match factors.as_slice() {
+                    [Factor::Sym(sym)] => Some(*sym),
+                    _ => None,
+                },
+                _ => None,
+            },
+            Repr::Const(_) => None,
+        }
+    }
+
+    /// Sum.
+    #[must_use]
+    pub fn add(&self, other: &Dim) -> Dim {
+        if let (Repr::Const(a), Repr::Const(b)) = (&self.0, &other.0) {
+            return Dim(Repr::Const(a.saturating_add(*b)));
+        }
+        let mut terms = self.terms();
+        terms.extend(other.terms());
+        Dim::from_terms(terms)
+    }
+
+    /// Difference.
+    #[must_use]
+    pub fn sub(&self, other: &Dim) -> Dim {
+        self.add(&other.mul(&Dim::from(-1i64)))
+    }
+
+    /// Product.
+    #[must_use]
+    pub fn mul(&self, other: &Dim) -> Dim {
+        if let (Repr::Const(a), Repr::Const(b)) = (&self.0, &other.0) {
+            return Dim(Repr::Const(a.saturating_mul(*b)));
+        }
+        let (left, right) = (self.terms(), other.terms());
+        let mut terms = Vec::with_capacity(left.len() * right.len());
+        for a in &left {
+            for b in &right {
+                let mut factors = a.factors.clone();
+                factors.extend(b.factors.iter().cloned());
+                factors.sort();
+                terms.push(Term { factors, coeff: a.coeff.saturating_mul(b.coeff) });
+            }
+        }
+        Dim::from_terms(terms)
+    }
+
+    /// `ceil(self / divisor)`; `divisor` below 1 counts as 1. Terms that divide exactly leave the function.
+    #[must_use]
+    pub fn ceil_div(&self, divisor: i64) -> Dim {
+        let divisor = divisor.max(1);
+        if divisor == 1 {
+            return self.clone();
+        }
+        if let Repr::Const(c) = self.0 {
+            return Dim(Repr::Const(c.div_euclid(divisor) + i64::from(c.rem_euclid(divisor) != 0)));
+        }
+        let (whole, rest): (Vec<Term>, Vec<Term>) =
+            self.terms().into_iter().partition(|t| t.coeff % divisor == 0);
+        let whole = Dim::from_terms(
+            whole.into_iter().map(|t| Term { coeff: t.coeff / divisor, ..t }).collect::<Vec<_>>(),
+        );
+        let rest = Dim::from_terms(rest);
+        match rest.0 {
+            Repr::Const(_) => whole.add(&rest.ceil_div(divisor)),
+            Repr::Sum(_) => whole.add(&Dim::factor(Factor::CeilDiv(rest, divisor))),
+        }
+    }
+
+    /// The smallest multiple of `align` that is at least `self`.
+    #[must_use]
+    pub fn align_up(&self, align: i64) -> Dim {
+        self.ceil_div(align).mul(&Dim::from(align))
+    }
+
+    /// The larger of two dims; an argument that dominates coefficient by coefficient wins at once.
+    #[must_use]
+    pub fn max_of(&self, other: &Dim) -> Dim {
+        Dim::extremum(&[self.clone(), other.clone()], true)
+    }
+
+    /// The smaller of two dims.
+    #[must_use]
+    pub fn min_of(&self, other: &Dim) -> Dim {
+        Dim::extremum(&[self.clone(), other.clone()], false)
+    }
+
+    fn extremum(args: &[Dim], largest: bool) -> Dim {
+        let mut flat: Vec<Dim> = Vec::new();
+        for arg in args {
+            match arg.lone_factor() {
+                Some(Factor::Max(inner)) if largest => flat.extend(inner.iter().cloned()),
+                Some(Factor::Min(inner)) if !largest => flat.extend(inner.iter().cloned()),
+                _ => flat.push(arg.clone()),
+            }
+        }
+        flat.sort();
+        flat.dedup();
+        let beaten = |i: usize| {
+            (0..flat.len()).any(|j| {
+                j != i && if largest { flat[j].dominates(&flat[i]) } else { flat[i].dominates(&flat[j]) }
+            })
+        };
+        let kept: Vec<Dim> = (0..flat.len()).filter(|i| !beaten(*i)).map(|i| flat[i].clone()).collect();
+        match <[Dim; 1]>::try_from(kept) {
+            Ok([only]) => only,
+            Err(kept) if largest => Dim::factor(Factor::Max(kept)),
+            Err(kept) => Dim::factor(Factor::Min(kept)),
+        }
+    }
+
+    fn lone_factor(&self) -> Option<&Factor> {
+        match &self.0 {
+            Repr::Sum(terms) => match terms.as_slice() {
+                [Term { factors, coeff: 1 }] if factors.len() == 1 => factors.first(),
+                _ => None,
+            },
+            Repr::Const(_) => None,
+        }
+    }
+
+    /// True if `self - other` has no negative coefficient, hence `self >= other` for all non-negative values
+    /// of the factors.
+    pub fn dominates(&self, other: &Dim) -> bool {
+        self.sub(other).terms().iter().all(|t| t.coeff >= 0)
+    }
+
+    /// The value under `bindings`; `None` if a symbol is unbound or the result leaves the 64-bit range.
+    pub fn eval(&self, bindings: &Bindings) -> Option<i64> {
+        let terms = match &self.0 {
+            Repr::Const(c) => return Some(*c),
+            Repr::Sum(terms) => terms,
+        };
+        let mut sum = 0i64;
+        for term in terms.iter() {
+            let mut product = term.coeff;
+            for factor in &term.factors {
+                let value = match factor {
+                    Factor::Sym(sym) => i64::try_from(bindings.get(*sym)?).ok()?,
+                    Factor::CeilDiv(dim, divisor) => {
+                        Dim::from(dim.eval(bindings)?).ceil_div(*divisor).as_const()?
+                    }
+                    Factor::Max(dims) => extreme(dims, bindings, Ordering::Greater)?,
+                    Factor::Min(dims) => extreme(dims, bindings, Ordering::Less)?,
+                };
+                product = product.checked_mul(value)?;
+            }
+            sum = sum.checked_add(product)?;
+        }
+        Some(sum)
+    }
+
+    /// [`Dim::eval`] as an extent: `None` also for negative values.
+    pub fn extent(&self, bindings: &Bindings) -> Option<u64> {
+        self.eval(bindings).and_then(|v| u64::try_from(v).ok())
+    }
+
+    /// All symbols, in order, without repetition.
+    pub fn symbols(&self) -> Vec<Sym> {
+        let mut found = Vec::new();
+        self.visit_symbols(&mut |sym| found.push(sym));
+        found.sort();
+        found.dedup();
+        found
+    }
+
+    fn visit_symbols(&self, visit: &mut dyn FnMut(Sym)) {
+        let Repr::Sum(terms) = &self.0 else { return };
+        for factor in terms.iter().flat_map(|t| &t.factors) {
+            match factor {
+                Factor::Sym(sym) => visit(*sym),
+                // The parser bounds the nesting, and with it this recursion.
+                Factor::CeilDiv(dim, _) => dim.visit_symbols(visit),
+                Factor::Max(dims) | Factor::Min(dims) => dims.iter().for_each(|d| d.visit_symbols(visit)),
+            }
+        }
+    }
+
+    /// True if the dim is proven to never shrink when a symbol grows within its declared range: every
+    /// non-constant coefficient is positive and every factor is monotone and non-negative at the minima.
+    pub fn is_monotone(&self, decls: &[SymDecl]) -> bool {
+        let minima = Bindings::minima(decls);
+        self.monotone_at(&minima)
+    }
+
+    fn monotone_at(&self, minima: &Bindings) -> bool {
+        let Repr::Sum(terms) = &self.0 else { return true };
+        terms.iter().filter(|t| !t.factors.is_empty()).all(|term| {
+            term.coeff > 0
+                && term.factors.iter().all(|factor| match factor {
+                    Factor::Sym(_) => true,
+                    Factor::CeilDiv(dim, _) => {
+                        dim.monotone_at(minima) && (term.factors.len() == 1 || dim.eval(minima) >= Some(0))
+                    }
+                    Factor::Max(dims) | Factor::Min(dims) => {
+                        dims.iter().all(|d| d.monotone_at(minima))
+                            && (term.factors.len() == 1 || dims.iter().all(|d| d.eval(minima) >= Some(0)))
+                    }
+                })
+        })
+    }
+
+    /// Replaces every `(symbol, dim)` of `with`.
+    #[must_use]
+    pub fn substitute(&self, with: &[(Sym, Dim)]) -> Dim {
+        let Repr::Sum(terms) = &self.0 else { return self.clone() };
+        let mut sum = Dim::from(0i64);
+        for term in terms.iter() {
+            let mut product = Dim::from(term.coeff);
+            for factor in &term.factors {
+                let value = match factor {
+                    Factor::Sym(sym) => with
+                        .iter()
+                        .find(|(s, _)| s == sym)
+                        .map_or_else(|| Dim::from(*sym), |(_, dim)| dim.clone()),
+                    Factor::CeilDiv(dim, divisor) => dim.substitute(with).ceil_div(*divisor),
+                    Factor::Max(dims) => {
+                        Dim::extremum(&dims.iter().map(|d| d.substitute(with)).collect::<Vec<_>>(), true)
+                    }
+                    Factor::Min(dims) => {
+                        Dim::extremum(&dims.iter().map(|d| d.substitute(with)).collect::<Vec<_>>(), false)
+                    }
+                };
+                product = product.mul(&value);
+            }
+            sum = sum.add(&product);
+        }
+        sum
+    }
+}
+
+fn extreme(dims: &[Dim], bindings: &Bindings, keep: Ordering) -> Option<i64> {
+    let mut best: Option<i64> = None;
+    for dim in dims {
+        let value = dim.eval(bindings)?;
+        if best.is_none_or(|b| value.cmp(&b) == keep) {
+            best = Some(value);
+        }
+    }
+    best
+}
+
+impl fmt::Display for Factor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |f: &mut fmt::Formatter<'_>, name: &str, dims: &[Dim]| {
+            write!(f, "{name}(")?;
+            for (i, dim) in dims.iter().enumerate() {
+                write!(f, "{}{dim}", if i == 0 { "" } else { ", " })?;
+            }
+            write!(f, ")")
+        };
+        match self {
+            Factor::Sym(sym) => write!(f, "{sym}"),
+            Factor::CeilDiv(dim, divisor) => write!(f, "ceildiv({dim}, {divisor})"),
+            Factor::Max(dims) => list(f, "max", dims),
+            Factor::Min(dims) => list(f, "min", dims),
+        }
+    }
+}
+
+impl fmt::Display for Dim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let terms = match &self.0 {
+            Repr::Const(c) => return write!(f, "{c}"),
+            Repr::Sum(terms) => terms,
+        };
+        // The constant sorts first and prints last.
+        let (constant, others): (Vec<&Term>, Vec<&Term>) = terms.iter().partition(|t| t.factors.is_empty());
+        for (i, term) in others.into_iter().chain(constant).enumerate() {
+            match (i, term.coeff < 0) {
+                (0, false) => {}
+                (0, true) => write!(f, "-")?,
+                (_, false) => write!(f, " + ")?,
+                (_, true) => write!(f, " - ")?,
+            }
+            let magnitude = term.coeff.unsigned_abs();
+            if term.factors.is_empty() || magnitude != 1 {
+                write!(f, "{magnitude}")?;
+            }
+            for (j, factor) in term.factors.iter().enumerate() {
+                if j > 0 || magnitude != 1 {
+                    write!(f, "*")?;
+                }
+                write!(f, "{factor}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Dim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sym(name: &str) -> Dim {
+        Dim::from(Sym::new(name).unwrap())
+    }
+
+    fn c(value: i64) -> Dim {
+        Dim::from(value)
+    }
+
+    fn decls() -> Vec<SymDecl> {
+        ["a", "b"]
+            .iter()
+            .map(|n| SymDecl { sym: Sym::new(n).unwrap(), min: 1, max: 64, multiple: 1, hint: None })
+            .collect()
+    }
+
+    #[test]
+    fn equal_sums_of_products_have_one_form() {
+        let (a, b) = (sym("a"), sym("b"));
+        let left = a.add(&b).mul(&a.sub(&b));
+        let right = a.mul(&a).sub(&b.mul(&b));
+        assert_eq!(left, right);
+        assert_eq!(left.to_string(), "$a*$a - $b*$b");
+        assert_eq!(a.add(&b).sub(&a), b);
+        assert_eq!(c(3).mul(&a).add(&c(2)).to_string(), "3*$a + 2");
+    }
+
+    #[test]
+    fn ceildiv_keeps_exact_parts_outside() {
+        let a = sym("a");
+        assert_eq!(a.mul(&c(64)).ceil_div(32), a.mul(&c(2)));
+        assert_eq!(a.mul(&c(4)).add(&c(64)).ceil_div(32).to_string(), "ceildiv(4*$a, 32) + 2");
+        assert_eq!(c(-7).ceil_div(2), c(-3));
+        assert_eq!(c(7).ceil_div(2), c(4));
+    }
+
+    #[test]
+    fn dominated_arguments_of_max_vanish() {
+        let (a, b) = (sym("a"), sym("b"));
+        assert_eq!(a.mul(&c(4)).max_of(&a.mul(&c(2))), a.mul(&c(4)));
+        let both = a.max_of(&b).max_of(&c(0));
+        assert_eq!(both.to_string(), "max($a, $b)");
+        assert_eq!(both.max_of(&a.add(&b)), a.add(&b));
+    }
+
+    #[test]
+    fn monotone_needs_positive_coefficients_and_factors() {
+        let (a, b) = (sym("a"), sym("b"));
+        let decls = decls();
+        assert!(a.mul(&b).add(&c(-5)).is_monotone(&decls));
+        assert!(!a.sub(&b).is_monotone(&decls));
+        assert!(a.sub(&c(1)).ceil_div(2).mul(&b).is_monotone(&decls));
+        assert!(!a.sub(&c(9)).ceil_div(2).mul(&b).is_monotone(&decls));
+    }
+
+    #[test]
+    fn evaluates_and_reports_overflow_and_unbound() {
+        let (a, b) = (sym("a"), sym("b"));
+        let mut bindings = Bindings::new();
+        bindings.set(Sym::new("a").unwrap(), 10);
+        assert_eq!(a.mul(&c(3)).ceil_div(4).eval(&bindings), Some(8));
+        assert_eq!(a.add(&b).eval(&bindings), None);
+        assert_eq!(a.mul(&c(i64::MAX)).eval(&bindings), None);
+        assert_eq!(a.sub(&c(11)).extent(&bindings), None);
+    }
+}

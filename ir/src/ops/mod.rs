@@ -1,0 +1,117 @@
+//! Ops: a closed enum, one line per op in the table below, one file per op family.
+//!
+//! Semantics come first: an op is its [`OpDef::eval`]. Adding an op is one file with an [`OpDef`] and one line
+//! in the table; the exhaustive matches of codegen are then the to-do list.
+
+pub mod def;
+pub mod paging;
+
+pub use def::{EvalCtx, InferCtx, Numerics, OpDef, OpTraits};
+
+use crate::attr::{AttrReader, Attrs};
+use crate::tensor::Tensor;
+use crate::types::TensorType;
+
+macro_rules! op_table {
+    ($($module:ident :: $ty:ident),* $(,)?) => {
+        $(pub mod $module;)*
+        $(pub use $module::$ty;)*
+
+        /// What a node computes.
+        #[derive(Clone, Debug, PartialEq)]
+        pub enum Op {
+            $(#[doc = concat!("See [`", stringify!($ty), "`].")] $ty($ty),)*
+        }
+
+        $(impl From<$ty> for Op {
+            fn from(op: $ty) -> Op {
+                Op::$ty(op)
+            }
+        })*
+
+        impl Op {
+            /// Every spelling of every op, in table order.
+            pub fn all_names() -> Vec<&'static str> {
+                let mut names = Vec::new();
+                $(names.extend_from_slice(<$ty as OpDef>::NAMES);)*
+                names
+            }
+
+            /// The op spelled `name` with `attrs`; `None` if there is no such op.
+            pub fn from_text(name: &str, attrs: &Attrs) -> Option<Result<Op, String>> {
+                $(if <$ty as OpDef>::NAMES.contains(&name) {
+                    let mut reader = AttrReader::new(attrs);
+                    let parsed = <$ty as OpDef>::from_attrs(name, &mut reader);
+                    return Some(parsed.and_then(|op| reader.finish().map(|()| Op::$ty(op))));
+                })*
+                None
+            }
+
+            fn def(&self) -> &dyn DynOp {
+                match self {
+                    $(Op::$ty(op) => op,)*
+                }
+            }
+        }
+    };
+}
+
+op_table! {
+    unary::Unary,
+    rms_norm::RmsNorm,
+    kv_append::KvAppend,
+}
+
+/// The object-safe face of [`OpDef`].
+trait DynOp {
+    fn name(&self) -> &'static str;
+    fn attrs(&self) -> Attrs;
+    fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String>;
+    fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String>;
+    fn traits(&self) -> OpTraits;
+}
+
+impl<T: OpDef> DynOp for T {
+    fn name(&self) -> &'static str {
+        OpDef::name(self)
+    }
+    fn attrs(&self) -> Attrs {
+        OpDef::attrs(self)
+    }
+    fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
+        OpDef::infer(self, ctx)
+    }
+    fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
+        OpDef::eval(self, ctx)
+    }
+    fn traits(&self) -> OpTraits {
+        OpDef::traits(self)
+    }
+}
+
+impl Op {
+    /// Its spelling in the text form.
+    pub fn name(&self) -> &'static str {
+        self.def().name()
+    }
+
+    /// Its parameters.
+    pub fn attrs(&self) -> Attrs {
+        self.def().attrs()
+    }
+
+    /// Result types from operand types; the message says which rule is broken.
+    pub fn infer(&self, operands: &[TensorType]) -> Result<Vec<TensorType>, String> {
+        self.def().infer(&InferCtx { operands })
+    }
+
+    /// The definition of the op: naive, in f64. Results are not yet rounded to their element types.
+    pub fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
+        self.def().eval(ctx)
+    }
+
+    /// Algebraic and memory properties that passes rely on.
+    pub fn traits(&self) -> OpTraits {
+        self.def().traits()
+    }
+}

@@ -1,0 +1,89 @@
+//! Tensor types: element type and symbolic shape, spelled `bf16[$t, 4096]`.
+
+use std::fmt;
+
+use crate::dim::{Bindings, Dim};
+use crate::dtype::DType;
+
+/// Extents of a tensor, outermost first.
+pub type Shape = Vec<Dim>;
+
+/// Element type and shape. Memory order is row-major and dense.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TensorType {
+    /// Element type.
+    pub dtype: DType,
+    /// Extents, outermost first; empty for a scalar.
+    pub shape: Shape,
+}
+
+impl TensorType {
+    /// A type from parts; constants and symbols both convert into [`Dim`].
+    pub fn new<D: Into<Dim>>(dtype: DType, shape: impl IntoIterator<Item = D>) -> Self {
+        TensorType { dtype, shape: shape.into_iter().map(Into::into).collect() }
+    }
+
+    /// Number of dimensions.
+    pub fn rank(&self) -> usize {
+        self.shape.len()
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> Dim {
+        product(&self.shape)
+    }
+
+    /// Bytes of the dense tensor, without padding.
+    pub fn bytes(&self) -> Dim {
+        let bits = self.elements().mul(&Dim::from(self.dtype.bits() as u64));
+        bits.ceil_div(8)
+    }
+
+    /// The shape if it is free of symbols and no extent is negative.
+    pub fn const_shape(&self) -> Option<Vec<u64>> {
+        self.shape.iter().map(|d| d.as_const().and_then(|c| u64::try_from(c).ok())).collect()
+    }
+
+    /// The shape under `bindings`.
+    pub fn shape_at(&self, bindings: &Bindings) -> Option<Vec<u64>> {
+        self.shape.iter().map(|d| d.extent(bindings)).collect()
+    }
+
+    /// The last extent, 1 for a scalar.
+    pub fn last(&self) -> Dim {
+        self.shape.last().cloned().unwrap_or_else(|| Dim::from(1i64))
+    }
+
+    /// The same shape with another element type.
+    #[must_use]
+    pub fn with_dtype(&self, dtype: DType) -> Self {
+        TensorType { dtype, shape: self.shape.clone() }
+    }
+}
+
+/// Product of extents.
+pub fn product(shape: &[Dim]) -> Dim {
+    shape.iter().fold(Dim::from(1i64), |acc, d| acc.mul(d))
+}
+
+/// Bytes of a dense tensor with constant extents; `None` on overflow.
+pub fn const_bytes(dtype: DType, shape: &[u64]) -> Option<u64> {
+    let elements = shape.iter().try_fold(1u64, |acc, d| acc.checked_mul(*d))?;
+    elements.checked_mul(dtype.bits() as u64).map(|bits| bits.div_ceil(8))
+}
+
+impl fmt::Display for TensorType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}[", self.dtype)?;
+        for (i, dim) in self.shape.iter().enumerate() {
+            write!(f, "{}{dim}", if i == 0 { "" } else { ", " })?;
+        }
+        write!(f, "]")
+    }
+}
+
+impl fmt::Debug for TensorType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
