@@ -3,6 +3,7 @@
 
 pub mod checkpoint;
 pub mod dtype;
+pub mod engine;
 pub mod error;
 mod positioned;
 

@@ -64,13 +64,15 @@ impl PositionedFile {
     }
 }
 
+/// True if both describe one regular file, as far as the system can tell.
 #[cfg(unix)]
-fn same_file(a: &Metadata, b: &Metadata) -> bool {
+pub(crate) fn same_file(a: &Metadata, b: &Metadata) -> bool {
     use std::os::unix::fs::MetadataExt;
     b.is_file() && a.dev() == b.dev() && a.ino() == b.ino()
 }
 
+/// True if both describe one regular file, as far as the system can tell.
 #[cfg(not(unix))]
-fn same_file(_: &Metadata, b: &Metadata) -> bool {
+pub(crate) fn same_file(_: &Metadata, b: &Metadata) -> bool {
     b.is_file()
 }
