@@ -14,6 +14,7 @@
 //! This module must not know what the sections mean: it parses neither manifest nor IR.
 
 mod atomic;
+mod hashing;
 mod layout;
 mod reader;
 mod weights;

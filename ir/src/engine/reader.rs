@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::layout::{self, CORRUPT, FORGED, HEADER_LEN, Header, Section, SectionKind, bad};
 use super::weights::{self, WeightRecord};
@@ -109,7 +109,7 @@ pub struct EngineFile {
     contents: Vec<Option<Vec<u8>>>,
     records: Vec<WeightRecord>,
     records_by_name: Vec<u32>,
-    weights_verified: bool,
+    weights_verified: AtomicBool,
 }
 
 impl EngineFile {
@@ -151,7 +151,7 @@ impl EngineFile {
         }
         let (records, weights) = read_index(&sections, &contents)?;
         let records_by_name = weights::by_name(&records)?;
-        let mut engine = EngineFile {
+        let engine = EngineFile {
             source,
             header,
             identity,
@@ -159,7 +159,7 @@ impl EngineFile {
             contents,
             records,
             records_by_name,
-            weights_verified: false,
+            weights_verified: AtomicBool::new(false),
         };
         let read_weights = match verify {
             Verify::Metadata => false,
@@ -290,7 +290,7 @@ impl EngineFile {
 
     /// True if all weight bytes were compared with their hashes.
     pub fn weights_verified(&self) -> bool {
-        self.weights_verified
+        self.weights_verified.load(Ordering::Acquire)
     }
 
     /// Reads all weights, compares each with its hash, and checks that the bytes between them are zero. Several
@@ -298,9 +298,9 @@ impl EngineFile {
     ///
     /// # Errors
     /// `engine/weight-hash` or `engine/padding` for the first weight in file order that fails, or an I/O failure.
-    pub fn verify_weights(&mut self) -> Result<()> {
+    pub fn verify_weights(&self) -> Result<()> {
         let Some((start, len)) = self.weights_range() else {
-            self.weights_verified = true;
+            self.weights_verified.store(true, Ordering::Release);
             return Ok(());
         };
         let threads = match std::thread::available_parallelism() {
@@ -308,16 +308,15 @@ impl EngineFile {
             _ => 1,
         };
         let next = AtomicUsize::new(0);
-        let this = &*self;
         // Each worker stops at its first failure; numbers are handed out in order, so the lowest failing one is seen.
         let work = || -> Result<(), (usize, Error)> {
             let mut buffer = Vec::new();
             loop {
                 let i = next.fetch_add(1, Ordering::Relaxed);
-                if i >= this.records.len() {
+                if i >= self.records.len() {
                     return Ok(());
                 }
-                this.verify_record(start, i, &mut buffer).map_err(|e| (i, e))?;
+                self.verify_record(start, i, &mut buffer).map_err(|e| (i, e))?;
             }
         };
         let results = std::thread::scope(|scope| {
@@ -335,7 +334,7 @@ impl EngineFile {
         match results.into_iter().filter_map(Result::err).min_by_key(|(i, _)| *i) {
             Some((_, error)) => Err(error),
             None => {
-                self.weights_verified = true;
+                self.weights_verified.store(true, Ordering::Release);
                 Ok(())
             }
         }

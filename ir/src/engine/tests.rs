@@ -380,3 +380,23 @@ fn the_writer_rejects_illegal_input() {
     assert_eq!(code(writer.section(SectionKind::Ir, "", b"")), "engine/write-failed");
     assert_eq!(code(writer.into_bytes()), "engine/write-failed");
 }
+
+#[test]
+fn the_documentation_lists_every_error_code() {
+    let page = include_str!("../../../docs/engine-format.md");
+    let sources = [
+        include_str!("atomic.rs"),
+        include_str!("hashing.rs"),
+        include_str!("layout.rs"),
+        include_str!("reader.rs"),
+        include_str!("weights.rs"),
+        include_str!("writer.rs"),
+    ];
+    let quoted = |text: &'static str, quote: char| {
+        let parts = text.split(quote).filter(|part| part.starts_with("engine/") && !part.contains(' '));
+        parts.collect::<std::collections::BTreeSet<_>>()
+    };
+    let used: std::collections::BTreeSet<_> = sources.iter().flat_map(|text| quoted(text, '"')).collect();
+    let documented = page.split("## Error codes").nth(1).unwrap();
+    assert_eq!(quoted(documented, '`'), used);
+}

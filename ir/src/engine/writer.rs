@@ -8,10 +8,9 @@ use std::collections::BTreeSet;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::thread::JoinHandle;
 
 use super::atomic::AtomicFile;
+use super::hashing::{Hashing, Message};
 use super::layout::{
     self, ALIGN, HEADER_LEN, Header, MAX_SECTIONS, PRODUCER_LEN, Section, SectionKind, align_up,
 };
@@ -20,8 +19,6 @@ use crate::error::{Error, Kind, Result};
 
 /// Bytes handed to the hashing thread at a time.
 const CHUNK: usize = 1 << 20;
-/// Chunks that may wait for the hashing thread.
-const CHUNKS_WAITING: usize = 4;
 
 /// What the header says of the writer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -282,59 +279,6 @@ fn check_producer(options: &WriterOptions) -> Result<()> {
         return Err(usage("engine/producer", what).hint("shorten the producer's name"));
     }
     Ok(())
-}
-
-enum Message {
-    Data(Arc<Vec<u8>>),
-    EndOfWeight,
-}
-
-/// Hashes weights on its own thread; yields one hash per weight.
-#[derive(Debug)]
-struct Hashing {
-    messages: SyncSender<Message>,
-    thread: JoinHandle<Vec<[u8; 32]>>,
-}
-
-impl Hashing {
-    fn start() -> Result<Hashing> {
-        let (messages, inbox) = sync_channel(CHUNKS_WAITING);
-        let work = move || {
-            let mut hashes = Vec::new();
-            let mut hasher = blake3::Hasher::new();
-            for message in inbox {
-                match message {
-                    Message::Data(chunk) => {
-                        hasher.update(&chunk);
-                    }
-                    Message::EndOfWeight => {
-                        hashes.push(*hasher.finalize().as_bytes());
-                        hasher.reset();
-                    }
-                }
-            }
-            hashes
-        };
-        let thread = std::thread::Builder::new().name("engine-hash".into()).spawn(work).map_err(|e| {
-            Error::new(Kind::OutOfMemory, "engine/thread", format!("cannot start the hashing thread: {e}"))
-                .hint("raise the limit of threads of this user")
-        })?;
-        Ok(Hashing { messages, thread })
-    }
-
-    fn send(&self, message: Message) -> Result<()> {
-        self.messages.send(message).map_err(|_| Self::died())
-    }
-
-    fn finish(self) -> Result<Vec<[u8; 32]>> {
-        drop(self.messages);
-        self.thread.join().map_err(|_| Self::died())
-    }
-
-    fn died() -> Error {
-        Error::new(Kind::Internal, "engine/thread", "the hashing thread ended early")
-            .hint("please report this")
-    }
 }
 
 /// Streams the weights of an engine. Dropping it unfinished spoils the engine writer.
