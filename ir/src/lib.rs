@@ -3,11 +3,14 @@
 
 pub mod arena;
 pub mod attr;
+pub mod checkpoint;
 pub mod dim;
 pub mod dtype;
+pub mod engine;
 pub mod error;
 pub mod graph;
 pub mod ops;
+mod positioned;
 pub mod tensor;
 pub mod types;
 
