@@ -3,18 +3,24 @@
 
 pub mod arena;
 pub mod attr;
+pub mod bind;
+pub mod builder;
 pub mod checkpoint;
 pub mod dim;
 pub mod dtype;
 pub mod engine;
 pub mod error;
+pub mod eval;
 pub mod graph;
+pub mod module;
 pub mod ops;
 mod positioned;
 pub mod tensor;
 pub mod types;
+pub mod weights;
 
 pub use arena::{Arena, Id};
+pub use builder::Builder;
 pub use dim::{Bindings, Dim, Sym, SymDecl};
 pub use dtype::DType;
 pub use error::{Error, Kind, Result};

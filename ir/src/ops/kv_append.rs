@@ -1,7 +1,9 @@
 //! Writes the keys or values of a step into the paged cache:
 //! `%9 = kv_append @kv0.k, %8, %seq_starts, %kv_lens, %block_table`.
 
-use super::def::{EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_index, need_rank, need_same_dtype};
+use super::def::{
+    EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_index, need_rank, need_same_dtype,
+};
 use super::paging::Paging;
 use crate::attr::{AttrReader, Attrs};
 use crate::tensor::Tensor;

@@ -3,8 +3,28 @@
 //! Semantics come first: an op is its [`OpDef::eval`]. Adding an op is one file with an [`OpDef`] and one line
 //! in the table; the exhaustive matches of codegen are then the to-do list.
 
+pub mod add_norm;
+pub mod attention;
+pub mod binary;
+pub mod broadcasting;
+pub mod conv;
 pub mod def;
+pub mod fused_matmul;
+pub mod indexing;
+pub mod kv_append;
+pub mod matmul;
+pub mod mean_pool;
+pub mod movement;
+pub mod normalize;
+pub mod paged_attention;
 pub mod paging;
+pub mod pointwise;
+pub mod reduce;
+pub mod rms_norm;
+pub mod rope;
+#[cfg(test)]
+pub mod testing;
+pub mod unary;
 
 pub use def::{EvalCtx, InferCtx, Numerics, OpDef, OpTraits};
 
@@ -14,7 +34,6 @@ use crate::types::TensorType;
 
 macro_rules! op_table {
     ($($module:ident :: $ty:ident),* $(,)?) => {
-        $(pub mod $module;)*
         $(pub use $module::$ty;)*
 
         /// What a node computes.
@@ -58,8 +77,34 @@ macro_rules! op_table {
 
 op_table! {
     unary::Unary,
+    binary::Binary,
+    movement::Select,
+    movement::Cast,
+    movement::Broadcast,
+    movement::Reshape,
+    movement::Transpose,
+    movement::Slice,
+    movement::Concat,
+    movement::Iota,
+    reduce::Reduce,
+    indexing::Gather,
+    indexing::Scatter,
+    indexing::Embedding,
+    matmul::Matmul,
+    conv::Conv2d,
+    conv::Pool2d,
+    normalize::Softmax,
     rms_norm::RmsNorm,
+    normalize::LayerNorm,
+    normalize::L2Normalize,
+    rope::Rope,
     kv_append::KvAppend,
+    paged_attention::PagedAttention,
+    attention::Attention,
+    mean_pool::MeanPool,
+    fused_matmul::FusedMatmul,
+    pointwise::Pointwise,
+    add_norm::AddNorm,
 }
 
 /// The object-safe face of [`OpDef`].

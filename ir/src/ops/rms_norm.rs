@@ -1,6 +1,8 @@
 //! Root mean square normalisation (Zhang and Sennrich 2019): `%1 = rms_norm %0, @w {eps = 1e-5}`.
 
-use super::def::{EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_float, need_rank, need_same_dtype};
+use super::def::{
+    EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_float, need_rank, need_same_dtype,
+};
 use crate::attr::{AttrReader, Attrs};
 use crate::tensor::Tensor;
 use crate::types::TensorType;

@@ -142,8 +142,24 @@ pub struct Unary {
 
 impl OpDef for Unary {
     const NAMES: &'static [&'static str] = &[
-        "neg", "abs", "exp", "log", "sqrt", "rsqrt", "recip", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh",
-        "relu", "erf", "sin", "cos", "floor", "ceil",
+        "neg",
+        "abs",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "recip",
+        "sigmoid",
+        "silu",
+        "tanh",
+        "gelu",
+        "gelu_tanh",
+        "relu",
+        "erf",
+        "sin",
+        "cos",
+        "floor",
+        "ceil",
     ];
 
     fn name(&self) -> &'static str {
@@ -188,7 +204,9 @@ mod tests {
     #[test]
     fn erf_meets_published_values() {
         // Abramowitz and Stegun, table 7.1.
-        for (x, expected) in [(0.0, 0.0), (0.5, 0.5204998778), (1.0, 0.8427007929), (2.0, 0.9953222650), (3.0, 0.9999779095)] {
+        for (x, expected) in
+            [(0.0, 0.0), (0.5, 0.5204998778), (1.0, 0.8427007929), (2.0, 0.9953222650), (3.0, 0.9999779095)]
+        {
             assert!((erf(x) - expected).abs() < 1e-10, "erf({x})");
             assert!((erf(-x) + expected).abs() < 1e-10);
         }

@@ -1,0 +1,89 @@
+//! Builds a module node by node, inferring every type: what importers, tests and examples write graphs with.
+
+use std::sync::Arc;
+
+use crate::dim::{Dim, MAX_EXTENT, Sym, SymDecl};
+use crate::error::{Error, Kind, Result};
+use crate::graph::*;
+use crate::ops::Op;
+use crate::types::TensorType;
+
+/// A module under construction. Nodes run in the order they are added.
+pub struct Builder {
+    module: Module,
+}
+
+impl Builder {
+    /// An empty module called `name`.
+    pub fn new(name: &str) -> Self {
+        Builder { module: Module::new(name) }
+    }
+
+    /// Declares a symbol with its range and typical value.
+    pub fn dim(&mut self, name: &str, min: u64, max: u64, hint: Option<u64>) -> Result<Dim> {
+        let sym = Sym::new(name).ok_or_else(|| {
+            Error::new(Kind::BadInput, "ir/bad-name", format!("`{name}` is no symbol name"))
+        })?;
+        if min > max || max > MAX_EXTENT as u64 {
+            return Err(Error::new(
+                Kind::BadInput,
+                "ir/bad-range",
+                format!("{sym} has the empty range {min}..={max}"),
+            ));
+        }
+        self.module.dims.push(SymDecl { sym, min, max, multiple: 1, hint: hint.map(|h| h.clamp(min, max)) });
+        Ok(Dim::from(sym))
+    }
+
+    /// Adds a graph input.
+    pub fn input(&mut self, name: &str, ty: TensorType) -> Operand {
+        let value =
+            self.module.graph.values.push(Value { ty, def: Def::Input(name.to_string()), place: None });
+        self.module.graph.inputs.push(value);
+        Operand::Value(value)
+    }
+
+    /// Adds a weight, or finds the one of this name.
+    pub fn weight(&mut self, name: &str, ty: TensorType, expr: WeightExpr) -> Operand {
+        let id = self.module.weight_named(name).unwrap_or_else(|| {
+            self.module.weights.push(Weight { name: name.to_string(), ty, expr, stream: None })
+        });
+        Operand::Weight(id)
+    }
+
+    /// Adds a state.
+    pub fn state(&mut self, name: &str, ty: TensorType) -> Operand {
+        Operand::State(self.module.states.push(State { name: name.to_string(), ty }))
+    }
+
+    /// Adds a node and returns its results.
+    pub fn node(&mut self, op: impl Into<Op>, operands: &[Operand], loc: &str) -> Result<Vec<Operand>> {
+        let node = self.module.new_node(op.into(), operands.to_vec(), vec![Arc::from(loc)])?;
+        self.module.graph.order.push(node);
+        Ok(self.module.graph.nodes[node].results.iter().map(|v| Operand::Value(*v)).collect())
+    }
+
+    /// Adds a node with one result.
+    pub fn one(&mut self, op: impl Into<Op>, operands: &[Operand], loc: &str) -> Result<Operand> {
+        Ok(self.node(op, operands, loc)?[0])
+    }
+
+    /// Names a value as a graph output.
+    pub fn output(&mut self, name: &str, operand: Operand) -> Result<()> {
+        let Operand::Value(value) = operand else {
+            return Err(Error::new(Kind::BadInput, "ir/bad-output", format!("output `{name}` is no value")));
+        };
+        self.module.graph.outputs.push(Output { name: name.to_string(), value });
+        Ok(())
+    }
+
+    /// The type of an operand.
+    pub fn type_of(&self, operand: Operand) -> &TensorType {
+        self.module.operand_type(operand)
+    }
+
+    /// The finished module.
+    pub fn finish(self) -> Module {
+        self.module
+    }
+}
