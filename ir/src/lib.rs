@@ -13,10 +13,14 @@ pub mod error;
 pub mod eval;
 pub mod graph;
 pub mod module;
+pub mod nearest;
 pub mod ops;
+pub mod plan;
 mod positioned;
 pub mod tensor;
+pub mod text;
 pub mod types;
+pub mod verify;
 pub mod weights;
 
 pub use arena::{Arena, Id};
