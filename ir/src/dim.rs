@@ -196,6 +196,96 @@ impl Dim {
         }
     }
 
+    /// Whether every coefficient is a multiple of `divisor`, looking into `max` and `min` where they stand alone:
+    /// then so is every value.
+    pub fn coefficients_divisible(&self, divisor: i64) -> bool {
+        self.terms().iter().all(|term| {
+            term.coeff % divisor.max(1) == 0
+                || term.factors.iter().any(|factor| match factor {
+                    Factor::Max(dims) | Factor::Min(dims) => {
+                        dims.iter().all(|d| d.coefficients_divisible(divisor))
+                    }
+                    Factor::Sym(_) | Factor::CeilDiv(..) => false,
+                })
+        })
+    }
+
+    /// A sum of products of symbols that is at least `self` for all symbol values of 1 or more, with every
+    /// coefficient rounded up to a multiple of `align`.
+    #[must_use]
+    pub fn linear_upper_bound(&self, align: i64) -> Dim {
+        let align = align.max(1);
+        let mut bound = Dim::from(0i64);
+        for term in self.terms() {
+            let mut product = Dim::from(1i64);
+            let mut coeff = term.coeff;
+            for factor in &term.factors {
+                let value = match factor {
+                    Factor::Sym(sym) => Dim::from(*sym),
+                    // ceil(n / d) * c <= n * ceil(c / d) + c when c is no multiple of d.
+                    Factor::CeilDiv(dim, divisor) if term.factors.len() == 1 && coeff % divisor == 0 => {
+                        let scaled = dim.mul(&Dim::from(coeff / divisor)).add(&Dim::from(coeff));
+                        coeff = 1;
+                        scaled.linear_upper_bound(1)
+                    }
+                    Factor::CeilDiv(dim, _) => dim.linear_upper_bound(1).add(&Dim::from(1i64)),
+                    Factor::Max(dims) => {
+                        let bounds: Vec<Dim> = dims.iter().map(|d| d.linear_upper_bound(1)).collect();
+                        Dim::coefficient_maximum(&bounds)
+                    }
+                    Factor::Min(dims) => dims.first().map_or(Dim::from(0i64), |d| d.linear_upper_bound(1)),
+                };
+                product = product.mul(&value);
+            }
+            bound = bound.add(&product.mul(&Dim::from(coeff.max(0))));
+        }
+        Dim::from_terms(
+            bound
+                .terms()
+                .into_iter()
+                .map(|t| Term {
+                    coeff: Dim::from(t.coeff.max(0)).align_up(align).as_const().unwrap_or(i64::MAX),
+                    ..t
+                })
+                .collect(),
+        )
+    }
+
+    fn coefficient_maximum(dims: &[Dim]) -> Dim {
+        let mut largest: Vec<Term> = Vec::new();
+        for term in dims.iter().flat_map(|d| d.terms()) {
+            match largest.iter_mut().find(|t| t.factors == term.factors) {
+                Some(known) => known.coeff = known.coeff.max(term.coeff),
+                None => largest.push(term),
+            }
+        }
+        Dim::from_terms(largest)
+    }
+
+    /// Number of functions and of arguments to `max` and `min` in the expression, nested ones included.
+    pub fn function_arguments(&self) -> usize {
+        let Repr::Sum(terms) = &self.0 else { return 0 };
+        terms
+            .iter()
+            .flat_map(|t| &t.factors)
+            .map(|factor| match factor {
+                Factor::Sym(_) => 0,
+                Factor::CeilDiv(dim, _) => 1 + dim.function_arguments(),
+                Factor::Max(dims) | Factor::Min(dims) => {
+                    dims.len() + dims.iter().map(Dim::function_arguments).sum::<usize>()
+                }
+            })
+            .sum()
+    }
+
+    /// Number of terms of the sum.
+    pub fn term_count(&self) -> usize {
+        match &self.0 {
+            Repr::Const(_) => 1,
+            Repr::Sum(terms) => terms.len(),
+        }
+    }
+
     /// The value if no symbol is involved.
     pub fn as_const(&self) -> Option<i64> {
         match self.0 {

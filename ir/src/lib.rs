@@ -13,10 +13,13 @@ pub mod error;
 pub mod eval;
 pub mod graph;
 pub mod module;
+pub mod nearest;
 pub mod ops;
 mod positioned;
 pub mod tensor;
+pub mod text;
 pub mod types;
+pub mod verify;
 pub mod weights;
 
 pub use arena::{Arena, Id};

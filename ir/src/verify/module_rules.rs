@@ -1,0 +1,217 @@
+//! Rules about declarations: V1 names, V2 symbols, V3 and V9 sizes, V4 weights.
+
+use std::collections::HashSet;
+
+use super::Report;
+use crate::arena::Id;
+use crate::dim::{Bindings, Dim, MAX_EXTENT};
+use crate::graph::*;
+use crate::ops::movement::is_permutation;
+use crate::types::TensorType;
+use crate::weights::MAX_DEPTH;
+
+pub(super) fn names(module: &Module, report: &mut Report) {
+    let mut unique = |what: &str, names: Vec<&str>| {
+        let mut seen = HashSet::new();
+        for name in names {
+            if name.is_empty() {
+                report.add(1, None, format!("{what} without a name"));
+            } else if !seen.insert(name) {
+                report.add(1, None, format!("two {what}s are called `{name}`"));
+            }
+        }
+    };
+    let constants = module.weights.iter().map(|(_, w)| w.name.as_str());
+    unique("weight or state", constants.chain(module.states.iter().map(|(_, s)| s.name.as_str())).collect());
+    unique("arena", module.arenas.iter().map(|(_, a)| a.name.as_str()).collect());
+    unique("symbol", module.dims.iter().map(|d| d.sym.name()).collect());
+    unique("input", module.input_types().into_iter().map(|(n, _)| n).collect());
+    unique("output", module.graph.outputs.iter().map(|o| o.name.as_str()).collect());
+    if module.arenas.iter().any(|(_, a)| a.name == "out" || a.name == "state") {
+        report.add(1, None, "`out` and `state` are no names for arenas");
+    }
+}
+
+pub(super) fn symbols(module: &Module, report: &mut Report) {
+    for decl in &module.dims {
+        let sound = 1 <= decl.min && decl.min <= decl.max && decl.max <= MAX_EXTENT as u64;
+        if !sound || decl.multiple == 0 {
+            report.add(2, None, format!("{} has no sound range: {}..={}", decl.sym, decl.min, decl.max));
+        }
+    }
+    let declared = |dim: &Dim, report: &mut Report, node: Option<NodeId>| {
+        if dim.as_const().is_none() {
+            for sym in dim.symbols() {
+                if !module.dims.iter().any(|d| d.sym == sym) {
+                    report.add(2, node, format!("{sym} is not declared"));
+                }
+            }
+        }
+    };
+    for (_, value) in module.graph.values.iter() {
+        let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
+        value.ty.shape.iter().for_each(|d| declared(d, report, node));
+        if let Some(Place::Arena { offset, .. }) = &value.place {
+            declared(offset, report, node);
+        }
+    }
+    module.states.iter().for_each(|(_, s)| s.ty.shape.iter().for_each(|d| declared(d, report, None)));
+    module.arenas.iter().for_each(|(_, a)| declared(&a.size, report, None));
+}
+
+pub(super) fn weights(module: &Module, report: &mut Report) {
+    for (_, weight) in module.weights.iter() {
+        if let Err(message) = expression(module, weight) {
+            report.add(4, None, format!("@{}: {message}", weight.name));
+        }
+    }
+    // Depth by relaxation over the arena: a part that comes later needs another round, a cycle never settles.
+    let mut depth = vec![0usize; module.weights.bound()];
+    for _ in 0..=MAX_DEPTH {
+        let mut changed = false;
+        for (id, weight) in module.weights.iter() {
+            let below = weight.expr.parts().iter().filter_map(|p| depth.get(p.index())).max().copied();
+            let here = below.map_or(0, |d| d + 1);
+            changed |= std::mem::replace(&mut depth[id.index()], here) != here;
+        }
+        if !changed {
+            return;
+        }
+    }
+    report.add(4, None, format!("weight expressions are cyclic or nest deeper than {MAX_DEPTH}"));
+}
+
+fn expression(module: &Module, weight: &Weight) -> Result<(), String> {
+    let ty = &weight.ty;
+    let shape = ty.const_shape().ok_or_else(|| format!("{ty} is not constant"))?;
+    if crate::types::const_bytes(ty.dtype, &shape).is_none_or(|b| b > MAX_EXTENT as u64) {
+        return Err(format!("{ty} is too large"));
+    }
+    let part = |id: &WeightId| -> Result<(&TensorType, Vec<u64>), String> {
+        let part = module.weights.get(*id).ok_or_else(|| format!("{id} does not exist"))?;
+        let shape = part.ty.const_shape().ok_or_else(|| format!("part {} is not constant", part.ty))?;
+        Ok((&part.ty, shape))
+    };
+    let same = |found: Vec<u64>, dtype, what: &str| {
+        if found == shape && dtype == ty.dtype {
+            Ok(())
+        } else {
+            Err(format!("{what} gives {dtype}{found:?}, declared {ty}"))
+        }
+    };
+    let elements = |shape: &[u64]| shape.iter().try_fold(1u64, |acc, d| acc.checked_mul(*d));
+    match &weight.expr {
+        WeightExpr::File { file, key } if file.is_empty() || key.is_empty() => {
+            Err("names no tensor".to_string())
+        }
+        WeightExpr::File { .. } | WeightExpr::Splat(_) => Ok(()),
+        WeightExpr::Random { std, .. } => {
+            if ty.dtype.is_float() && std.is_finite() && *std >= 0.0 {
+                Ok(())
+            } else {
+                Err("random weights are floats with a finite deviation".to_string())
+            }
+        }
+        WeightExpr::Dense(values) => {
+            if values.len() > WeightExpr::DENSE_LIMIT || elements(&shape) != Some(values.len() as u64) {
+                return Err(format!("{} literal elements for {ty}", values.len()));
+            }
+            Ok(())
+        }
+        WeightExpr::Concat { axis, parts } => {
+            let mut joined: Option<Vec<u64>> = None;
+            for id in parts {
+                let (part_ty, part_shape) = part(id)?;
+                if part_ty.dtype != ty.dtype || *axis >= part_shape.len() {
+                    return Err(format!("part {part_ty} does not join into {ty} along axis {axis}"));
+                }
+                joined = Some(match joined {
+                    None => part_shape,
+                    Some(mut sum) => {
+                        let fits = sum.len() == part_shape.len()
+                            && (0..sum.len()).all(|i| i == *axis || sum[i] == part_shape[i]);
+                        let extent = fits.then(|| sum[*axis].checked_add(part_shape[*axis])).flatten();
+                        sum[*axis] = extent.ok_or_else(|| format!("part {part_ty} does not fit"))?;
+                        sum
+                    }
+                });
+            }
+            same(joined.ok_or("joins nothing")?, ty.dtype, "concat")
+        }
+        WeightExpr::Transpose { perm, of } => {
+            let (part_ty, part_shape) = part(of)?;
+            if perm.len() != part_shape.len() || !is_permutation(perm) {
+                return Err(format!("{perm:?} is no permutation of {part_ty}"));
+            }
+            same(perm.iter().map(|p| part_shape[*p]).collect(), part_ty.dtype, "transpose")
+        }
+        WeightExpr::Reshape { of } => {
+            let (part_ty, part_shape) = part(of)?;
+            if part_ty.dtype == ty.dtype && elements(&part_shape) == elements(&shape) {
+                Ok(())
+            } else {
+                Err(format!("{part_ty} does not reshape to {ty}"))
+            }
+        }
+        WeightExpr::Cast { of } => {
+            let (_, part_shape) = part(of)?;
+            same(part_shape, ty.dtype, "cast")
+        }
+        WeightExpr::Pack { panel, segments, of } => {
+            let (part_ty, part_shape) = part(of)?;
+            let rows = segments.iter().try_fold(0usize, |acc, s| acc.checked_add(*s));
+            let [n, k] = part_shape[..] else { return Err(format!("packs a matrix, not {part_ty}")) };
+            if !(1..=1024).contains(panel) || rows.map(|r| r as u64) != Some(n) {
+                return Err(format!("panel {panel} and segments {segments:?} do not pack {part_ty}"));
+            }
+            let panels: usize = segments.iter().map(|s| s.div_ceil(*panel)).sum();
+            same(vec![panels as u64, k, *panel as u64], part_ty.dtype, "pack")
+        }
+    }
+}
+
+/// V3 and V9 over everything that has a size.
+pub(super) fn sizes(module: &Module, report: &mut Report) {
+    let (minima, maxima) = (Bindings::minima(&module.dims), Bindings::maxima(&module.dims));
+    let mut check = |what: String, ty: &TensorType, node: Option<NodeId>| {
+        let constant = ty.shape.iter().all(|d| d.as_const().is_some_and(|c| c >= 0));
+        let bytes = ty.bytes();
+        if constant {
+            if !(0..=MAX_EXTENT).contains(&bytes.as_const().unwrap_or(-1)) {
+                report.add(3, node, format!("{what} is too large: {ty}"));
+            }
+            return;
+        }
+        for dim in &ty.shape {
+            if dim.extent(&minima).is_none() || dim.eval(&maxima).is_none_or(|v| v > MAX_EXTENT) {
+                report.add(3, node, format!("extent {dim} of {what} leaves 0..={MAX_EXTENT}"));
+                return;
+            }
+        }
+        if bytes.eval(&maxima).is_none_or(|v| v > MAX_EXTENT) {
+            report.add(3, node, format!("{what} is too large: {ty}"));
+        } else if !bytes.is_monotone(&module.dims) {
+            report.add(9, node, format!("the size {bytes} of {what} does not grow with every symbol"));
+        }
+    };
+    for (id, value) in module.graph.values.iter() {
+        let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
+        check(id.to_string(), &value.ty, node);
+    }
+    module.states.iter().for_each(|(_, s)| check(format!("@{}", s.name), &s.ty, None));
+    for (_, arena) in module.arenas.iter() {
+        if !arena.size.is_monotone(&module.dims) {
+            report.add(
+                9,
+                None,
+                format!("the size {} of arena {} does not grow with every symbol", arena.size, arena.name),
+            );
+        }
+        if arena.size.extent(&minima).is_none() || arena.size.eval(&maxima).is_none_or(|v| v > MAX_EXTENT) {
+            report.add(3, None, format!("arena {} is too large: {}", arena.name, arena.size));
+        }
+        if !arena.align.is_power_of_two() || arena.align > 1 << 20 {
+            report.add(12, None, format!("arena {} has alignment {}", arena.name, arena.align));
+        }
+    }
+}
