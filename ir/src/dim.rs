@@ -15,6 +15,15 @@ use std::sync::Arc;
 /// Largest extent or byte size the verifier accepts.
 pub const MAX_EXTENT: i64 = 1 << 46;
 
+/// Most terms a product may have; a product of more saturates.
+pub const MAX_TERMS: usize = 256;
+
+/// Largest [`Dim::size`] that texts may hold and the verifier accepts.
+pub const MAX_SIZE: usize = 256;
+
+/// Deepest [`Dim::nesting`] the verifier accepts; the parser allows some more for the lists around a dim.
+pub const MAX_NESTING: usize = 24;
+
 /// A symbol: a dimension whose value is bound per call, spelled `$name`. At most 15 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Sym([u8; 16]);
@@ -286,6 +295,28 @@ impl Dim {
         }
     }
 
+    /// Terms, factors and all that is nested in them: what printing and comparing cost.
+    pub fn size(&self) -> usize {
+        let Repr::Sum(terms) = &self.0 else { return 1 };
+        let factor = |factor: &Factor| match factor {
+            Factor::Sym(_) => 1,
+            Factor::CeilDiv(dim, _) => 1 + dim.size(),
+            Factor::Max(dims) | Factor::Min(dims) => 1 + dims.iter().map(Dim::size).sum::<usize>(),
+        };
+        terms.iter().map(|t| 1 + t.factors.iter().map(factor).sum::<usize>()).sum()
+    }
+
+    /// How deep functions stand in each other; 0 without any.
+    pub fn nesting(&self) -> usize {
+        let Repr::Sum(terms) = &self.0 else { return 0 };
+        let factor = |factor: &Factor| match factor {
+            Factor::Sym(_) => 0,
+            Factor::CeilDiv(dim, _) => 1 + dim.nesting(),
+            Factor::Max(dims) | Factor::Min(dims) => 1 + dims.iter().map(Dim::nesting).max().unwrap_or(0),
+        };
+        terms.iter().flat_map(|t| &t.factors).map(factor).max().unwrap_or(0)
+    }
+
     /// The value if no symbol is involved.
     pub fn as_const(&self) -> Option<i64> {
         match self.0 {
@@ -332,6 +363,9 @@ impl Dim {
             return Dim(Repr::Const(a.saturating_mul(*b)));
         }
         let (left, right) = (self.terms(), other.terms());
+        if left.len().saturating_mul(right.len()) > MAX_TERMS {
+            return Dim(Repr::Const(i64::MAX));
+        }
         let mut terms = Vec::with_capacity(left.len() * right.len());
         for a in &left {
             for b in &right {
@@ -382,6 +416,18 @@ impl Dim {
     #[must_use]
     pub fn min_of(&self, other: &Dim) -> Dim {
         Dim::extremum(&[self.clone(), other.clone()], false)
+    }
+
+    /// The largest of several dims; 0 of none.
+    #[must_use]
+    pub fn max_all(args: &[Dim]) -> Dim {
+        if args.is_empty() { Dim::from(0i64) } else { Dim::extremum(args, true) }
+    }
+
+    /// The smallest of several dims; 0 of none.
+    #[must_use]
+    pub fn min_all(args: &[Dim]) -> Dim {
+        if args.is_empty() { Dim::from(0i64) } else { Dim::extremum(args, false) }
     }
 
     fn extremum(args: &[Dim], largest: bool) -> Dim {

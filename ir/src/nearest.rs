@@ -2,6 +2,10 @@
 
 /// The candidate with the smallest edit distance to `name`, if it is close enough to be a slip.
 pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    // The distance takes quadratic time, and nobody mistypes a name this long.
+    if name.len() > 256 {
+        return None;
+    }
     let limit = (name.chars().count() / 3).clamp(1, 8);
     candidates
         .into_iter()

@@ -1,5 +1,7 @@
 //! Tokens of the text form.
 
+use super::is_bare;
+use crate::attr::Quoted;
 use crate::error::{Error, Kind, Result};
 
 /// A token with its place.
@@ -17,7 +19,7 @@ pub(super) enum Tok<'a> {
     /// `"..."`, unescaped.
     Str(String),
     /// `12`
-    Int(i64),
+    Int(u64),
     /// `1.5`, `1e-5`
     Float(f64),
     /// `%7`
@@ -32,15 +34,21 @@ pub(super) enum Tok<'a> {
 }
 
 impl Tok<'_> {
+    /// The token as a message shows it: as written, cut after 60 characters.
     pub(super) fn show(&self) -> String {
+        let cut = |text: &str| match text.char_indices().nth(60) {
+            Some((end, _)) => format!("{}..", &text[..end]),
+            None => text.to_string(),
+        };
         match self {
-            Tok::Word(w) => format!("`{w}`"),
-            Tok::Str(s) => format!("\"{s}\""),
+            Tok::Word(w) => format!("`{}`", cut(w)),
+            Tok::Str(s) => Quoted(&cut(s)).to_string(),
             Tok::Int(i) => format!("`{i}`"),
             Tok::Float(v) => format!("`{v:?}`"),
             Tok::Value(v) => format!("`%{v}`"),
-            Tok::At(n) => format!("`@{n}`"),
-            Tok::Sym(s) => format!("`${s}`"),
+            Tok::At(n) if is_bare(n) => format!("`@{}`", cut(n)),
+            Tok::At(n) => format!("`@{}`", Quoted(&cut(n))),
+            Tok::Sym(s) => format!("`${}`", cut(s)),
             Tok::Punct(p) => format!("`{p}`"),
             Tok::End => "the end of the text".to_string(),
         }
@@ -63,13 +71,15 @@ pub(super) fn lex(text: &str) -> Result<Vec<Token<'_>>> {
 }
 
 fn lex_line<'a>(line: &'a str, number: u32, tokens: &mut Vec<Token<'a>>) -> Result<()> {
-    let mut rest = line;
+    let (mut rest, mut before, mut column) = (line, line, 1u32);
     loop {
         rest = rest.trim_start();
         if rest.is_empty() || rest.starts_with("//") || rest.starts_with('#') {
             return Ok(());
         }
-        let column = (line.len() - rest.len()) as u32 + 1;
+        // Columns count characters; each is counted once.
+        column += before[..before.len() - rest.len()].chars().count() as u32;
+        before = rest;
         let fail = |message: String| {
             Error::new(Kind::BadInput, "ir/syntax", message).at(format!("{number}:{column}"))
         };
@@ -90,7 +100,9 @@ fn lex_one(text: &str) -> std::result::Result<(Tok<'_>, usize), String> {
         '"' => quoted(text).map(|(s, used)| (Tok::Str(s), used)),
         '%' => {
             let len = word_len(&text[1..], |_| false);
-            let id = text[1..1 + len].parse().map_err(|_| format!("`{}` is no value", &text[..1 + len]))?;
+            let id = text[1..1 + len]
+                .parse()
+                .map_err(|_| format!("{} is no value", Tok::Word(&text[..1 + len]).show()))?;
             Ok((Tok::Value(id), 1 + len))
         }
         '$' => {
@@ -139,7 +151,7 @@ fn number(text: &str) -> std::result::Result<(Tok<'_>, usize), String> {
     }
     let spelled = &text[..len];
     let token = if float { spelled.parse().map(Tok::Float).ok() } else { spelled.parse().map(Tok::Int).ok() };
-    token.map(|t| (t, len)).ok_or_else(|| format!("`{spelled}` is out of range"))
+    token.map(|t| (t, len)).ok_or_else(|| format!("{} is out of range", Tok::Word(spelled).show()))
 }
 
 fn quoted(text: &str) -> std::result::Result<(String, usize), String> {
@@ -154,15 +166,14 @@ fn quoted(text: &str) -> std::result::Result<(String, usize), String> {
                 Some('t') => out.push('\t'),
                 Some(c @ ('"' | '\\')) => out.push(c),
                 Some('u') => {
-                    let hex: String = chars
-                        .by_ref()
-                        .map(|(_, c)| c)
-                        .skip_while(|c| *c == '{')
-                        .take_while(|c| *c != '}')
-                        .take(8)
-                        .collect();
-                    let c = u32::from_str_radix(&hex, 16).ok().and_then(char::from_u32);
-                    out.push(c.ok_or_else(|| format!("`\\u{{{hex}}}` is no character"))?);
+                    let rest = text.get(at + 2..).unwrap_or("");
+                    let hex =
+                        rest.strip_prefix('{').and_then(|r| r.split_once('}')).map_or("", |(hex, _)| hex);
+                    let code = if hex.len() <= 8 { u32::from_str_radix(hex, 16).ok() } else { None };
+                    let c = code.and_then(char::from_u32);
+                    out.push(c.ok_or_else(|| "an escape `\\u{..}` names no character".to_string())?);
+                    // The escape is ASCII: its braces and digits are one byte each.
+                    chars.by_ref().take(hex.len() + 2).for_each(drop);
                 }
                 _ => return Err("unknown escape in a string".to_string()),
             },

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::lexer::{Tok, Token, lex};
 use crate::arena::Id;
 use crate::attr::{Attr, Attrs};
-use crate::dim::{Dim, Sym, SymDecl};
+use crate::dim::{self, Dim, Sym, SymDecl};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
 use crate::graph::*;
@@ -23,11 +23,34 @@ const MAX_NESTING: usize = 32;
 /// `ir/syntax` with line and column.
 pub fn parse(text: &str) -> Result<Module> {
     let tokens = lex(text)?;
-    let mut parser =
-        Parser { tokens, at: 0, limit: text.len() as u64, weights: HashMap::new(), states: HashMap::new() };
+    let (weights, states) = declarations(&tokens);
+    let limit = (text.len() as u64).min(u64::from(u32::MAX));
+    let mut parser = Parser { tokens, at: 0, limit, weights, states, arenas: HashMap::new() };
     let module = parser.module()?;
     parser.expect_end()?;
     Ok(module)
+}
+
+/// The first weight and the first state of each name, before the graph.
+fn declarations(tokens: &[Token<'_>]) -> (HashMap<String, WeightId>, HashMap<String, StateId>) {
+    let (mut weights, mut states) = (HashMap::new(), HashMap::new());
+    let (mut weight_count, mut state_count) = (0, 0);
+    for pair in tokens.windows(2) {
+        let (Tok::Word(word), Tok::At(name)) = (&pair[0].kind, &pair[1].kind) else { continue };
+        match *word {
+            "weight" => {
+                weights.entry(name.clone()).or_insert(WeightId::from_index(weight_count));
+                weight_count += 1;
+            }
+            "state" => {
+                states.entry(name.clone()).or_insert(StateId::from_index(state_count));
+                state_count += 1;
+            }
+            "graph" => break,
+            _ => {}
+        }
+    }
+    (weights, states)
 }
 
 struct Parser<'a> {
@@ -35,8 +58,10 @@ struct Parser<'a> {
     at: usize,
     /// Ids are below the length of the text, so that arenas stay proportional to it.
     limit: u64,
+    /// Every declared weight and state: expressions may name later ones.
     weights: HashMap<String, WeightId>,
     states: HashMap<String, StateId>,
+    arenas: HashMap<String, ArenaId>,
 }
 
 /// A node as read, before names of values are resolved.
@@ -146,16 +171,17 @@ impl<'a> Parser<'a> {
 
     fn int(&mut self) -> Result<u64> {
         match *self.peek() {
-            Tok::Int(i) if i >= 0 => {
+            Tok::Int(i) => {
                 self.at += 1;
-                Ok(i as u64)
+                Ok(i)
             }
             _ => self.unexpected("a non-negative integer"),
         }
     }
 
     fn usize(&mut self) -> Result<usize> {
-        Ok(self.int()? as usize)
+        let at = self.at;
+        usize::try_from(self.int()?).map_err(|_| self.error_at(at, "the number is too large"))
     }
 
     fn float(&mut self) -> Result<f64> {
@@ -188,7 +214,11 @@ impl<'a> Parser<'a> {
         let phase = self.word("a phase")?;
         module.phase = Phase::parse(phase).ok_or_else(|| {
             let names = Phase::ALL.map(Phase::name).join(", ");
-            self.error_at(at, format!("`{phase}` is no phase")).hint(format!("phases are {names}"))
+            let error = self.error_at(at, format!("{} is no phase", Tok::Word(phase).show()));
+            match nearest(phase, Phase::ALL.map(Phase::name)) {
+                Some(close) => error.hint(format!("did you mean `{close}`?")),
+                None => error.hint(format!("phases are {names}")),
+            }
         })?;
         if self.take_word("target") {
             module.target = Some(self.string("the target in quotes")?);
@@ -248,16 +278,16 @@ impl<'a> Parser<'a> {
         self.weights.get(&name).copied().ok_or_else(|| self.unknown(at, "weight", &name))
     }
 
+    /// An error for a name that is not declared, with the nearest one that is.
     fn unknown(&self, at: usize, what: &str, name: &str) -> Error {
-        let names: Vec<&str> = {
-            let mut names: Vec<&str> =
-                self.weights.keys().chain(self.states.keys()).map(String::as_str).collect();
-            names.sort_unstable();
-            names
-        };
-        let error = self.error_at(at, format!("there is no {what} `@{name}` above"));
+        let weights = self.weights.keys().filter(|_| what.contains("weight"));
+        let states = self.states.keys().filter(|_| what.contains("state"));
+        let mut names: Vec<&str> = weights.chain(states).map(String::as_str).collect();
+        names.sort_unstable();
+        let name_shown = Tok::At(name.to_string()).show();
+        let error = self.error_at(at, format!("there is no {what} {name_shown}"));
         match nearest(name, names) {
-            Some(close) => error.hint(format!("did you mean `@{close}`?")),
+            Some(close) => error.hint(format!("did you mean {}?", Tok::At(close.to_string()).show())),
             None => error,
         }
     }
@@ -295,8 +325,8 @@ impl<'a> Parser<'a> {
             None
         };
         let id = module.weights.push(Weight { name: name.clone(), ty, expr, stream });
-        if self.weights.insert(name.clone(), id).is_some() || self.states.contains_key(&name) {
-            return Err(self.error_at(at, format!("`@{name}` is defined twice")));
+        if self.weights.get(&name) != Some(&id) || self.states.contains_key(&name) {
+            return Err(self.error_at(at, format!("{} is defined twice", Tok::At(name).show())));
         }
         Ok(())
     }
@@ -349,7 +379,9 @@ impl<'a> Parser<'a> {
                 self.key("segments")?;
                 WeightExpr::Pack { panel, segments: self.usize_list()?, of }
             }
-            other => return Err(self.error_at(at, format!("`{other}` is no weight expression"))),
+            other => {
+                return Err(self.error_at(at, format!("{} is no weight expression", Tok::Word(other).show())));
+            }
         };
         self.expect(")")?;
         Ok(expr)
@@ -361,20 +393,24 @@ impl<'a> Parser<'a> {
         self.expect(":")?;
         let ty = self.ty()?;
         let id = module.states.push(State { name: name.clone(), ty });
-        if self.states.insert(name.clone(), id).is_some() || self.weights.contains_key(&name) {
-            return Err(self.error_at(at, format!("`@{name}` is defined twice")));
+        if self.states.get(&name) != Some(&id) || self.weights.contains_key(&name) {
+            return Err(self.error_at(at, format!("{} is defined twice", Tok::At(name).show())));
         }
         Ok(())
     }
 
     fn arena(&mut self, module: &mut Module) -> Result<()> {
+        let at = self.at;
         let name = self.name("the arena's name")?;
         self.expect("=")?;
         let size = self.dim(0)?;
         self.expect_word("align")?;
         let align = self.int()?;
-        module.arenas.push(ArenaDecl { name, size, align });
-        Ok(())
+        let id = module.arenas.push(ArenaDecl { name: name.clone(), size, align });
+        match self.arenas.insert(name, id) {
+            Some(_) => Err(self.error_at(at, "this arena is defined twice")),
+            None => Ok(()),
+        }
     }
 
     fn kernel_id(&mut self) -> Result<KernelId> {
@@ -384,7 +420,7 @@ impl<'a> Parser<'a> {
             .and_then(|n| n.parse::<u64>().ok())
             .filter(|n| *n < self.limit)
             .map(|n| KernelId::from_index(n as usize))
-            .ok_or_else(|| self.error_at(at, format!("`{word}` is no kernel")))
+            .ok_or_else(|| self.error_at(at, format!("{} is no kernel", Tok::Word(word).show())))
     }
 
     fn kernel(&mut self, module: &mut Module) -> Result<()> {
@@ -404,7 +440,7 @@ impl<'a> Parser<'a> {
         let at = self.at;
         let word = self.word("an element type")?;
         DType::parse(word).ok_or_else(|| {
-            let error = self.error_at(at, format!("`{word}` is no element type"));
+            let error = self.error_at(at, format!("{} is no element type", Tok::Word(word).show()));
             let names = DType::ALL.map(DType::name);
             match nearest(word, names) {
                 Some(close) => error.hint(format!("did you mean `{close}`?")),
@@ -428,47 +464,53 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// `term (+ term | - term)*`
+    /// `product (+ product | - product)*`, perhaps with a sign in front.
     fn dim(&mut self, depth: usize) -> Result<Dim> {
         self.deeper(depth)?;
-        let mut sum = if self.take("-") {
-            self.dim_product(depth)?.mul(&Dim::from(-1i64))
-        } else {
-            self.dim_product(depth)?
-        };
-        loop {
-            if self.take("+") {
-                sum = sum.add(&self.dim_product(depth)?);
-            } else if self.take("-") {
-                sum = sum.sub(&self.dim_product(depth)?);
-            } else {
-                return Ok(sum);
-            }
-            if sum.term_count() > 256 {
-                return Err(self.error_at(self.at, "the dim has too many terms"));
-            }
+        let negative = self.take("-");
+        let mut sum = self.dim_product(depth, negative)?;
+        while let Some(negative) = self.take("+").then_some(false).or_else(|| self.take("-").then_some(true))
+        {
+            sum = sum.add(&self.dim_product(depth, negative)?);
+            self.bounded(sum.size())?;
         }
+        Ok(sum)
     }
 
-    fn dim_product(&mut self, depth: usize) -> Result<Dim> {
-        let mut product = self.dim_atom(depth)?;
-        let mut factors = 1;
+    fn bounded(&self, size: usize) -> Result<()> {
+        if size <= dim::MAX_SIZE {
+            return Ok(());
+        }
+        Err(self.error_at(self.at, format!("the dim has more than {} terms and factors", dim::MAX_SIZE)))
+    }
+
+    fn dim_product(&mut self, depth: usize, negative: bool) -> Result<Dim> {
+        // The sign belongs to a literal: the smallest integer has no positive counterpart.
+        let mut product = match self.peek() {
+            Tok::Int(_) => self.literal(negative)?,
+            _ if negative => self.dim_atom(depth)?.mul(&Dim::from(-1i64)),
+            _ => self.dim_atom(depth)?,
+        };
         while self.take("*") {
-            factors += 1;
-            product = product.mul(&self.dim_atom(depth)?);
-            if factors > 8 || product.term_count() > 256 {
-                return Err(self.error_at(self.at, "the dim has too many factors"));
-            }
+            let factor = self.dim_atom(depth)?;
+            self.bounded(product.term_count() * factor.term_count())?;
+            product = product.mul(&factor);
+            self.bounded(product.size())?;
         }
         Ok(product)
     }
 
+    fn literal(&mut self, negative: bool) -> Result<Dim> {
+        let at = self.at;
+        let value = i128::from(self.int()?) * if negative { -1 } else { 1 };
+        i64::try_from(value)
+            .map(Dim::from)
+            .map_err(|_| self.error_at(at, format!("`{value}` does not fit in 64 bits")))
+    }
+
     fn dim_atom(&mut self, depth: usize) -> Result<Dim> {
         match *self.peek() {
-            Tok::Int(i) => {
-                self.at += 1;
-                Ok(Dim::from(i))
-            }
+            Tok::Int(_) => self.literal(false),
             Tok::Sym(_) => Ok(Dim::from(self.sym()?)),
             Tok::Punct("(") => {
                 self.at += 1;
@@ -481,20 +523,21 @@ impl<'a> Parser<'a> {
                 self.expect("(")?;
                 let dim = self.dim(depth + 1)?;
                 self.expect(",")?;
-                let divisor = self.int()?.max(1);
+                let at = self.at;
+                let divisor = i64::try_from(self.int()?).ok().filter(|d| *d > 0);
+                let divisor = divisor.ok_or_else(|| self.error_at(at, "a divisor is a positive integer"))?;
                 self.expect(")")?;
-                Ok(dim.ceil_div(i64::try_from(divisor).unwrap_or(i64::MAX)))
+                Ok(dim.ceil_div(divisor))
             }
             Tok::Word(word @ ("max" | "min")) => {
                 self.at += 1;
                 self.expect("(")?;
                 let args = self.list(")", |p| p.dim(depth + 1))?;
-                if args.len() > 64 {
-                    return Err(self.error_at(self.at, "too many arguments"));
+                if args.is_empty() {
+                    return self.unexpected("an argument");
                 }
-                let mut args = args.into_iter();
-                let Some(first) = args.next() else { return self.unexpected("an argument") };
-                Ok(args.fold(first, |acc, d| if word == "max" { acc.max_of(&d) } else { acc.min_of(&d) }))
+                self.bounded(args.iter().map(Dim::size).sum())?;
+                Ok(if word == "max" { Dim::max_all(&args) } else { Dim::min_all(&args) })
             }
             _ => self.unexpected("a dim"),
         }
@@ -550,9 +593,15 @@ impl<'a> Parser<'a> {
         }
     }
 
+    /// Whether the call at hand is a function of dims: steps of an op read words and floats, never these.
     fn starts_dim_call(&self) -> bool {
-        let after = self.tokens.get(self.at + 2).map(|t| &t.kind);
-        matches!(after, Some(Tok::Int(_) | Tok::Sym(_) | Tok::Word("ceildiv") | Tok::Punct("(" | "-")))
+        let after = |n: usize| self.tokens.get(self.at + n).map(|t| &t.kind);
+        match after(2) {
+            Some(Tok::Int(_) | Tok::Sym(_) | Tok::Punct("(")) => true,
+            Some(Tok::Word("ceildiv" | "max" | "min")) => after(3) == Some(&Tok::Punct("(")),
+            Some(Tok::Punct("-")) => !matches!(after(3), Some(Tok::Float(_) | Tok::Word("inf"))),
+            _ => false,
+        }
     }
 
     fn value_id(&mut self) -> Result<(u64, usize)> {
@@ -599,7 +648,7 @@ impl<'a> Parser<'a> {
         self.expect("{")?;
         let mut lines = Vec::new();
         while !matches!(self.peek(), Tok::Word("return")) {
-            lines.push(self.node(module)?);
+            lines.push(self.node()?);
         }
         self.at += 1;
         let mut returned = Vec::new();
@@ -630,7 +679,7 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    fn node(&mut self, module: &Module) -> Result<Line> {
+    fn node(&mut self) -> Result<Line> {
         let mut results = vec![self.value_id()?];
         while self.take(",") {
             results.push(self.value_id()?);
@@ -659,7 +708,7 @@ impl<'a> Parser<'a> {
             Some(Ok(op)) => op,
             Some(Err(message)) => return Err(self.error_at(op_at, format!("`{name}`: {message}"))),
             None => {
-                let error = self.error_at(op_at, format!("there is no op `{name}`"));
+                let error = self.error_at(op_at, format!("there is no op {}", Tok::Word(name).show()));
                 return Err(match nearest(name, Op::all_names()) {
                     Some(close) => error.hint(format!("did you mean `{close}`?")),
                     None => error.hint("docs/ir.md lists all ops"),
@@ -678,7 +727,7 @@ impl<'a> Parser<'a> {
         let places_at = self.at;
         if self.take("@") {
             loop {
-                places.push(self.place(module)?);
+                places.push(self.place()?);
                 if !self.take(",") {
                     break;
                 }
@@ -717,25 +766,36 @@ impl<'a> Parser<'a> {
         }
     }
 
-    fn place(&mut self, module: &Module) -> Result<Place> {
-        let at = self.at;
-        let name = self.name("a place")?;
-        if name == "state" && !self.is("[") {
+    /// `arena[offset]`, `state name` or `out[n]`; an arena called `state` or `out` stands in quotes.
+    fn place(&mut self) -> Result<Place> {
+        if self.take_word("state") {
             let at = self.at;
             let state = self.name("the state's name")?;
             let id = self.states.get(&state).copied().ok_or_else(|| self.unknown(at, "state", &state))?;
             return Ok(Place::State(id));
         }
-        self.expect("[")?;
-        let place = if name == "out" {
+        let place = if self.take_word("out") {
+            self.expect("[")?;
             Place::Output(self.usize()?)
         } else {
-            let arena = module.arenas.iter().find(|(_, a)| a.name == name).map(|(id, _)| id);
-            let arena = arena.ok_or_else(|| self.error_at(at, format!("there is no arena `{name}`")))?;
+            let at = self.at;
+            let name = self.name("a place")?;
+            let arena = self.arenas.get(&name).copied().ok_or_else(|| self.unknown_arena(at, &name))?;
+            self.expect("[")?;
             Place::Arena { arena, offset: self.dim(0)? }
         };
         self.expect("]")?;
         Ok(place)
+    }
+
+    fn unknown_arena(&self, at: usize, name: &str) -> Error {
+        let mut names: Vec<&str> = self.arenas.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let error = self.error_at(at, format!("there is no arena {}", Tok::Word(name).show()));
+        match nearest(name, names) {
+            Some(close) => error.hint(format!("did you mean `{close}`?")),
+            None => error,
+        }
     }
 
     fn resolve(&self, module: &mut Module, lines: Vec<Line>) -> Result<()> {

@@ -113,7 +113,8 @@ impl Display for ModuleText<'_> {
             writeln!(f, "    {}", print_node(module, *id))?;
         }
         let returned: Vec<ValueId> = outputs.iter().map(|o| o.value).collect();
-        writeln!(f, "    return {}\n  }}\n}}", List(&returned))
+        let space = if returned.is_empty() { "" } else { " " };
+        writeln!(f, "    return{space}{}\n  }}\n}}", List(&returned))
     }
 }
 
@@ -162,7 +163,11 @@ impl Display for NodeText<'_> {
             .map(|place| match place {
                 Place::Arena { arena, offset } => {
                     let name = module.arenas.get(*arena).map_or("missing", |a| a.name.as_str());
-                    format!("{}[{offset}]", Name(name))
+                    // In this position the two words are keywords.
+                    match name {
+                        "state" | "out" => format!("{}[{offset}]", Quoted(name)),
+                        _ => format!("{}[{offset}]", Name(name)),
+                    }
                 }
                 Place::State(state) => format!("state {}", state_name(module, *state)),
                 Place::Output(n) => format!("out[{n}]"),
