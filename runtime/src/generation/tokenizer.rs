@@ -30,7 +30,7 @@ impl Tokenizer {
         Ok(Tokenizer { inner, vocab_size: largest.map_or(0, |id| id as usize + 1), special_per_text })
     }
 
-    /// Token ids of `text`; with `add_special`, those the model expects around it (bos, [CLS], [SEP]) as well.
+    /// Token ids of `text`; with `add_special`, those the model expects around it (bos, `[CLS]`, `[SEP]`) as well.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let encoding =
             self.inner.encode_fast(text, add_special).map_err(|e| failed("tokenizer/encode", &*e))?;

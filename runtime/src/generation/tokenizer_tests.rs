@@ -45,6 +45,17 @@ fn the_reference_prompts_and_answers() {
     }
 }
 
+/// The reference perplexity scores the first 64 of the 78 whole windows of the held-out text.
+#[test]
+fn the_held_out_text_fills_the_windows_of_the_reference() {
+    let text =
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/models/baker-street-6m/heldout.txt"));
+    let perplexity = &reference()["perplexity"];
+    let tokens = byte_level().encode(text, false).unwrap();
+    let whole = tokens.len() as u64 / perplexity["window_tokens"].as_u64().unwrap();
+    assert_eq!((whole, perplexity["windows"].as_u64()), (78, Some(64)));
+}
+
 #[test]
 fn padding_and_truncation_of_the_file_are_off() {
     let tokenizer = word_piece();
