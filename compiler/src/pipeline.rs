@@ -65,7 +65,10 @@ fn parse_steps(rest: &mut &str, depth: usize) -> Result<Vec<Step>> {
             }
             *rest = rest.strip_prefix('{').ok_or_else(|| bad("`fixpoint` needs `{`".to_string()))?;
             let inner = parse_steps(rest, depth + 1)?;
-            *rest = rest.strip_prefix('}').ok_or_else(|| bad("`fixpoint{` is not closed".to_string()))?.trim_start();
+            *rest = rest
+                .strip_prefix('}')
+                .ok_or_else(|| bad("`fixpoint{` is not closed".to_string()))?
+                .trim_start();
             steps.push(Step::Fixpoint(inner));
         } else {
             let passes = registry();
@@ -80,8 +83,9 @@ fn parse_steps(rest: &mut &str, depth: usize) -> Result<Vec<Step>> {
             if let Some(inner) = rest.strip_prefix('{') {
                 let close = inner.find('}').ok_or_else(|| bad(format!("`{name}{{` is not closed")))?;
                 for option in inner[..close].split(',').filter(|o| !o.trim().is_empty()) {
-                    let (key, value) =
-                        option.split_once('=').ok_or_else(|| bad(format!("option `{option}` has no value")))?;
+                    let (key, value) = option
+                        .split_once('=')
+                        .ok_or_else(|| bad(format!("option `{option}` has no value")))?;
                     options.push((key.trim().to_string(), value.trim().to_string()));
                 }
                 *rest = inner[close + 1..].trim_start();
@@ -219,7 +223,6 @@ impl Manager<'_> {
         Ok(changed)
     }
 }
-
 
 #[cfg(test)]
 mod tests {

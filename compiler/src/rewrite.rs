@@ -155,8 +155,14 @@ pub fn rewrite(
             }
             Outcome::Blocked(reason) => {
                 if blocked.insert((id, reason.clone())) {
-                    let loc = module.graph.nodes[id].loc.first().map_or_else(String::new, ToString::to_string);
-                    context.remarks.push(Remark { pass, node: id, loc, message: format!("blocked: {reason}") });
+                    let loc =
+                        module.graph.nodes[id].loc.first().map_or_else(String::new, ToString::to_string);
+                    context.remarks.push(Remark {
+                        pass,
+                        node: id,
+                        loc,
+                        message: format!("blocked: {reason}"),
+                    });
                 }
                 passed[id.index()] = true;
                 new_order.push(id);
@@ -188,7 +194,8 @@ pub fn rewrite(
 
 fn is_live(module: &Module, uses: &[Vec<NodeId>], outputs: &[bool], id: NodeId) -> bool {
     let node = &module.graph.nodes[id];
-    node.op.traits().writes_state || node.results.iter().any(|r| outputs[r.index()] || !uses[r.index()].is_empty())
+    node.op.traits().writes_state
+        || node.results.iter().any(|r| outputs[r.index()] || !uses[r.index()].is_empty())
 }
 
 /// Removes a dead node, and whatever it was the last user of.

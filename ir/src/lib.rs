@@ -12,6 +12,7 @@ pub mod engine;
 pub mod error;
 pub mod eval;
 pub mod graph;
+pub mod manifest;
 pub mod module;
 pub mod nearest;
 pub mod ops;

@@ -3,7 +3,9 @@
 use millrace_ir::checkpoint::TensorSource;
 use millrace_ir::ops::attention::Mask;
 use millrace_ir::ops::binary::BinaryFn;
-use millrace_ir::ops::{Attention, Binary, Embedding, L2Normalize, LayerNorm, Matmul, MeanPool, Reshape, Unary};
+use millrace_ir::ops::{
+    Attention, Binary, Embedding, L2Normalize, LayerNorm, Matmul, MeanPool, Reshape, Unary,
+};
 use millrace_ir::{Builder, DType, Dim, Module, Operand, Result, TensorType};
 
 use super::config::ModelConfig;
@@ -41,7 +43,8 @@ pub(super) fn build(
     let positions = builder.input(INPUTS[1], ids.clone());
     let type_ids = builder.input(INPUTS[2], ids);
     let seq_starts = builder.input(INPUTS[3], TensorType::new(DType::I32, [batch.add(&Dim::from(1i64))]));
-    let mut step = Step { builder, tensors: Tensors::new(source, names, prefix, dtype), config, tokens, seq_starts };
+    let mut step =
+        Step { builder, tensors: Tensors::new(source, names, prefix, dtype), config, tokens, seq_starts };
     let h = config.hidden_size;
     let mut x = step.embedding("word_embeddings", config.vocab_size, token_ids)?;
     let p = step.embedding("position_embeddings", config.max_positions, positions)?;
@@ -63,7 +66,8 @@ pub(super) fn build(
     let kept = prefix.to_string();
     step.tensors.finish(|name| {
         let inner = name.strip_prefix(kept.as_str());
-        inner.is_none_or(|n| n == "embeddings.position_ids" || n.starts_with("pooler.")) || name.starts_with("cls.")
+        inner.is_none_or(|n| n == "embeddings.position_ids" || n.starts_with("pooler."))
+            || name.starts_with("cls.")
     })?;
     Ok(step.builder.finish())
 }

@@ -100,7 +100,10 @@ impl Reader<'_> {
     fn float(&self, key: &str, default: f64) -> Result<f64> {
         match self.get(key) {
             None => Ok(default),
-            Some(v) => v.as_f64().filter(|f| f.is_finite()).ok_or_else(|| bad(key, format!("must be a number, not {v}"))),
+            Some(v) => v
+                .as_f64()
+                .filter(|f| f.is_finite())
+                .ok_or_else(|| bad(key, format!("must be a number, not {v}"))),
         }
     }
 
@@ -138,7 +141,9 @@ impl ModelConfig {
     pub fn from_json(json: &Value) -> Result<Self> {
         let reader = Reader(json);
         if !json.is_object() {
-            return Err(Error::new(Kind::BadInput, "import/bad-config", "is no JSON object").at("config.json"));
+            return Err(
+                Error::new(Kind::BadInput, "import/bad-config", "is no JSON object").at("config.json")
+            );
         }
         let family = match reader.word("model_type")? {
             Some("llama") => Family::Llama,
@@ -159,14 +164,18 @@ impl ModelConfig {
         };
         let hidden_size = reader.need("hidden_size")?;
         let heads = reader.need("num_attention_heads")?;
-        let kv_heads = if family == Family::Bert { heads } else { reader.size("num_key_value_heads")?.unwrap_or(heads) };
+        let kv_heads =
+            if family == Family::Bert { heads } else { reader.size("num_key_value_heads")?.unwrap_or(heads) };
         let default_head = if family == Family::Qwen3 { 128 } else { hidden_size / heads };
         let head_dim = reader.size("head_dim")?.unwrap_or(default_head);
         if !heads.is_multiple_of(kv_heads) {
             return Err(bad("num_key_value_heads", format!("of {kv_heads} does not divide {heads} heads")));
         }
         if family == Family::Bert && heads * head_dim != hidden_size {
-            return Err(bad("num_attention_heads", format!("of {heads} does not divide hidden_size {hidden_size}")));
+            return Err(bad(
+                "num_attention_heads",
+                format!("of {heads} does not divide hidden_size {hidden_size}"),
+            ));
         }
         if head_dim == 0 || (family != Family::Bert && !head_dim.is_multiple_of(2)) {
             return Err(bad("head_dim", format!("of {head_dim} must be even and positive")));
@@ -176,7 +185,8 @@ impl ModelConfig {
             return Err(bad("num_hidden_layers", format!("of {layers} exceeds 4096")));
         }
         let (rope_base, rope_scaling) = rope(&reader)?;
-        let activation = reader.word("hidden_act")?.unwrap_or(if family == Family::Bert { "gelu" } else { "silu" });
+        let activation =
+            reader.word("hidden_act")?.unwrap_or(if family == Family::Bert { "gelu" } else { "silu" });
         let activation = match activation {
             "silu" | "swish" => UnaryFn::Silu,
             "gelu" => UnaryFn::Gelu,
@@ -186,14 +196,18 @@ impl ModelConfig {
             "sigmoid" => UnaryFn::Sigmoid,
             other => {
                 let message = format!("hidden_act `{other}` is not supported");
-                return Err(Error::new(Kind::Unsupported, "import/unsupported-option", message).at("config.json"));
+                return Err(
+                    Error::new(Kind::Unsupported, "import/unsupported-option", message).at("config.json")
+                );
             }
         };
         if family == Family::Bert {
             let embedding = reader.word("position_embedding_type")?.unwrap_or("absolute");
             if embedding != "absolute" {
                 let message = format!("position_embedding_type `{embedding}` is not supported");
-                return Err(Error::new(Kind::Unsupported, "import/unsupported-option", message).at("config.json"));
+                return Err(
+                    Error::new(Kind::Unsupported, "import/unsupported-option", message).at("config.json")
+                );
             }
         }
         let dtype = match reader.word("dtype")?.or(reader.word("torch_dtype")?).unwrap_or("float32") {
@@ -252,13 +266,19 @@ fn windows(reader: &Reader<'_>, family: Family, layers: u64) -> Result<Vec<u64>>
             .map(|t| match t.as_str() {
                 Some("full_attention") => Ok(0),
                 Some("sliding_attention") => sliding.ok_or_else(|| bad("sliding_window", "is missing")),
-                _ => Err(Error::new(Kind::Unsupported, "import/unsupported-option", format!("layer type {t} is not supported"))
-                    .at("config.json")),
+                _ => Err(Error::new(
+                    Kind::Unsupported,
+                    "import/unsupported-option",
+                    format!("layer type {t} is not supported"),
+                )
+                .at("config.json")),
             })
             .collect();
     }
     let full_below = match family {
-        Family::Qwen2 | Family::Qwen3 => reader.0.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28),
+        Family::Qwen2 | Family::Qwen3 => {
+            reader.0.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28)
+        }
         _ => 0,
     };
     Ok((0..layers).map(|layer| if layer < full_below { 0 } else { window }).collect())

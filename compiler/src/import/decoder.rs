@@ -3,7 +3,9 @@
 use millrace_ir::checkpoint::TensorSource;
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::rope::RopeLayout;
-use millrace_ir::ops::{Binary, Embedding, Gather, KvAppend, Matmul, PagedAttention, Reshape, RmsNorm, Rope, Unary};
+use millrace_ir::ops::{
+    Binary, Embedding, Gather, KvAppend, Matmul, PagedAttention, Reshape, RmsNorm, Rope, Unary,
+};
 use millrace_ir::{Builder, DType, Dim, Module, Operand, Result, TensorType};
 
 use super::config::{Family, ModelConfig};
@@ -11,7 +13,8 @@ use super::folder::Limits;
 use super::tensors::Tensors;
 
 /// Names of the step's inputs, in order.
-pub const INPUTS: [&str; 6] = ["token_ids", "positions", "seq_starts", "kv_lens", "block_table", "logit_rows"];
+pub const INPUTS: [&str; 6] =
+    ["token_ids", "positions", "seq_starts", "kv_lens", "block_table", "logit_rows"];
 
 struct Step<'a, 'b> {
     builder: Builder,
@@ -69,12 +72,15 @@ pub(super) fn build(
     } else {
         step.weight("lm_head.weight", &[config.vocab_size, config.hidden_size])
     };
-    let logits = step.builder.one(Matmul { transpose_b: true, out: (dtype != DType::F32).then_some(DType::F32) }, &[x, head], "lm_head")?;
+    let logits = step.builder.one(
+        Matmul { transpose_b: true, out: (dtype != DType::F32).then_some(DType::F32) },
+        &[x, head],
+        "lm_head",
+    )?;
     step.builder.output("logits", logits)?;
     let tied = config.tied;
-    step.tensors.finish(|name| {
-        name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight")
-    })?;
+    step.tensors
+        .finish(|name| name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight"))?;
     Ok(step.builder.finish())
 }
 
@@ -106,7 +112,8 @@ impl Step<'_, '_> {
     fn layer(&mut self, layer: usize, x: Operand, k_state: Operand, v_state: Operand) -> Result<Operand> {
         let config = self.config;
         let prefix = format!("model.layers.{layer}");
-        let (hidden, heads, kv_heads, d) = (config.hidden_size, config.heads, config.kv_heads, config.head_dim);
+        let (hidden, heads, kv_heads, d) =
+            (config.hidden_size, config.heads, config.kv_heads, config.head_dim);
         let attention = format!("{prefix}.self_attn");
         let normed = self.norm(x, &format!("{prefix}.input_layernorm"), hidden)?;
         let q = self.linear(normed, &format!("{attention}.q_proj"), heads * d, hidden, config.qkv_bias)?;
@@ -119,7 +126,12 @@ impl Step<'_, '_> {
             q = self.norm(q, &format!("{attention}.q_norm"), d)?;
             k = self.norm(k, &format!("{attention}.k_norm"), d)?;
         }
-        let rope = Rope { base: config.rope_base, layout: RopeLayout::Half, scaling: config.rope_scaling, rotary: 0 };
+        let rope = Rope {
+            base: config.rope_base,
+            layout: RopeLayout::Half,
+            scaling: config.rope_scaling,
+            rotary: 0,
+        };
         let loc = format!("{attention}.rotary_emb");
         let q = self.builder.one(rope.clone(), &[q, self.positions], &loc)?;
         let k = self.builder.one(rope, &[k, self.positions], &loc)?;
@@ -128,7 +140,11 @@ impl Step<'_, '_> {
         let v = self.builder.one(KvAppend, &[v_state, v, starts, lens, table], &attention)?;
         let scale = 1.0 / (d as f64).sqrt();
         let window = config.windows[layer] as usize;
-        let y = self.builder.one(PagedAttention { scale, window }, &[q, k, v, starts, lens, table], &attention)?;
+        let y = self.builder.one(
+            PagedAttention { scale, window },
+            &[q, k, v, starts, lens, table],
+            &attention,
+        )?;
         let flat = vec![self.tokens.clone(), (heads * d).into()];
         let y = self.builder.one(Reshape { shape: flat }, &[y], &attention)?;
         let y = self.linear(y, &format!("{attention}.o_proj"), hidden, heads * d, config.o_bias)?;
@@ -138,7 +154,8 @@ impl Step<'_, '_> {
         let inner = config.intermediate_size;
         let gate = self.linear(normed, &format!("{mlp}.gate_proj"), inner, hidden, config.mlp_bias)?;
         let up = self.linear(normed, &format!("{mlp}.up_proj"), inner, hidden, config.mlp_bias)?;
-        let gate = self.builder.one(Unary { function: config.activation }, &[gate], &format!("{mlp}.act_fn"))?;
+        let gate =
+            self.builder.one(Unary { function: config.activation }, &[gate], &format!("{mlp}.act_fn"))?;
         let y = self.builder.one(Binary { function: BinaryFn::Mul }, &[gate, up], &mlp)?;
         let y = self.linear(y, &format!("{mlp}.down_proj"), hidden, inner, config.mlp_bias)?;
         self.builder.one(Binary { function: BinaryFn::Add }, &[x, y], &prefix)

@@ -73,7 +73,8 @@ impl Limits {
         let max_input_len = options.max_input_len.unwrap_or(max_seq_len).min(max_seq_len);
         let max_batch_size = options.max_batch_size.unwrap_or(8);
         let natural = if decoder { max_input_len } else { max_input_len.saturating_mul(max_batch_size) };
-        let max_num_tokens = options.max_num_tokens.unwrap_or(natural.clamp(max_batch_size, 8192.max(max_batch_size)));
+        let max_num_tokens =
+            options.max_num_tokens.unwrap_or(natural.clamp(max_batch_size, 8192.max(max_batch_size)));
         let limits = Limits {
             max_batch_size,
             max_input_len,
@@ -102,10 +103,14 @@ impl Limits {
             ));
         }
         if max_num_tokens < max_batch_size {
-            return wrong(format!("--max-num-tokens {max_num_tokens} is below --max-batch-size {max_batch_size}"));
+            return wrong(format!(
+                "--max-num-tokens {max_num_tokens} is below --max-batch-size {max_batch_size}"
+            ));
         }
         if !decoder && max_num_tokens < max_input_len {
-            return wrong(format!("--max-num-tokens {max_num_tokens} is below --max-input-len {max_input_len}"));
+            return wrong(format!(
+                "--max-num-tokens {max_num_tokens} is below --max-input-len {max_input_len}"
+            ));
         }
         Ok(limits)
     }
@@ -160,7 +165,8 @@ fn small_file(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
 
 fn json(folder: &Path, name: &str, bytes: &[u8]) -> Result<Value> {
     serde_json::from_slice(bytes).map_err(|e| {
-        Error::new(Kind::BadInput, "import/bad-json", format!("is no valid JSON: {e}")).at(folder.join(name).display())
+        Error::new(Kind::BadInput, "import/bad-json", format!("is no valid JSON: {e}"))
+            .at(folder.join(name).display())
     })
 }
 
@@ -195,7 +201,9 @@ impl SourceFolder {
         let (mut max_length, mut normalize) = (None, true);
         if config.family == Family::Bert {
             if let Some(bytes) = small_file(path, "sentence_bert_config.json")? {
-                max_length = json(path, "sentence_bert_config.json", &bytes)?.get("max_seq_length").and_then(Value::as_u64);
+                max_length = json(path, "sentence_bert_config.json", &bytes)?
+                    .get("max_seq_length")
+                    .and_then(Value::as_u64);
             }
             if let Some(bytes) = small_file(path, "modules.json")? {
                 let modules = json(path, "modules.json", &bytes)?;
@@ -209,8 +217,14 @@ impl SourceFolder {
             if let Some(bytes) = small_file(path, "1_Pooling/config.json")? {
                 let pooling = json(path, "1_Pooling/config.json", &bytes)?;
                 let on = |key: &str| pooling[key].as_bool().unwrap_or(false);
-                let others = ["pooling_mode_cls_token", "pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens"];
-                if others.into_iter().any(on) || !pooling["pooling_mode_mean_tokens"].as_bool().unwrap_or(true) {
+                let others = [
+                    "pooling_mode_cls_token",
+                    "pooling_mode_max_tokens",
+                    "pooling_mode_mean_sqrt_len_tokens",
+                ];
+                if others.into_iter().any(on)
+                    || !pooling["pooling_mode_mean_tokens"].as_bool().unwrap_or(true)
+                {
                     let message = "only mean pooling is supported";
                     return Err(Error::new(Kind::Unsupported, "import/unsupported-option", message)
                         .at(path.join("1_Pooling/config.json").display()));
@@ -254,7 +268,9 @@ pub fn import(folder: &SourceFolder, options: &Options) -> Result<(Module, Limit
     let names = folder.checkpoint.iter().flat_map(|c| c.tensors()).map(|t| t.name.clone()).collect();
     let source = folder.checkpoint.as_ref().map(|c| c as &dyn TensorSource);
     let module = match folder.config.family {
-        Family::Bert => bert::build("encoder", &folder.config, &limits, dtype, folder.normalize, source, names),
+        Family::Bert => {
+            bert::build("encoder", &folder.config, &limits, dtype, folder.normalize, source, names)
+        }
         _ => decoder::build("decoder", &folder.config, &limits, dtype, source, names),
     };
     module.map(|m| (m, limits)).map_err(|e| e.at(folder.path.display()))

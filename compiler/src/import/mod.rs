@@ -10,5 +10,5 @@ mod decoder;
 mod folder;
 mod tensors;
 
-pub use config::{ModelConfig, Family};
+pub use config::{Family, ModelConfig};
 pub use folder::{Limits, Options, Precision, SourceFolder, import};

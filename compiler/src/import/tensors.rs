@@ -75,7 +75,8 @@ impl<'a> Tensors<'a> {
 
     /// Reports all problems; tensors that nobody asked for count unless `ignored` accepts their name.
     pub fn finish(self, ignored: impl Fn(&str) -> bool) -> Result<()> {
-        let unused = self.names.iter().filter(|n| self.source.is_some() && !self.used.contains(*n) && !ignored(n));
+        let unused =
+            self.names.iter().filter(|n| self.source.is_some() && !self.used.contains(*n) && !ignored(n));
         let mut problems = self.problems;
         problems.extend(unused.map(|n| format!("unused: \"{n}\"")));
         if problems.is_empty() {
@@ -83,7 +84,8 @@ impl<'a> Tensors<'a> {
         }
         let total = problems.len();
         let shown: Vec<String> = problems.into_iter().take(40).collect();
-        let more = if total > shown.len() { format!("\n  and {} more", total - shown.len()) } else { String::new() };
+        let more =
+            if total > shown.len() { format!("\n  and {} more", total - shown.len()) } else { String::new() };
         Err(Error::new(
             Kind::BadInput,
             "import/tensors",

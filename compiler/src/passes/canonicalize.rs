@@ -38,32 +38,39 @@ impl Rule for Canonicalize {
             Outcome::Rewrite(patch)
         };
         match &node.op {
-            Op::Reshape(_) | Op::Cast(_) | Op::Broadcast(_) if same_type(&node.operands[0]) => forward(node.operands[0]),
+            Op::Reshape(_) | Op::Cast(_) | Op::Broadcast(_) if same_type(&node.operands[0]) => {
+                forward(node.operands[0])
+            }
             Op::Transpose(t) if t.perm.iter().enumerate().all(|(i, p)| i == *p) => forward(node.operands[0]),
             Op::Slice(s) if s.step == 1 && same_type(&node.operands[0]) => forward(node.operands[0]),
             Op::Concat(_) if node.operands.len() == 1 => forward(node.operands[0]),
-            Op::Reshape(Reshape { shape }) => match view.def(node.operands[0]).map(|(n, _)| (n, view.node(n))) {
-                Some((inner, source)) if matches!(source.op, Op::Reshape(_)) => {
-                    let mut patch = Patch::new([id, inner]);
-                    let new = patch.node(Reshape { shape: shape.clone() }, [From::Old(source.operands[0])]);
-                    patch.replace(result, From::New(new, 0));
-                    Outcome::Rewrite(patch)
-                }
-                _ => Outcome::NoMatch,
-            },
-            Op::Transpose(Transpose { perm }) => match view.def(node.operands[0]).map(|(n, _)| (n, view.node(n))) {
-                Some((inner, source)) => match &source.op {
-                    Op::Transpose(first) => {
-                        let perm = perm.iter().map(|p| first.perm[*p]).collect();
+            Op::Reshape(Reshape { shape }) => {
+                match view.def(node.operands[0]).map(|(n, _)| (n, view.node(n))) {
+                    Some((inner, source)) if matches!(source.op, Op::Reshape(_)) => {
                         let mut patch = Patch::new([id, inner]);
-                        let new = patch.node(Transpose { perm }, [From::Old(source.operands[0])]);
+                        let new =
+                            patch.node(Reshape { shape: shape.clone() }, [From::Old(source.operands[0])]);
                         patch.replace(result, From::New(new, 0));
                         Outcome::Rewrite(patch)
                     }
                     _ => Outcome::NoMatch,
-                },
-                None => Outcome::NoMatch,
-            },
+                }
+            }
+            Op::Transpose(Transpose { perm }) => {
+                match view.def(node.operands[0]).map(|(n, _)| (n, view.node(n))) {
+                    Some((inner, source)) => match &source.op {
+                        Op::Transpose(first) => {
+                            let perm = perm.iter().map(|p| first.perm[*p]).collect();
+                            let mut patch = Patch::new([id, inner]);
+                            let new = patch.node(Transpose { perm }, [From::Old(source.operands[0])]);
+                            patch.replace(result, From::New(new, 0));
+                            Outcome::Rewrite(patch)
+                        }
+                        _ => Outcome::NoMatch,
+                    },
+                    None => Outcome::NoMatch,
+                }
+            }
             Op::Binary(Binary { function }) => {
                 let (left, right) = (node.operands[0], node.operands[1]);
                 let splat = |operand: Operand| match operand {

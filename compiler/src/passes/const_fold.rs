@@ -48,9 +48,10 @@ impl Pass for ConstFold {
         }
         context.count("const-fold.folded", count);
         if count > 0 {
-            module.graph.order.retain(|id| {
-                !module.graph.nodes[*id].results.iter().any(|r| folded[r.index()].is_some())
-            });
+            module
+                .graph
+                .order
+                .retain(|id| !module.graph.nodes[*id].results.iter().any(|r| folded[r.index()].is_some()));
             let mut live = vec![false; module.graph.nodes.bound()];
             module.graph.order.iter().for_each(|n| live[n.index()] = true);
             let dead: Vec<NodeId> = module.graph.nodes.ids().filter(|n| !live[n.index()]).collect();
@@ -86,7 +87,9 @@ fn fold(module: &Module, id: NodeId) -> Option<(millrace_ir::TensorType, WeightE
         (Op::Transpose(t), [of]) if by_bytes => Some(WeightExpr::Transpose { perm: t.perm.clone(), of: *of }),
         (Op::Reshape(_), [of]) if by_bytes => Some(WeightExpr::Reshape { of: *of }),
         (Op::Cast(_), [of]) if by_bytes => Some(WeightExpr::Cast { of: *of }),
-        (Op::Concat(c), [_, ..]) if by_bytes => Some(WeightExpr::Concat { axis: c.axis, parts: parts.clone() }),
+        (Op::Concat(c), [_, ..]) if by_bytes => {
+            Some(WeightExpr::Concat { axis: c.axis, parts: parts.clone() })
+        }
         _ => None,
     };
     expr.or_else(|| literal(module, id, &parts, &ty)).map(|expr| (ty, expr))

@@ -45,8 +45,12 @@ impl Pass for Cse {
                     known.insert(key, id);
                 }
                 Some(first) => {
-                    let pairs: Vec<_> =
-                        graph.nodes[id].results.iter().copied().zip(graph.nodes[*first].results.iter().copied()).collect();
+                    let pairs: Vec<_> = graph.nodes[id]
+                        .results
+                        .iter()
+                        .copied()
+                        .zip(graph.nodes[*first].results.iter().copied())
+                        .collect();
                     for (old, new) in pairs {
                         renamed[old.index()] = Some(new);
                         graph.outputs.iter_mut().filter(|o| o.value == old).for_each(|o| o.value = new);

@@ -25,7 +25,10 @@ impl Pass for Dce {
         while let Some(id) = work.pop() {
             if !std::mem::replace(&mut live[id.index()], true) {
                 let operands = graph.nodes[id].operands.iter();
-                work.extend(operands.filter_map(|o| if let Operand::Value(v) = o { graph.def_node(*v) } else { None }));
+                work.extend(
+                    operands
+                        .filter_map(|o| if let Operand::Value(v) = o { graph.def_node(*v) } else { None }),
+                );
             }
         }
         let before = graph.order.len();

@@ -31,7 +31,12 @@ impl Rule for FuseGlu {
             let (source, 0) = view.def(view.node(act).operands[0])? else { return None };
             let (other, 1) = view.def(up)? else { return None };
             let Op::FusedMatmul(fused) = &view.node(source).op else { return None };
-            (source == other && fused.segments.len() == 2).then_some((act, source, unary.function, fused.clone()))
+            (source == other && fused.segments.len() == 2).then_some((
+                act,
+                source,
+                unary.function,
+                fused.clone(),
+            ))
         };
         let (a, b) = (node.operands[0], node.operands[1]);
         let Some((act, source, function, fused)) = try_order(a, b).or_else(|| try_order(b, a)) else {
@@ -51,7 +56,8 @@ impl Rule for FuseGlu {
         let mut epilogue = fused.epilogue.clone();
         epilogue.push(Epilogue::Glu(function));
         let mut patch = Patch::new([source, act, id]);
-        let new = patch.node(FusedMatmul { epilogue, ..fused }, matmul.operands.iter().copied().map(From::Old));
+        let new =
+            patch.node(FusedMatmul { epilogue, ..fused }, matmul.operands.iter().copied().map(From::Old));
         patch.replace(node.results[0], From::New(new, 0));
         Outcome::Rewrite(patch)
     }

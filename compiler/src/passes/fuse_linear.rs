@@ -5,8 +5,8 @@
 //! add(matmul.fused(x, @w), @bias [n])    ->  matmul.fused(x, @w, @bias) {epilogue = [bias]}
 //! ```
 
-use millrace_ir::ops::fused_matmul::Epilogue;
 use millrace_ir::ops::binary::BinaryFn;
+use millrace_ir::ops::fused_matmul::Epilogue;
 use millrace_ir::ops::{Binary, FusedMatmul};
 use millrace_ir::{NodeId, Op, Operand, Phase};
 
@@ -30,10 +30,13 @@ impl Rule for FuseLinear {
                 let weight = node.operands[1];
                 let rows = match (weight, view.ty(weight).const_shape().as_deref()) {
                     (Operand::Weight(_), Some([rows, _])) => *rows as usize,
-                    (Operand::Weight(_), _) => return Outcome::Blocked("the weight is no constant matrix".into()),
+                    (Operand::Weight(_), _) => {
+                        return Outcome::Blocked("the weight is no constant matrix".into());
+                    }
                     _ => return Outcome::NoMatch,
                 };
-                let fused = FusedMatmul { segments: vec![rows], panel: 0, epilogue: Vec::new(), out: matmul.out };
+                let fused =
+                    FusedMatmul { segments: vec![rows], panel: 0, epilogue: Vec::new(), out: matmul.out };
                 let mut patch = Patch::new([id]);
                 let new = patch.node(fused, node.operands.iter().copied().map(From::Old));
                 patch.replace(node.results[0], From::New(new, 0));
@@ -41,7 +44,9 @@ impl Rule for FuseLinear {
             }
             Op::Binary(Binary { function: BinaryFn::Add }) => {
                 let (y, bias) = (node.operands[0], node.operands[1]);
-                let (Some((source, 0)), Operand::Weight(_)) = (view.def(y), bias) else { return Outcome::NoMatch };
+                let (Some((source, 0)), Operand::Weight(_)) = (view.def(y), bias) else {
+                    return Outcome::NoMatch;
+                };
                 let matmul = view.node(source);
                 let Op::FusedMatmul(fused) = &matmul.op else { return Outcome::NoMatch };
                 let Operand::Value(y_value) = y else { return Outcome::NoMatch };

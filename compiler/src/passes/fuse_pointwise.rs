@@ -62,7 +62,9 @@ impl Rule for FusePointwise {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
         let node = view.node(id);
         let result = &view.module.graph.values[node.results[0]].ty;
-        let Some(mut whole) = region(&node.op, node.operands.len(), result.dtype) else { return Outcome::NoMatch };
+        let Some(mut whole) = region(&node.op, node.operands.len(), result.dtype) else {
+            return Outcome::NoMatch;
+        };
         if whole.out.len() != 1 {
             return Outcome::NoMatch;
         }
@@ -79,7 +81,10 @@ impl Rule for FusePointwise {
             };
         }
         if let Some(bad) = node.operands.iter().find(|o| !readable(&view.ty(**o).shape, &result.shape)) {
-            return Outcome::Blocked(format!("operand {} neither fills nor repeats by row or column", view.ty(*bad)));
+            return Outcome::Blocked(format!(
+                "operand {} neither fills nor repeats by row or column",
+                view.ty(*bad)
+            ));
         }
         let mut operands = node.operands.clone();
         let mut sources = vec![id];
@@ -134,7 +139,8 @@ fn absorb(
         return None;
     }
     // New operand list: the old ones without `at`, then the producer's that are not there yet.
-    let mut list: Vec<Operand> = operands.iter().enumerate().filter(|(i, _)| *i != at).map(|(_, o)| *o).collect();
+    let mut list: Vec<Operand> =
+        operands.iter().enumerate().filter(|(i, _)| *i != at).map(|(_, o)| *o).collect();
     let mut place = |operand: Operand| {
         list.iter().position(|o| *o == operand).unwrap_or_else(|| {
             list.push(operand);

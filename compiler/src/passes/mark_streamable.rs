@@ -23,7 +23,9 @@ impl Pass for MarkStreamable {
         for (at, id) in module.graph.order.iter().enumerate() {
             for operand in &module.graph.nodes[*id].operands {
                 let Operand::Weight(w) = operand else { continue };
-                let Some(weight) = module.weights.get_mut(*w).filter(|w| w.stream.is_none()) else { continue };
+                let Some(weight) = module.weights.get_mut(*w).filter(|w| w.stream.is_none()) else {
+                    continue;
+                };
                 // The outermost axis is the output axis of packed and plain matrices and the row axis of tables.
                 let (Some(total), Some(shape)) = (
                     weight.ty.const_shape().and_then(|s| const_bytes(weight.ty.dtype, &s)),
@@ -32,7 +34,8 @@ impl Pass for MarkStreamable {
                     continue;
                 };
                 let slices = shape.first().copied().unwrap_or(1).max(1);
-                weight.stream = Some(Stream { first_use: at, tile_axis: 0, tile_bytes: total.div_ceil(slices) });
+                weight.stream =
+                    Some(Stream { first_use: at, tile_axis: 0, tile_bytes: total.div_ceil(slices) });
                 bytes += total;
             }
         }

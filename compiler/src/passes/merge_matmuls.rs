@@ -70,10 +70,13 @@ fn weight_dtype(module: &Module, id: NodeId) -> Option<millrace_ir::DType> {
 
 /// The weights at operand `index` of all nodes joined along their rows.
 fn join(module: &mut Module, group: &[NodeId], index: usize) -> Option<WeightId> {
-    let parts: Vec<WeightId> = group
-        .iter()
-        .map(|id| if let Operand::Weight(w) = module.graph.nodes[*id].operands[index] { Some(w) } else { None })
-        .collect::<Option<_>>()?;
+    let parts: Vec<WeightId> =
+        group
+            .iter()
+            .map(|id| {
+                if let Operand::Weight(w) = module.graph.nodes[*id].operands[index] { Some(w) } else { None }
+            })
+            .collect::<Option<_>>()?;
     let names: Vec<&str> = parts.iter().map(|w| module.weights[*w].name.as_str()).collect();
     let name = names.join("+");
     if let Some(known) = module.weight_named(&name) {
@@ -91,7 +94,9 @@ fn merge(module: &mut Module, group: &[NodeId]) -> Result<()> {
     let Op::FusedMatmul(first) = module.graph.nodes[group[0]].op.clone() else { return Ok(()) };
     let segments = group
         .iter()
-        .filter_map(|id| if let Op::FusedMatmul(f) = &module.graph.nodes[*id].op { Some(f.segments[0]) } else { None })
+        .filter_map(|id| {
+            if let Op::FusedMatmul(f) = &module.graph.nodes[*id].op { Some(f.segments[0]) } else { None }
+        })
         .collect();
     let Some(weight) = join(module, group, 1) else { return Ok(()) };
     let mut operands = vec![module.graph.nodes[group[0]].operands[0], Operand::Weight(weight)];

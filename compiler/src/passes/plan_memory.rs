@@ -73,8 +73,7 @@ impl Pass for PlanMemory {
             }
         }
         if !buffers.is_empty() {
-            let arena =
-                module.arenas.push(ArenaDecl { name: ARENA.to_string(), size: total, align });
+            let arena = module.arenas.push(ArenaDecl { name: ARENA.to_string(), size: total, align });
             for (buffer, offset) in buffers.iter().zip(&offsets) {
                 for value in &buffer.values {
                     module.graph.values[*value].place = Some(Place::Arena { arena, offset: offset.clone() });
@@ -84,8 +83,12 @@ impl Pass for PlanMemory {
         let minima = Bindings::minima(&module.dims);
         for bindings in [&maxima, &minima, &Bindings::hints(&module.dims)] {
             check(module, bindings).map_err(|overlap| {
-                Error::new(Kind::Internal, "compile/bad-plan", format!("the plan overlaps: {}", overlap.message))
-                    .hint("please report this with the model's configuration")
+                Error::new(
+                    Kind::Internal,
+                    "compile/bad-plan",
+                    format!("the plan overlaps: {}", overlap.message),
+                )
+                .hint("please report this with the model's configuration")
             })?;
         }
         context.count("plan-memory.buffers", buffers.len() as u64);

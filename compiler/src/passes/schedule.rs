@@ -146,8 +146,12 @@ fn memory_aware(module: &Module) -> Vec<NodeId> {
         freed.dedup();
         made - freed.iter().map(|v| size[v.index()]).sum::<i64>()
     };
-    let mut ready: BTreeSet<(usize, NodeId)> =
-        graph.order.iter().filter(|id| waits[id.index()] == 0).map(|id| (position[id.index()], *id)).collect();
+    let mut ready: BTreeSet<(usize, NodeId)> = graph
+        .order
+        .iter()
+        .filter(|id| waits[id.index()] == 0)
+        .map(|id| (position[id.index()], *id))
+        .collect();
     let mut order = Vec::with_capacity(graph.order.len());
     // Looking at a bounded number of candidates keeps the cost linear in wide graphs.
     const CANDIDATES: usize = 32;
