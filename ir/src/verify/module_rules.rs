@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::Report;
 use crate::arena::Id;
 use crate::attr::Quoted;
-use crate::dim::{Bindings, Dim, MAX_EXTENT, MAX_NESTING, MAX_SIZE};
+use crate::dim::{Bindings, Dim, MAX_EXTENT, MAX_NESTING, MAX_SIZE, SymDecl};
 use crate::dtype::DType;
 use crate::graph::*;
 use crate::nearest::nearest;
@@ -44,9 +44,12 @@ const MAX_SYMBOLS: usize = 64;
 
 pub(super) fn symbols(module: &Module, report: &mut Report) {
     for decl in &module.dims {
-        let sound = 1 <= decl.min && decl.min <= decl.max && decl.max <= MAX_EXTENT as u64;
-        if !sound || decl.multiple == 0 {
-            report.add(2, None, format!("{} has no sound range: {}..={}", decl.sym, decl.min, decl.max));
+        let SymDecl { sym, min, max, multiple, hint: _ } = decl;
+        if !(1 <= *min && min <= max && *max <= MAX_EXTENT as u64) {
+            report.add(2, None, format!("{sym} has no sound range: {min}..={max}"));
+        }
+        if *multiple == 0 {
+            report.add(2, None, format!("{sym} is a multiple of 0"));
         }
     }
     if module.dims.len() > MAX_SYMBOLS {
@@ -274,7 +277,11 @@ pub(super) fn sizes(module: &Module, report: &mut Report) {
             );
         }
         if arena.size.extent(&minima).is_none() || arena.size.eval(&maxima).is_none_or(|v| v > MAX_EXTENT) {
-            report.add(3, None, format!("arena {} is too large: {}", arena.name, arena.size));
+            report.add(
+                3,
+                None,
+                format!("arena {} has a negative or too large size: {}", arena.name, arena.size),
+            );
         }
         if !arena.align.is_power_of_two() || arena.align > 1 << 20 {
             report.add(12, None, format!("arena {} has alignment {}", arena.name, arena.align));
