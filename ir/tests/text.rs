@@ -100,7 +100,7 @@ fn errors_name_place_token_and_nearest_name() {
                 .replace("(\"y\": f32[$t, 4])", "(\"y\": f32[$t])"),
             "3:39: output \"y\" is declared f32[$t], but `%1` is f32[$t, 4]",
         ),
-        (node("%1 = exp %0 : f32[$t, 4]") + "x", "7:1: expected the end of the text, found `x`"),
+        (node("%1 = exp %0 : f32[$t, 4]") + "x", "8:1: expected the end of the text, found `x`"),
     ];
     for (text, expected) in cases {
         let error = parse(&text).unwrap_err();
