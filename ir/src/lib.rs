@@ -6,6 +6,7 @@ pub mod attr;
 pub mod bind;
 pub mod builder;
 pub mod checkpoint;
+pub mod dag;
 pub mod dim;
 pub mod dtype;
 pub mod engine;

@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeSet;
 
 use millrace_ir::text::{parse, print};
-use millrace_ir::verify::check;
+use millrace_ir::verify::{Rule, check};
 use millrace_ir::{DType, Op, Phase};
 
 fn page() -> String {
@@ -62,8 +62,10 @@ fn fused_ops_are_those_in_the_fused_table() {
 }
 
 #[test]
-fn phases_and_element_types_are_all_named() {
+fn phases_rules_and_element_types_are_all_named() {
     let page = page();
+    let rules = first_cells(&page, "\n## Verifier rules\n", "\n## ");
+    assert_eq!(rules[2..], (1..=Rule::COUNT).map(|n| Rule(n).to_string()).collect::<Vec<_>>());
     let phases = first_cells(&page, "\n**Phase**", "\n## Grammar");
     assert_eq!(phases[2..], Phase::ALL.map(|p| p.name().to_string()));
     for dtype in DType::ALL {

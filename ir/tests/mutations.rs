@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use common::Random;
 use millrace_ir::text::{parse, print};
-use millrace_ir::verify::verify;
+use millrace_ir::verify::{report, verify};
 use millrace_ir::{Kind, Module};
 
 /// Numbers at the edges of what the types behind them hold.
@@ -33,7 +33,20 @@ const FORGERIES: [&str; 18] = [
 ];
 
 /// Pieces that open something, end something or mean something else elsewhere.
-const PIECES: [&str; 22] = [
+const PIECES: [&str; 35] = [
+    "$t",
+    "$q",
+    "%0",
+    "%99999",
+    "@norm",
+    "ceildiv($t, 3)",
+    "max($t, $b)",
+    "min($t, 4)",
+    "state",
+    "out[0]",
+    " via k0",
+    " loc(\"\")",
+    "return",
     "(",
     ")",
     "[",
@@ -173,6 +186,13 @@ fn read(text: &str) -> Option<Module> {
     Some(module)
 }
 
+/// Whether the module is legal; if not, its report has a line for every violation.
+fn judge(module: &Module) -> bool {
+    let Err(violations) = verify(module) else { return true };
+    assert!(report(module, &violations).lines().count() >= violations.len());
+    false
+}
+
 #[test]
 fn broken_texts_never_panic_and_survivors_read_back_the_same() {
     let seeds = common::modules();
@@ -185,7 +205,7 @@ fn broken_texts_never_panic_and_survivors_read_back_the_same() {
             let other = random.below(seeds.len());
             text = mutate(&text, &seeds[other].1, &mut random);
         }
-        let outcome = catch_unwind(AssertUnwindSafe(|| read(&text).map(|module| verify(&module).is_ok())));
+        let outcome = catch_unwind(AssertUnwindSafe(|| read(&text).map(|module| judge(&module))));
         match outcome {
             Ok(None) => {}
             Ok(Some(sound)) => {
