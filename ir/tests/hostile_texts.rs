@@ -23,7 +23,7 @@ fn texts_made_to_hurt_are_refused_or_done_quickly() {
         graph(&format!("%1 = pointwise %0 {{body = {}}} : f32[$a]", "f(".repeat(100_000))),
         graph(&format!("%1 = exp %0 : f32[{}]", "max(".repeat(100_000))),
         graph(&format!("%1 = exp %0 : f32[{}]", "-".repeat(100_000))),
-        graph(&format!("%1 = exp %0 : f32[{}]", vec![factor.as_str(); 8].join("*"))),
+        graph(&format!("%1 = exp %0 : f32[{}]", [factor.as_str(); 8].join("*"))),
         graph(&format!("%1 = reshape %0 {{shape = [{}]}} : f32[$a]", pairs.join(", "))),
         graph(&format!("%1 = reshape %0 {{shape = [{}]}} : f32[{}]", pairs.join(", "), pairs.join(", "))),
         graph(&format!("%1 = exp %0 : f32[max({})]", squares(64))),
