@@ -50,6 +50,7 @@ pub mod graph;
 pub mod module;
 pub mod nearest;
 pub mod ops;
+pub mod plan;
 mod positioned;
 pub mod tensor;
 pub mod text;

@@ -1,84 +1,52 @@
-//! Mutated texts: parsing and verifying never panics and never takes long, and what verifies survives printing.
+//! Broken texts: whatever happens to a module's text, reading it ends in a module or an error, never in a panic,
+//! and what is read prints to a text that reads back the same.
 
-use std::fs;
-use std::path::Path;
-use std::time::{Duration, Instant};
+mod common;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use common::Random;
 use millrace_ir::text::{parse, print};
 use millrace_ir::verify::{report, verify};
+use millrace_ir::{Kind, Module};
 
-/// Mutants over all seeds.
-const MUTANTS: usize = 12_000;
-
-/// SplitMix64 (Steele, Lea and Flood 2014).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound.max(1) as u64) as usize
-    }
-
-    fn pick<T: Copy>(&mut self, items: &[T]) -> T {
-        items[self.below(items.len())]
-    }
-}
-
-/// Runs of letters and digits, and single other characters; joined they are the text.
-fn pieces(text: &str) -> Vec<&str> {
-    let mut pieces = Vec::new();
-    let mut start = 0;
-    let mut in_word = false;
-    for (at, c) in text.char_indices() {
-        let word = c.is_alphanumeric() || c == '_';
-        if at > start && !(word && in_word) {
-            pieces.push(&text[start..at]);
-            start = at;
-        }
-        in_word = word;
-    }
-    pieces.push(&text[start..]);
-    pieces
-}
-
-const NUMBERS: [&str; 14] = [
+/// Numbers at the edges of what the types behind them hold.
+const FORGERIES: [&str; 18] = [
     "0",
     "1",
-    "2",
-    "3",
-    "64",
     "-1",
-    "65",
-    "1024",
+    "255",
+    "65537",
     "2147483648",
+    "4294967295",
     "4294967296",
-    "70368744177664",
     "9223372036854775807",
     "9223372036854775808",
+    "18446744073709551615",
     "18446744073709551616",
+    "999999999999999999999999999999",
+    "1e308",
+    "1e999",
+    "-0.0",
+    "nan",
+    "inf",
 ];
 
-const TOKENS: [&str; 34] = [
+/// Pieces that open something, end something or mean something else elsewhere.
+const PIECES: [&str; 35] = [
     "$t",
     "$q",
     "%0",
-    "%1",
     "%99999",
-    "@kv.k",
     "@norm",
     "ceildiv($t, 3)",
     "max($t, $b)",
     "min($t, 4)",
-    "-",
-    "+",
-    "*",
+    "state",
+    "out[0]",
+    " via k0",
+    " loc(\"\")",
+    "return",
     "(",
     ")",
     "[",
@@ -89,171 +57,165 @@ const TOKENS: [&str; 34] = [
     ":",
     "=",
     "\"",
-    "\\u{41}",
-    "nan",
-    "-inf",
-    "1e999",
-    "state",
-    "out[0]",
-    "via k0",
-    "loc(\"\")",
-    "exp",
-    "return",
-    "é",
+    "@",
+    "%",
+    "$",
+    "//",
+    "..=",
+    "->",
+    "max(",
+    "ceildiv(",
+    "- ",
+    "\\u{",
+    "\u{85}",
+    "\u{1f600}",
 ];
 
-fn mutate(seed: &str, random: &mut Random) -> String {
-    match random.below(6) {
+/// Words, numbers, strings' parts and single characters, blanks included, in order.
+fn tokens(text: &str) -> Vec<&str> {
+    let mut tokens = Vec::new();
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        let wordy = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.');
+        let len =
+            if wordy(first) { rest.find(|c| !wordy(c)).unwrap_or(rest.len()) } else { first.len_utf8() };
+        tokens.push(&rest[..len]);
+        rest = &rest[len..];
+    }
+    tokens
+}
+
+/// One change to `text`; `other` is a text to borrow from.
+fn mutate(text: &str, other: &str, random: &mut Random) -> String {
+    match random.below(11) {
         0 => {
-            let mut bytes = seed.as_bytes().to_vec();
-            let at = random.below(bytes.len());
-            bytes[at] ^= 1 << random.below(8);
+            let mut bytes = text.as_bytes().to_vec();
+            if !bytes.is_empty() {
+                let at = random.below(bytes.len());
+                bytes[at] ^= 1 << random.below(8);
+            }
             String::from_utf8_lossy(&bytes).into_owned()
         }
-        1 => {
-            let mut lines: Vec<&str> = seed.lines().collect();
+        1 => edit_tokens(text, |tokens| {
+            let (a, b) = (random.below(tokens.len()), random.below(tokens.len()));
+            tokens.swap(a, b);
+        }),
+        2 => edit_tokens(text, |tokens| {
+            let start = random.below(tokens.len());
+            let end = (start + 1 + random.below(6)).min(tokens.len());
+            tokens.drain(start..end);
+        }),
+        3 => edit_lines(text, |lines| {
             let (from, to) = (random.below(lines.len()), random.below(lines.len()));
-            match random.below(3) {
-                0 => lines.insert(to, lines[from]),
-                1 => drop(lines.remove(from)),
-                _ => lines.swap(from, to),
-            }
-            lines.join("\n") + "\n"
-        }
-        kind => {
-            let mut parts = pieces(seed);
-            let (at, other) = (random.below(parts.len()), random.below(parts.len()));
+            lines.insert(to, lines[from]);
+        }),
+        4 => edit_lines(text, |lines| {
+            let at = random.below(lines.len());
+            lines.remove(at);
+        }),
+        5 => edit_lines(text, |lines| {
+            let (a, b) = (random.below(lines.len()), random.below(lines.len()));
+            lines.swap(a, b);
+        }),
+        6 | 7 => edit_tokens(text, |tokens| {
             let numbers: Vec<usize> =
-                (0..parts.len()).filter(|i| parts[*i].starts_with(|c: char| c.is_ascii_digit())).collect();
-            match kind {
-                2 => parts.swap(at, other),
-                3 => drop(parts.remove(at)),
-                4 if !numbers.is_empty() => parts[random.pick(&numbers)] = random.pick(&NUMBERS),
-                _ => parts.insert(at, random.pick(&TOKENS)),
+                (0..tokens.len()).filter(|i| tokens[*i].starts_with(|c: char| c.is_ascii_digit())).collect();
+            if let Some(at) = numbers.get(random.below(numbers.len())) {
+                tokens[*at] = FORGERIES[random.below(FORGERIES.len())];
             }
-            parts.concat()
+        }),
+        8 => {
+            let borrowed = tokens(other);
+            edit_tokens(text, |tokens| {
+                let at = random.below(tokens.len());
+                tokens[at] = borrowed[random.below(borrowed.len())];
+            })
         }
+        9 => {
+            let piece = PIECES[random.below(PIECES.len())].repeat([1, 1, 1, 2, 40, 400][random.below(6)]);
+            edit_tokens(text, |tokens| tokens.insert(random.below(tokens.len()), &piece))
+        }
+        _ => edit_tokens(text, |tokens| tokens.truncate(random.below(tokens.len()))),
     }
 }
 
-fn seeds() -> Vec<String> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/modules");
-    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
-    files.sort();
-    files.into_iter().map(|p| fs::read_to_string(p).unwrap()).collect()
+fn edit_tokens<'a>(text: &'a str, edit: impl FnOnce(&mut Vec<&'a str>)) -> String {
+    let mut tokens = tokens(text);
+    if !tokens.is_empty() {
+        edit(&mut tokens);
+    }
+    tokens.concat()
 }
 
-/// Whether the mutant parsed and whether it verified.
-fn check(text: &str) -> (bool, bool) {
-    let Ok(module) = parse(text) else { return (false, false) };
-    let printed = print(&module);
-    let verified = match verify(&module) {
-        Ok(_) => true,
-        Err(violations) => {
-            report(&module, &violations);
-            false
+fn edit_lines<'a>(text: &'a str, edit: impl FnOnce(&mut Vec<&'a str>)) -> String {
+    let mut lines: Vec<&str> = text.split('\n').collect();
+    edit(&mut lines);
+    lines.join("\n")
+}
+
+/// What reading came to; panics if a promise of the text form is broken.
+fn read(text: &str) -> Option<Module> {
+    let module = match parse(text) {
+        Ok(module) => module,
+        Err(error) => {
+            assert_eq!((error.kind(), error.code()), (Kind::BadInput, "ir/syntax"));
+            let place = error.place().unwrap();
+            let (line, column) = place.split_once(':').unwrap();
+            let line: usize = line.parse().unwrap();
+            assert!(line >= 1 && line <= text.lines().count().max(1), "line {line}");
+            assert!(column.parse::<usize>().unwrap() >= 1);
+            return None;
         }
     };
-    if verified {
-        let again = parse(&printed).unwrap_or_else(|e| panic!("{e}\n{printed}"));
-        assert_eq!(print(&again), printed);
-        // A float that is not a number differs from itself.
-        assert!(again == module || printed.contains("nan"), "{printed}");
-        assert!(verify(&again).is_ok(), "{printed}");
-    }
-    (true, verified)
-}
-
-#[test]
-fn mutants_neither_panic_nor_linger() {
-    let seeds = seeds();
-    let mut random = Random(20_240_601);
-    let (mut parsed, mut verified) = (0, 0);
-    for round in 0..MUTANTS {
-        let mut text = mutate(&seeds[round % seeds.len()], &mut random);
-        for _ in 0..random.below(3) {
-            text = mutate(&text, &mut random);
-        }
-        let started = Instant::now();
-        let result = std::panic::catch_unwind(|| check(&text));
-        let (parses, verifies) = result.unwrap_or_else(|_| panic!("mutant {round} panics:\n{text}"));
-        assert!(started.elapsed() < Duration::from_secs(5), "mutant {round} lingers:\n{text}");
-        parsed += usize::from(parses);
-        verified += usize::from(verifies);
-    }
-    // Mutants that all fail at the first token would test nothing.
-    assert!(parsed > MUTANTS / 20 && verified > MUTANTS / 50, "{parsed} parsed, {verified} verified");
-}
-
-#[test]
-fn texts_made_to_hurt_are_refused_or_done_quickly() {
-    let module = |body: &str| format!("module @m phase imported {{\n{body}\n}}\n");
-    let graph = |node: &str| {
-        let dims: String = ('a'..='z').map(|c| format!("dim ${c} in 1..=64\n")).collect();
-        module(&format!("{dims}graph @g(%0 \"x\": f32[$a]) -> (\"y\": f32[$a]) {{\n{node}\nreturn %1\n}}"))
-    };
-    let sum: Vec<String> = ('a'..='z').map(|c| format!("${c}")).collect();
-    let factor = format!("({})", sum.join(" + "));
-    let pairs: Vec<String> =
-        ('a'..='y').step_by(2).map(|c| format!("${c} + ${}", (c as u8 + 1) as char)).collect();
-    let squares = |n: usize| (0..n).map(|i| format!("{}*$a + $b", i + 2)).collect::<Vec<_>>().join(", ");
-    let texts = [
-        graph(&format!("%1 = exp %0 : f32[{}$a{}]", "(".repeat(100_000), ")".repeat(100_000))),
-        graph(&format!("%1 = reshape %0 {{shape = {}}} : f32[$a]", "[".repeat(100_000))),
-        graph(&format!("%1 = pointwise %0 {{body = {}}} : f32[$a]", "f(".repeat(100_000))),
-        graph(&format!("%1 = exp %0 : f32[{}]", "max(".repeat(100_000))),
-        graph(&format!("%1 = exp %0 : f32[{}]", "-".repeat(100_000))),
-        graph(&format!("%1 = exp %0 : f32[{}]", [factor.as_str(); 8].join("*"))),
-        graph(&format!("%1 = reshape %0 {{shape = [{}]}} : f32[$a]", pairs.join(", "))),
-        graph(&format!("%1 = reshape %0 {{shape = [{}]}} : f32[{}]", pairs.join(", "), pairs.join(", "))),
-        graph(&format!("%1 = exp %0 : f32[max({})]", squares(64))),
-        graph(&format!("%1 = exp %0 : f32[max({})]", squares(5_000))),
-        graph("%4294967295 = exp %0 : f32[$a]"),
-        graph("%18446744073709551615 = exp %0 : f32[$a]"),
-        graph(&format!("%1 = {} %0 : f32[$a]", "x".repeat(500_000))),
-        module(&format!(
-            "weight @{0} : f32[1] = splat(1.0)\nweight @b : f32[1] = cast(@{0}b)",
-            "a".repeat(300_000)
-        )),
-        module(
-            &(0..20_000)
-                .map(|i| format!("weight @w{i} : f32[1] = reshape(@w{})\n", i + 1))
-                .collect::<String>(),
-        ),
-        (0..50_000).map(|_| "\"\\u{").collect(),
-        "%".repeat(500_000),
-        "é".repeat(300_000),
+    let bounds = [
+        module.weights.bound(),
+        module.states.bound(),
+        module.arenas.bound(),
+        module.kernels.bound(),
+        module.graph.nodes.bound(),
+        module.graph.values.bound(),
     ];
-    for text in texts {
-        let started = Instant::now();
-        check(&text);
-        assert!(started.elapsed() < Duration::from_secs(5), "lingers: {:.80}", text);
+    assert!(bounds.iter().all(|b| *b <= text.len()), "{bounds:?} slots for {} bytes", text.len());
+    let printed = print(&module);
+    let again = parse(&printed).unwrap_or_else(|e| panic!("printed text does not read back: {e}\n{printed}"));
+    assert_eq!(print(&again), printed);
+    // NaN is unequal to itself; its modules are compared as text only.
+    if !printed.contains("nan") {
+        assert!(again == module, "the module read back differs\n{printed}");
     }
+    Some(module)
+}
+
+/// Whether the module is legal; if not, its report has a line for every violation.
+fn judge(module: &Module) -> bool {
+    let Err(violations) = verify(module) else { return true };
+    assert!(report(module, &violations).lines().count() >= violations.len());
+    false
 }
 
 #[test]
-fn a_long_module_takes_linear_time() {
-    let text = |nodes: usize| {
-        let mut text = String::from("module @m phase imported {\n  state @s : f32[4, 4, 4, 4]\n");
-        text.push_str("  graph @g(%0 \"x\": f32[4, 4, 4], %1 \"starts\": i32[3], %2 \"lens\": i32[2], ");
-        text.push_str("%3 \"table\": i32[2, 4]) -> (\"y\": f32[4, 4, 4, 4]) {\n");
-        for id in 4..4 + nodes {
-            let version = if id == 4 { "@s".to_string() } else { format!("%{}", id - 1) };
-            text.push_str(&format!("    %{id} = kv_append {version}, %0, %1, %2, %3 : f32[4, 4, 4, 4]\n"));
+fn broken_texts_never_panic_and_survivors_read_back_the_same() {
+    let seeds = common::modules();
+    let mut random = Random(1);
+    let (mut parsed, mut legal) = (0, 0);
+    for round in 0..30_000 {
+        let (name, text) = &seeds[round % seeds.len()];
+        let mut text = text.clone();
+        for _ in 0..1 + random.below(6) / 3 {
+            let other = random.below(seeds.len());
+            text = mutate(&text, &seeds[other].1, &mut random);
         }
-        text.push_str(&format!("    return %{}\n  }}\n}}\n", 3 + nodes));
-        text
-    };
-    let time = |nodes: usize| {
-        let text = text(nodes);
-        let started = Instant::now();
-        let module = parse(&text).unwrap();
-        assert!(verify(&module).is_ok());
-        assert_eq!(print(&module), text);
-        started.elapsed()
-    };
-    time(1_000);
-    let (short, long) = (time(5_000), time(40_000));
-    // Eight times the nodes; quadratic work would take sixty-four times as long.
-    assert!(long < short * 32 + Duration::from_millis(200), "{short:?} and {long:?}");
+        let outcome = catch_unwind(AssertUnwindSafe(|| read(&text).map(|module| judge(&module))));
+        match outcome {
+            Ok(None) => {}
+            Ok(Some(sound)) => {
+                parsed += 1;
+                legal += usize::from(sound);
+            }
+            Err(_) => panic!("round {round}, a mutation of {name}:\n{text}"),
+        }
+    }
+    // Mutations that never get past the lexer, or that change nothing, would test little.
+    assert!(parsed > 1000, "only {parsed} texts were read");
+    assert!(legal > 100 && legal < parsed, "{legal} of {parsed} modules were legal");
 }

@@ -1,1 +1,3 @@
 //! Millrace runtime.
+
+pub mod generation;

@@ -1,0 +1,109 @@
+//! The plan checker: recomputes lifetimes on its own and compares every pair of values. Shares no code with the
+//! planner, so that a mistake there cannot hide here.
+
+use crate::arena::Id;
+use crate::dim::Bindings;
+use crate::graph::*;
+
+/// Two values that are alive together in the same bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overlap {
+    /// One value, empty text form if it has no place.
+    pub first: ValueId,
+    /// The other.
+    pub second: ValueId,
+    /// Why that is wrong.
+    pub message: String,
+}
+
+/// Checks the places of a planned module under `bindings`.
+///
+/// # Errors
+/// The first overlap found, or a value whose place has no number here.
+pub fn check(module: &Module, bindings: &Bindings) -> Result<(), Overlap> {
+    struct Placed {
+        value: ValueId,
+        arena: ArenaId,
+        low: u64,
+        high: u64,
+        /// Instants: node k writes at 2k + 1 and reads at 2k.
+        born: usize,
+        dies: usize,
+    }
+    let graph = &module.graph;
+    let mut placed: Vec<Placed> = Vec::new();
+    for (at, id) in graph.order.iter().enumerate() {
+        for result in &graph.nodes[*id].results {
+            let value = &graph.values[*result];
+            let Some(Place::Arena { arena, offset }) = &value.place else { continue };
+            let numbers = offset.extent(bindings).zip(value.ty.bytes().extent(bindings));
+            let Some((low, bytes)) = numbers else {
+                let message = format!("offset {offset} or size of {} has no value", value.ty);
+                return Err(Overlap { first: *result, second: *result, message });
+            };
+            // Even an unread result is written, hence alive for that instant.
+            placed.push(Placed {
+                value: *result,
+                arena: *arena,
+                low,
+                high: low.saturating_add(bytes),
+                born: 2 * at + 1,
+                dies: 2 * at + 2,
+            });
+        }
+    }
+    let mut index = vec![usize::MAX; graph.values.bound()];
+    placed.iter().enumerate().for_each(|(i, p)| index[p.value.index()] = i);
+    for (at, id) in graph.order.iter().enumerate() {
+        for operand in &graph.nodes[*id].operands {
+            if let Operand::Value(v) = operand
+                && let Some(p) = placed.get_mut(index[v.index()])
+            {
+                p.dies = p.dies.max(2 * at + 2);
+            }
+        }
+    }
+    // A node may write over an operand that it names as its in-place operand, at the same offset.
+    let shares = |a: &Placed, b: &Placed| {
+        let Def::Node { node, index } = graph.values[b.value].def else { return false };
+        let Some(node) = graph.nodes.get(node) else { return false };
+        let traits = node.op.traits();
+        let named = traits.in_place.and_then(|i| node.operands.get(i));
+        let takes_over = index == 0 && named == Some(&Operand::Value(a.value)) && a.low == b.low;
+        let read_once = node.operands.iter().filter(|o| **o == Operand::Value(a.value)).count() == 1;
+        takes_over && (traits.view || (a.dies == b.born + 1 && read_once))
+    };
+    // Views of one buffer may live together; find the buffer each view starts from.
+    let root = |start: &Placed| {
+        let mut value = start.value;
+        for _ in 0..graph.order.len() {
+            let Def::Node { node, index: 0 } = graph.values[value].def else { break };
+            let node = &graph.nodes[node];
+            match node.operands.first() {
+                Some(Operand::Value(from)) if node.op.traits().view && index[from.index()] != usize::MAX => {
+                    value = *from
+                }
+                _ => break,
+            }
+        }
+        value
+    };
+    for (i, a) in placed.iter().enumerate() {
+        for b in &placed[i + 1..] {
+            let apart = a.arena != b.arena || a.high <= b.low || b.high <= a.low;
+            let together = a.born < b.dies && b.born < a.dies;
+            if apart || !together || shares(a, b) || shares(b, a) {
+                continue;
+            }
+            if a.low == b.low && root(a) == root(b) {
+                continue;
+            }
+            let message = format!(
+                "{} at {}..{} and {} at {}..{} are alive together",
+                a.value, a.low, a.high, b.value, b.low, b.high
+            );
+            return Err(Overlap { first: a.value, second: b.value, message });
+        }
+    }
+    Ok(())
+}

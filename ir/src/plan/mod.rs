@@ -1,0 +1,15 @@
+//! Activation memory: who lives when, where it lies, and an independent proof that nothing overlaps.
+//!
+//! One symbolic plan, two evaluations: [`pack()`] solves the offsets at the symbols' upper bounds; [`symbolic`] keeps
+//! only which buffer lies below which, and writes each offset as the maximum of the ends of the buffers below it.
+//! Such offsets are right for every binding, so a dynamic session evaluates the same plan at the real shape.
+
+mod check;
+mod liveness;
+mod pack;
+mod symbolic;
+
+pub use check::{Overlap, check};
+pub use liveness::{Buffer, Liveness, liveness};
+pub use pack::{Item, Packing, lower_bound, pack};
+pub use symbolic::{aligned_size, symbolic};

@@ -1,0 +1,402 @@
+//! Attention with an online softmax: scores exist for one block of 32 keys at a time.
+//!
+//! A task is a block of query rows of one sequence and one key head. Each key block is widened and transposed once for
+//! all rows and query heads of the task; every row then visits the blocks it can see in rising order, so its
+//! result does not depend on the other rows (Milakov and Gimelshein 2018 for the online softmax).
+
+use millrace_ir::Result;
+
+use super::element::Element;
+use super::math::exp;
+use super::paging::{Paging, spans};
+use super::parallel::{Pool, Shared};
+use super::simd::dispatch;
+
+/// Keys of one block.
+const KEYS: usize = 32;
+
+/// Query rows of one task.
+const ROWS: usize = 16;
+
+/// Sizes and masking of an attention call.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; query head `h` uses `h / (heads / kv_heads)`.
+    pub kv_heads: usize,
+    /// Head size.
+    pub d: usize,
+    /// Factor on `q . k`.
+    pub scale: f32,
+    /// Position `i` sees `j <= i` only.
+    pub causal: bool,
+    /// With w > 0, position `i` sees `j > i - w` only.
+    pub window: usize,
+}
+
+struct Task {
+    sequence: usize,
+    /// First packed row and number of rows.
+    row: usize,
+    count: usize,
+    /// Position of the first row.
+    position: usize,
+    /// Keys of the sequence.
+    keys: usize,
+    kv_head: usize,
+}
+
+/// State of one query row and head while blocks go by.
+#[derive(Clone)]
+struct Running {
+    top: f32,
+    total: f32,
+}
+
+dispatch! {
+    /// Scores of one query against a transposed key block `[d, 32]`.
+    pub fn scores(q: &[f32], keys: &[f32], out: &mut [f32; 32]) {
+        let mut sums = [0f32; 32];
+        for (x, k) in q.iter().zip(keys.chunks_exact(32)) {
+            for j in 0..32 {
+                sums[j] += x * k[j];
+            }
+        }
+        *out = sums;
+    }
+}
+
+dispatch! {
+    /// Adds `weights[j] * values[j]` to `out`, `j` rising; `values [32, d]`.
+    pub fn weigh(weights: &[f32], values: &[f32], out: &mut [f32]) {
+        let d = out.len();
+        for (w, v) in weights.iter().zip(values.chunks_exact(d)) {
+            out.iter_mut().zip(v).for_each(|(o, v)| *o += w * v);
+        }
+    }
+}
+
+dispatch! {
+    /// Turns scores into weights `e^(s - top)`; masked ones are minus infinity and become 0.
+    pub fn exponentials(s: &mut [f32; 32], top: f32) {
+        s.iter_mut().for_each(|v| *v = exp(*v - top));
+    }
+}
+
+/// Reads the rows of one key block.
+trait Rows<T>: Sync {
+    /// The row of key `position` of `sequence` for a key head.
+    fn key(&self, sequence: usize, position: usize, head: usize) -> &[T];
+    fn value(&self, sequence: usize, position: usize, head: usize) -> &[T];
+}
+
+struct Paged<'a, T> {
+    k: &'a [T],
+    v: &'a [T],
+    paging: Paging<'a>,
+    heads: Heads,
+}
+
+struct Packed<'a, T> {
+    k: &'a [T],
+    v: &'a [T],
+    starts: &'a [(usize, usize)],
+    heads: Heads,
+}
+
+impl<T: Element> Rows<T> for Paged<'_, T> {
+    fn key(&self, sequence: usize, position: usize, head: usize) -> &[T] {
+        let at = (self.paging.slot(sequence, position) * self.heads.kv_heads + head) * self.heads.d;
+        &self.k[at..at + self.heads.d]
+    }
+    fn value(&self, sequence: usize, position: usize, head: usize) -> &[T] {
+        let at = (self.paging.slot(sequence, position) * self.heads.kv_heads + head) * self.heads.d;
+        &self.v[at..at + self.heads.d]
+    }
+}
+
+impl<T: Element> Rows<T> for Packed<'_, T> {
+    fn key(&self, sequence: usize, position: usize, head: usize) -> &[T] {
+        let at = ((self.starts[sequence].0 + position) * self.heads.kv_heads + head) * self.heads.d;
+        &self.k[at..at + self.heads.d]
+    }
+    fn value(&self, sequence: usize, position: usize, head: usize) -> &[T] {
+        let at = ((self.starts[sequence].0 + position) * self.heads.kv_heads + head) * self.heads.d;
+        &self.v[at..at + self.heads.d]
+    }
+}
+
+/// Attention over a paged cache `k, v [pages, tokens_per_block, kv_heads, d]` that holds this step's rows already;
+/// `q, out [t, heads, d]`. Causal by nature.
+///
+/// # Errors
+/// `run/bad-index` for index operands that do not fit.
+pub fn paged_attention<T: Element>(
+    pool: &Pool,
+    heads: Heads,
+    q: &[T],
+    (k, v): (&[T], &[T]),
+    paging: &Paging<'_>,
+    out: &mut [T],
+) -> Result<()> {
+    let heads = Heads { causal: true, ..heads };
+    let rows = q.len().checked_div(heads.heads * heads.d).unwrap_or(0);
+    let sequences = paging.sequences(rows)?;
+    let spans = sequences.iter().map(|(start, end, past)| (*start, *end, *past, past + end - start));
+    run(pool, heads, q, &Paged { k, v, paging: *paging, heads }, spans, out);
+    Ok(())
+}
+
+/// Attention within packed sequences; `q, out [t, heads, d]`, `k, v [t, kv_heads, d]`.
+///
+/// # Errors
+/// `run/bad-index` unless `seq_starts` rises from 0 to `t`.
+pub fn packed_attention<T: Element>(
+    pool: &Pool,
+    heads: Heads,
+    q: &[T],
+    (k, v): (&[T], &[T]),
+    seq_starts: &[i32],
+    out: &mut [T],
+) -> Result<()> {
+    let rows = q.len().checked_div(heads.heads * heads.d).unwrap_or(0);
+    let starts = spans(seq_starts, rows)?;
+    let spans = starts.iter().map(|(start, end)| (*start, *end, 0, end - start));
+    run(pool, heads, q, &Packed { k, v, starts: &starts, heads }, spans, out);
+    Ok(())
+}
+
+fn run<T: Element>(
+    pool: &Pool,
+    heads: Heads,
+    q: &[T],
+    rows: &impl Rows<T>,
+    spans: impl Iterator<Item = (usize, usize, usize, usize)>,
+    out: &mut [T],
+) {
+    let mut tasks = Vec::new();
+    let mut work = 0;
+    for (sequence, (start, end, past, keys)) in spans.enumerate() {
+        for row in (start..end).step_by(ROWS) {
+            let count = ROWS.min(end - row);
+            work += count * keys * heads.d * heads.heads * 2;
+            let position = past + row - start;
+            tasks.extend((0..heads.kv_heads).map(|kv_head| Task {
+                sequence,
+                row,
+                count,
+                position,
+                keys,
+                kv_head,
+            }));
+        }
+    }
+    let shared = Shared::new(out);
+    pool.run(tasks.len(), work, |index| attend(pool, heads, q, rows, &tasks[index], &shared));
+}
+
+fn attend<T: Element>(
+    pool: &Pool,
+    heads: Heads,
+    q: &[T],
+    rows: &impl Rows<T>,
+    task: &Task,
+    out: &Shared<'_, T>,
+) {
+    let Heads { heads: query_heads, kv_heads, d, scale, causal, window } = heads;
+    let group = query_heads / kv_heads.max(1);
+    let lanes = task.count * group;
+    // Query lanes are (row, head of the group), scaled once.
+    let mut queries = vec![0f32; lanes * d];
+    for (lane, to) in queries.chunks_exact_mut(d).enumerate() {
+        let at = ((task.row + lane / group) * query_heads + task.kv_head * group + lane % group) * d;
+        T::widen(&q[at..at + d], to);
+        to.iter_mut().for_each(|x| *x *= scale);
+    }
+    let mut sums = vec![0f32; lanes * d];
+    let mut running = vec![Running { top: f32::NEG_INFINITY, total: 0.0 }; lanes];
+    let (mut keys, mut values) = (vec![0f32; d * KEYS], vec![0f32; KEYS * d]);
+    let mut row_buffer = vec![0f32; d];
+    let last = if causal { task.keys.min(task.position + task.count) } else { task.keys };
+    let first = if window == 0 { 0 } else { (task.position + 1).saturating_sub(window) };
+    for block in (first / KEYS * KEYS..last).step_by(KEYS) {
+        let count = KEYS.min(last - block);
+        for j in 0..count {
+            T::widen(rows.key(task.sequence, block + j, task.kv_head), &mut row_buffer);
+            row_buffer.iter().enumerate().for_each(|(i, x)| keys[i * KEYS + j] = *x);
+            T::widen(rows.value(task.sequence, block + j, task.kv_head), &mut values[j * d..(j + 1) * d]);
+        }
+        for lane in 0..lanes {
+            let position = task.position + lane / group;
+            let low = if window == 0 { 0 } else { (position + 1).saturating_sub(window) };
+            let high = if causal { position + 1 } else { task.keys };
+            if high <= block || low >= block + count {
+                continue;
+            }
+            let mut s = [0f32; KEYS];
+            scores(pool.isa, &queries[lane * d..(lane + 1) * d], &keys, &mut s);
+            for (j, s) in s.iter_mut().enumerate() {
+                if j >= count || block + j < low || block + j >= high {
+                    *s = f32::NEG_INFINITY;
+                }
+            }
+            let state = &mut running[lane];
+            let top = s.iter().copied().fold(state.top, f32::max);
+            let shrink = if state.top == f32::NEG_INFINITY { 0.0 } else { exp(state.top - top) };
+            exponentials(pool.isa, &mut s, top);
+            state.total = state.total * shrink + s.iter().sum::<f32>();
+            state.top = top;
+            let sum = &mut sums[lane * d..(lane + 1) * d];
+            if shrink != 1.0 {
+                sum.iter_mut().for_each(|v| *v *= shrink);
+            }
+            // Masked keys have weight 0 and their stale values are finite, so all 32 may be added; but stale
+            // values of a short block could be NaN, so only the block's own are.
+            weigh(pool.isa, &s[..count], &values, sum);
+        }
+    }
+    for (lane, sum) in sums.chunks_exact_mut(d).enumerate() {
+        let total = running[lane].total;
+        let factor = if total > 0.0 { 1.0 / total } else { 0.0 };
+        sum.iter_mut().for_each(|v| *v *= factor);
+        let at = ((task.row + lane / group) * query_heads + task.kv_head * group + lane % group) * d;
+        // SAFETY: a task owns its rows and the query heads of its key head.
+        #[allow(unsafe_code)]
+        T::narrow(sum, unsafe { out.range(at, d) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Isa;
+
+    fn noise(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        (0..n)
+            .map(|_| {
+                state = state.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
+                (state >> 8) as f32 / (1 << 22) as f32 - 2.0
+            })
+            .collect()
+    }
+
+    /// Plain softmax attention of one query over listed keys, in f64.
+    fn naive(q: &[f32], keys: &[&[f32]], values: &[&[f32]], scale: f32) -> Vec<f64> {
+        let dot =
+            |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+        let scores: Vec<f64> = keys.iter().map(|k| dot(q, k) * f64::from(scale)).collect();
+        let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = scores.iter().map(|s| (s - top).exp()).sum();
+        (0..q.len())
+            .map(|i| scores.iter().zip(values).map(|(s, v)| (s - top).exp() / total * f64::from(v[i])).sum())
+            .collect()
+    }
+
+    fn packed_case(isa: Isa, causal: bool, window: usize, heads: usize, kv_heads: usize, d: usize) {
+        let starts = [0, 5, 5, 75];
+        let t = 75;
+        let (q, k, v) = (noise(t * heads * d, 1), noise(t * kv_heads * d, 2), noise(t * kv_heads * d, 3));
+        let shape = Heads { heads, kv_heads, d, scale: 0.3, causal, window };
+        let mut out = vec![f32::NAN; t * heads * d];
+        packed_attention(&Pool::with_isa(2, isa), shape, &q, (&k, &v), &starts, &mut out).unwrap();
+        for (start, end) in [(0, 5), (5, 75)] {
+            for i in start..end {
+                for h in 0..heads {
+                    let sees = |j: usize| (!causal || j <= i) && (window == 0 || j + window > i);
+                    let row =
+                        |x: &'_ [f32], j: usize| x[(j * kv_heads + h * kv_heads / heads) * d..][..d].to_vec();
+                    let visible: Vec<usize> = (start..end).filter(|j| sees(*j)).collect();
+                    let keys: Vec<Vec<f32>> = visible.iter().map(|j| row(&k, *j)).collect();
+                    let values: Vec<Vec<f32>> = visible.iter().map(|j| row(&v, *j)).collect();
+                    let keys: Vec<&[f32]> = keys.iter().map(Vec::as_slice).collect();
+                    let values: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
+                    let at = (i * heads + h) * d;
+                    for (found, expected) in
+                        out[at..at + d].iter().zip(naive(&q[at..at + d], &keys, &values, 0.3))
+                    {
+                        assert!(
+                            (f64::from(*found) - expected).abs() < 2e-5,
+                            "{isa:?} row {i} head {h}: {found} {expected}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn packed_attention_meets_the_definition() {
+        for isa in Isa::available() {
+            packed_case(isa, false, 0, 4, 4, 16);
+            packed_case(isa, true, 0, 4, 2, 24);
+            packed_case(isa, true, 9, 6, 1, 7);
+        }
+    }
+
+    /// The same tokens in one prefill, in chunks and one by one, through shuffled pages, agree bitwise, and
+    /// agree with packed attention.
+    #[test]
+    fn paging_and_chunking_do_not_matter() {
+        let (heads, kv_heads, d, t, block) = (4, 2, 16, 83, 8);
+        for (isa, window) in Isa::available().into_iter().flat_map(|i| [(i, 0), (i, 20)]) {
+            let pool = Pool::with_isa(2, isa);
+            let shape = Heads { heads, kv_heads, d, scale: 0.25, causal: true, window };
+            let (q, k, v) = (noise(t * heads * d, 4), noise(t * kv_heads * d, 5), noise(t * kv_heads * d, 6));
+            let mut expected = vec![0f32; q.len()];
+            packed_attention(&pool, shape, &q, (&k, &v), &[0, t as i32], &mut expected).unwrap();
+            let table: Vec<i32> = (0..11).map(|i| (i * 7 + 3) % 11).collect();
+            for chunk in [83, 30, 1] {
+                let width = kv_heads * d;
+                let (mut kc, mut vc) =
+                    (vec![f32::NAN; 11 * block * width], vec![f32::NAN; 11 * block * width]);
+                let mut out = vec![0f32; q.len()];
+                for start in (0..t).step_by(chunk) {
+                    let end = t.min(start + chunk);
+                    let (starts, lens) = ([0, (end - start) as i32], [end as i32]);
+                    let paging = Paging {
+                        seq_starts: &starts,
+                        kv_lens: &lens,
+                        block_table: &table,
+                        tokens_per_block: block,
+                        pages: 11,
+                    };
+                    super::super::paging::kv_append(&mut kc, &k[start * width..end * width], width, &paging)
+                        .unwrap();
+                    super::super::paging::kv_append(&mut vc, &v[start * width..end * width], width, &paging)
+                        .unwrap();
+                    let rows = start * heads * d..end * heads * d;
+                    paged_attention(&pool, shape, &q[rows.clone()], (&kc, &vc), &paging, &mut out[rows])
+                        .unwrap();
+                }
+                assert_eq!(out, expected, "chunks of {chunk} on {isa:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn bad_indices_are_errors() {
+        let shape = Heads { heads: 1, kv_heads: 1, d: 2, scale: 1.0, causal: true, window: 0 };
+        let pool = Pool::new(1);
+        let mut out = [0f32; 2];
+        let cache = [0f32; 8];
+        for (starts, lens, table) in [
+            ([0, 2], [1], [0]),
+            ([0, 1], [9], [0]),
+            ([0, 1], [1], [7]),
+            ([0, 1], [1], [-1]),
+            ([0, 1], [0], [0]),
+        ] {
+            let paging = Paging {
+                seq_starts: &starts,
+                kv_lens: &lens,
+                block_table: &table,
+                tokens_per_block: 4,
+                pages: 1,
+            };
+            let result = paged_attention(&pool, shape, &[1.0, 1.0], (&cache, &cache), &paging, &mut out);
+            assert_eq!(result.unwrap_err().code(), "run/bad-index");
+        }
+    }
+}

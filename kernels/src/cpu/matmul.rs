@@ -1,0 +1,378 @@
+//! Matrix products with packed weights and an epilogue in the tile.
+//!
+//! A packed weight is a sequence of panels of [`PANEL`] output columns, `[k, 32]` each; segments of columns are padded
+//! separately. Work is cut into tasks of one panel group and one block of rows; within a task the inner extent runs in
+//! blocks that keep both operands in cache, in rising order, so that every element is one chain.
+
+use super::element::Element;
+use super::math::{Activation, activate};
+use super::parallel::{Pool, Shared};
+use super::simd::{TILE_ROWS, tile};
+
+pub use super::simd::PANEL;
+
+/// Inner extent of one block: a panel block of f32 is 64 KiB.
+const INNER: usize = 512;
+
+/// Rows of one task.
+const ROWS: usize = 96;
+
+/// A step between accumulators and store, with its operand.
+#[derive(Clone, Copy, Debug)]
+pub enum Epilogue<'a, T> {
+    /// Adds `[n]` over all segments.
+    Bias(&'a [T]),
+    /// Applies a function.
+    Activation(Activation),
+    /// Adds `[m, width]`.
+    Residual(&'a [T]),
+    /// Multiplies by `[m, width]`.
+    Mul(&'a [T]),
+    /// Two equal segments become `activation(gate) * up`; only a bias may stand before it.
+    Glu(Activation),
+}
+
+/// One product. Output `s` is `[m, n_s]` for segment `s`; a gated product has one output.
+pub struct Matmul<'a, T, B> {
+    /// Rows of `a`.
+    pub m: usize,
+    /// Inner extent.
+    pub k: usize,
+    /// `[m, k]`
+    pub a: &'a [T],
+    /// Packed weight of all segments.
+    pub b: &'a [B],
+    /// Columns of each segment.
+    pub segments: &'a [usize],
+    /// Steps before the store.
+    pub epilogue: &'a [Epilogue<'a, T>],
+}
+
+/// Elements of a weight packed with these segments.
+pub fn packed_len(segments: &[usize], k: usize) -> usize {
+    segments.iter().map(|n| n.div_ceil(PANEL) * PANEL * k).sum()
+}
+
+/// Packs `w [n, k]`, `n` the sum of `segments`.
+pub fn pack_matrix<T: Element>(w: &[T], segments: &[usize], k: usize) -> Vec<T> {
+    let mut packed = vec![T::default(); packed_len(segments, k)];
+    let mut panels = packed.chunks_exact_mut((PANEL * k).max(1));
+    let mut row = 0;
+    for n in segments {
+        for first in (0..*n).step_by(PANEL) {
+            let Some(panel) = panels.next() else { return packed };
+            for j in 0..PANEL.min(n - first) {
+                for i in 0..k {
+                    panel[i * PANEL + j] = w[(row + first + j) * k + i];
+                }
+            }
+        }
+        row += n;
+    }
+    packed
+}
+
+/// Where a panel's columns go.
+#[derive(Clone, Copy)]
+struct Target {
+    /// First column over all segments, for the bias.
+    column: usize,
+    /// Segment.
+    segment: usize,
+    /// First column within the segment.
+    within: usize,
+    /// Columns that exist.
+    width: usize,
+}
+
+fn targets(segments: &[usize]) -> Vec<Target> {
+    let mut targets = Vec::new();
+    let mut column = 0;
+    for (segment, n) in segments.iter().enumerate() {
+        for within in (0..*n).step_by(PANEL) {
+            targets.push(Target { column: column + within, segment, within, width: PANEL.min(n - within) });
+        }
+        column += n;
+    }
+    targets
+}
+
+impl<T: Element, B: Element> Matmul<'_, T, B> {
+    /// Runs the product. `outputs` hold `m * n_s` elements each; sizes are the caller's promise and are asserted.
+    pub fn run<O: Element>(&self, pool: &Pool, outputs: &mut [&mut [O]]) {
+        let Matmul { m, k, a, b, segments, epilogue } = *self;
+        assert!(a.len() >= m * k && b.len() >= packed_len(segments, k), "operands are too short");
+        let glu = epilogue.iter().any(|e| matches!(e, Epilogue::Glu(_)));
+        assert_eq!(outputs.len(), if glu { 1 } else { segments.len() }, "one output per segment");
+        assert!(outputs.iter().zip(segments).all(|(o, n)| o.len() >= m * n), "outputs are too short");
+        if m == 0 {
+            return;
+        }
+        let all = targets(segments);
+        // A gated product computes panel p of both segments together.
+        let panels = if glu { all.len() / 2 } else { all.len() };
+        let blocks = m.div_ceil(ROWS);
+        // A few panels per task amortise claiming it when rows are few.
+        let group = (64 * 1024 / (k * PANEL * size_of::<B>()).max(1))
+            .clamp(1, panels.div_ceil(pool.threads() * 4).max(1));
+        let groups = panels.div_ceil(group);
+        let shared: Vec<Shared<'_, O>> = outputs.iter_mut().map(|o| Shared::new(o)).collect();
+        pool.run(groups * blocks, m * k * panels * PANEL, |task| {
+            let (group_index, block) = (task / blocks, task % blocks);
+            let rows = block * ROWS..m.min((block + 1) * ROWS);
+            let mut scratch = Vec::new();
+            let block_a = match T::as_f32(&a[rows.start * k..rows.end * k]) {
+                Some(block) => block,
+                None => {
+                    scratch.resize(rows.len() * k, 0f32);
+                    T::widen(&a[rows.start * k..rows.end * k], &mut scratch);
+                    &scratch
+                }
+            };
+            let mut acc = [0f32; ROWS * PANEL];
+            let mut up = [0f32; ROWS * PANEL];
+            for panel in group_index * group..panels.min((group_index + 1) * group) {
+                let target = all[panel];
+                let acc = &mut acc[..rows.len() * PANEL];
+                accumulate(pool, block_a, k, &b[panel * PANEL * k..][..PANEL * k], acc);
+                if glu {
+                    let other = panel + panels;
+                    let up = &mut up[..rows.len() * PANEL];
+                    accumulate(pool, block_a, k, &b[other * PANEL * k..][..PANEL * k], up);
+                    gate(pool, epilogue, target, all[other], acc, up);
+                }
+                let width = segments[target.segment];
+                let after = epilogue.iter().position(|e| matches!(e, Epilogue::Glu(_))).map_or(0, |p| p + 1);
+                finish(pool, &epilogue[after..], target, rows.start, width, acc);
+                for (r, row) in acc.chunks_exact(PANEL).enumerate() {
+                    let start = (rows.start + r) * width + target.within;
+                    // SAFETY: tasks own disjoint (panel, row block) rectangles of the outputs.
+                    #[allow(unsafe_code)]
+                    let out = unsafe { shared[target.segment].range(start, target.width) };
+                    O::narrow(&row[..target.width], out);
+                }
+            }
+        });
+    }
+}
+
+fn accumulate<B: Element>(pool: &Pool, a: &[f32], k: usize, panel: &[B], acc: &mut [f32]) {
+    acc.fill(0.0);
+    let rows = acc.len() / PANEL;
+    for start in (0..k).step_by(INNER) {
+        let inner = INNER.min(k - start);
+        let part = &panel[start * PANEL..(start + inner) * PANEL];
+        for first in (0..rows).step_by(TILE_ROWS) {
+            let count = TILE_ROWS.min(rows - first);
+            let acc = &mut acc[first * PANEL..(first + count) * PANEL];
+            tile(pool.isa, &a[first * k + start..], k, count, inner, part, acc);
+        }
+    }
+}
+
+fn gate<T: Element>(
+    pool: &Pool,
+    epilogue: &[Epilogue<'_, T>],
+    left: Target,
+    right: Target,
+    acc: &mut [f32],
+    up: &mut [f32],
+) {
+    for step in epilogue {
+        match step {
+            Epilogue::Bias(bias) => {
+                add_bias(bias, left, acc);
+                add_bias(bias, right, up);
+            }
+            Epilogue::Glu(f) => {
+                activate(pool.isa, *f, acc);
+                acc.iter_mut().zip(up.iter()).for_each(|(g, u)| *g *= u);
+                return;
+            }
+            _ => {}
+        }
+    }
+}
+
+fn add_bias<T: Element>(bias: &[T], target: Target, acc: &mut [f32]) {
+    let bias = &bias[target.column..target.column + target.width];
+    for row in acc.chunks_exact_mut(PANEL) {
+        row.iter_mut().zip(bias).for_each(|(v, b)| *v += b.to_f32());
+    }
+}
+
+fn finish<T: Element>(
+    pool: &Pool,
+    epilogue: &[Epilogue<'_, T>],
+    target: Target,
+    first_row: usize,
+    width: usize,
+    acc: &mut [f32],
+) {
+    for step in epilogue {
+        match step {
+            Epilogue::Bias(bias) => add_bias(bias, target, acc),
+            Epilogue::Activation(f) => activate(pool.isa, *f, acc),
+            Epilogue::Residual(x) | Epilogue::Mul(x) => {
+                let add = matches!(step, Epilogue::Residual(_));
+                for (r, row) in acc.chunks_exact_mut(PANEL).enumerate() {
+                    let at = (first_row + r) * width + target.within;
+                    for (v, x) in row.iter_mut().zip(&x[at..at + target.width]) {
+                        *v = if add { *v + x.to_f32() } else { *v * x.to_f32() };
+                    }
+                }
+            }
+            Epilogue::Glu(_) => {}
+        }
+    }
+}
+
+/// Batched product of two activations: `a [batch, m, k]`, `b [batch, k, n]` or `[batch, n, k]` when transposed, `out
+/// [batch, m, n]`. Batch strides of 0 repeat an operand.
+#[allow(clippy::too_many_arguments)]
+pub fn matmul_activations<T: Element, O: Element>(
+    pool: &Pool,
+    (m, n, k): (usize, usize, usize),
+    transpose_b: bool,
+    offsets: &[(usize, usize)],
+    a: &[T],
+    b: &[T],
+    out: &mut [O],
+) {
+    for ((a_at, b_at), out) in offsets.iter().zip(out.chunks_mut((m * n).max(1))) {
+        let b = &b[*b_at..b_at + n * k];
+        let packed = if transpose_b {
+            pack_matrix(b, &[n], k)
+        } else {
+            let turned: Vec<T> = (0..n * k).map(|i| b[i % k * n + i / k]).collect();
+            pack_matrix(&turned, &[n], k)
+        };
+        let product = Matmul { m, k, a: &a[*a_at..a_at + m * k], b: &packed, segments: &[n], epilogue: &[] };
+        product.run(pool, &mut [out]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Isa;
+    use half::bf16;
+
+    fn noise(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        (0..n)
+            .map(|_| {
+                state = state.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
+                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    fn reference(m: usize, n: usize, k: usize, a: &[f32], w: &[f32]) -> Vec<f64> {
+        (0..m * n)
+            .map(|i| (0..k).map(|l| f64::from(a[i / n * k + l]) * f64::from(w[i % n * k + l])).sum())
+            .collect()
+    }
+
+    fn close(found: &[f32], expected: &[f64], tolerance: f64) {
+        for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+            assert!(
+                (f64::from(*f) - e).abs() <= tolerance * (1.0 + e.abs()),
+                "element {i}: {f} instead of {e}"
+            );
+        }
+    }
+
+    #[test]
+    fn odd_shapes_on_every_instruction_set() {
+        for isa in Isa::available() {
+            for (m, n, k) in [(1, 1, 1), (1, 33, 7), (3, 64, 129), (13, 31, 5), (97, 70, 600), (5, 100, 1025)]
+            {
+                let (a, w) = (noise(m * k, 1), noise(n * k, 2));
+                let packed = pack_matrix(&w, &[n], k);
+                let mut out = vec![f32::NAN; m * n];
+                let pool = Pool::with_isa(2, isa);
+                Matmul { m, k, a: &a, b: &packed, segments: &[n], epilogue: &[] }.run(&pool, &mut [&mut out]);
+                close(&out, &reference(m, n, k, &a, &w), 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_its_neighbours() {
+        for isa in Isa::available() {
+            let (m, n, k) = (113, 75, 1030);
+            let (a, w) = (noise(m * k, 3), noise(n * k, 4));
+            let packed = pack_matrix(&w, &[n], k);
+            let mut all = vec![0f32; m * n];
+            let pool = Pool::with_isa(2, isa);
+            Matmul { m, k, a: &a, b: &packed, segments: &[n], epilogue: &[] }.run(&pool, &mut [&mut all]);
+            for r in [0, 1, 50, 112] {
+                let mut one = vec![0f32; n];
+                let alone = Pool::with_isa(1, isa);
+                let row = &a[r * k..(r + 1) * k];
+                Matmul { m: 1, k, a: row, b: &packed, segments: &[n], epilogue: &[] }
+                    .run(&alone, &mut [&mut one]);
+                assert_eq!(one, all[r * n..(r + 1) * n], "row {r} on {isa:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn segments_bias_gate_and_residual() {
+        let pool = Pool::new(2);
+        let (m, k) = (14, 40);
+        let segments = [45, 45];
+        let (a, w, bias, res) = (noise(m * k, 5), noise(90 * k, 6), noise(90, 7), noise(m * 45, 8));
+        let packed = pack_matrix(&w, &segments, k);
+        let (mut x, mut y) = (vec![0f32; m * 45], vec![0f32; m * 45]);
+        let epilogue = [Epilogue::Bias(&bias[..]), Epilogue::Activation(Activation::Relu)];
+        let product = Matmul { m, k, a: &a, b: &packed, segments: &segments, epilogue: &epilogue };
+        product.run(&pool, &mut [&mut x, &mut y]);
+        let plain = reference(m, 90, k, &a, &w);
+        let with_bias = |r: usize, c: usize| plain[r * 90 + c] + f64::from(bias[c]);
+        let left: Vec<f64> = (0..m * 45).map(|i| with_bias(i / 45, i % 45).max(0.0)).collect();
+        let right: Vec<f64> = (0..m * 45).map(|i| with_bias(i / 45, i % 45 + 45).max(0.0)).collect();
+        close(&x, &left, 1e-4);
+        close(&y, &right, 1e-4);
+        let epilogue =
+            [Epilogue::Bias(&bias[..]), Epilogue::Glu(Activation::Silu), Epilogue::Residual(&res[..])];
+        Matmul { epilogue: &epilogue, ..product }.run(&pool, &mut [&mut x]);
+        let gated: Vec<f64> = (0..m * 45)
+            .map(|i| {
+                let (g, u) = (with_bias(i / 45, i % 45), with_bias(i / 45, i % 45 + 45));
+                g / (1.0 + (-g).exp()) * u + f64::from(res[i])
+            })
+            .collect();
+        close(&x, &gated, 1e-4);
+    }
+
+    #[test]
+    fn bf16_weights_widen_exactly() {
+        let (m, n, k) = (9, 40, 77);
+        let narrow = |v: Vec<f32>| v.into_iter().map(<bf16 as Element>::from_f32).collect::<Vec<bf16>>();
+        let (a, w) = (narrow(noise(m * k, 9)), narrow(noise(n * k, 10)));
+        let wide = |v: &[bf16]| v.iter().map(|x| Element::to_f32(*x)).collect::<Vec<f32>>();
+        for isa in Isa::available() {
+            let mut out = vec![0f32; m * n];
+            let packed = pack_matrix(&w, &[n], k);
+            let product = Matmul { m, k, a: &a, b: &packed, segments: &[n], epilogue: &[] };
+            product.run(&Pool::with_isa(2, isa), &mut [&mut out]);
+            close(&out, &reference(m, n, k, &wide(&a), &wide(&w)), 1e-4);
+        }
+    }
+
+    #[test]
+    fn activations_multiply_in_both_orientations() {
+        let (m, n, k) = (5, 6, 7);
+        let (a, w) = (noise(2 * m * k, 11), noise(n * k, 12));
+        let turned: Vec<f32> = (0..n * k).map(|i| w[i % n * k + i / n]).collect();
+        let expected: Vec<f64> =
+            (0..2).flat_map(|b| reference(m, n, k, &a[b * m * k..(b + 1) * m * k], &w)).collect();
+        for (transposed, b) in [(true, &w), (false, &turned)] {
+            let mut out = vec![0f32; 2 * m * n];
+            matmul_activations(&Pool::new(1), (m, n, k), transposed, &[(0, 0), (m * k, 0)], &a, b, &mut out);
+            close(&out, &expected, 1e-5);
+        }
+    }
+}

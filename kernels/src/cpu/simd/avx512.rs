@@ -1,0 +1,88 @@
+//! The matmul tile with 512-bit vectors: up to 12 rows of 32 columns, 24 accumulators.
+
+use std::arch::x86_64::*;
+
+use super::{PANEL, TILE_ROWS};
+use crate::cpu::element::{Element, Widen};
+
+/// Loads 16 elements as f32.
+///
+/// # Safety
+/// AVX-512 F is there and 16 elements are readable at `at`.
+#[inline(always)]
+unsafe fn load<T: Element>(at: *const T) -> __m512 {
+    // SAFETY: the caller vouches for the pointer and the instruction set; loads are unaligned.
+    unsafe {
+        match T::WIDEN {
+            Widen::F32 => _mm512_loadu_ps(at.cast()),
+            Widen::Bf16 => {
+                let half = _mm256_loadu_si256(at.cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
+            }
+            Widen::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())),
+        }
+    }
+}
+
+/// # Safety
+/// AVX-512 F is there; sizes as [`super::tile`] checks them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn rows<T: Element, const R: usize>(
+    a: *const f32,
+    stride: usize,
+    k: usize,
+    panel: *const T,
+    acc: *mut f32,
+) {
+    // SAFETY: the caller checked that `a` holds R rows of k at `stride`, `panel` k rows and `acc` R rows of 32.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); 2]; R];
+        for (r, sum) in sums.iter_mut().enumerate() {
+            *sum = [_mm512_loadu_ps(acc.add(r * PANEL)), _mm512_loadu_ps(acc.add(r * PANEL + 16))];
+        }
+        for i in 0..k {
+            let b = [load(panel.add(i * PANEL)), load(panel.add(i * PANEL + 16))];
+            for (r, sum) in sums.iter_mut().enumerate() {
+                let x = _mm512_set1_ps(*a.add(r * stride + i));
+                sum[0] = _mm512_fmadd_ps(x, b[0], sum[0]);
+                sum[1] = _mm512_fmadd_ps(x, b[1], sum[1]);
+            }
+        }
+        for (r, sum) in sums.iter().enumerate() {
+            _mm512_storeu_ps(acc.add(r * PANEL), sum[0]);
+            _mm512_storeu_ps(acc.add(r * PANEL + 16), sum[1]);
+        }
+    }
+}
+
+/// # Safety
+/// AVX-512 is there; sizes as [`super::tile`] checks them.
+pub(super) unsafe fn tile<T: Element>(
+    a: &[f32],
+    stride: usize,
+    count: usize,
+    k: usize,
+    panel: &[T],
+    acc: &mut [f32],
+) {
+    let (a, panel, acc) = (a.as_ptr(), panel.as_ptr(), acc.as_mut_ptr());
+    const { assert!(TILE_ROWS == 12) };
+    // SAFETY: as the caller vouches.
+    unsafe {
+        match count {
+            1 => rows::<T, 1>(a, stride, k, panel, acc),
+            2 => rows::<T, 2>(a, stride, k, panel, acc),
+            3 => rows::<T, 3>(a, stride, k, panel, acc),
+            4 => rows::<T, 4>(a, stride, k, panel, acc),
+            5 => rows::<T, 5>(a, stride, k, panel, acc),
+            6 => rows::<T, 6>(a, stride, k, panel, acc),
+            7 => rows::<T, 7>(a, stride, k, panel, acc),
+            8 => rows::<T, 8>(a, stride, k, panel, acc),
+            9 => rows::<T, 9>(a, stride, k, panel, acc),
+            10 => rows::<T, 10>(a, stride, k, panel, acc),
+            11 => rows::<T, 11>(a, stride, k, panel, acc),
+            12 => rows::<T, 12>(a, stride, k, panel, acc),
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Instruction sets and the matmul tile.
+//!
+//! The tile has one definition per instruction set; everything else is plain loops compiled several times by
+//! [`dispatch!`].
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+use super::element::Element;
+
+/// Columns of a packed panel.
+pub const PANEL: usize = 32;
+
+/// Most rows of one tile.
+pub const TILE_ROWS: usize = 12;
+
+/// Instruction sets, worse ones first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Whatever the compiler's baseline has.
+    Portable,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, VL and DQ.
+    Avx512,
+}
+
+impl Isa {
+    /// The best this machine has.
+    pub fn detect() -> Isa {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq");
+            if avx2 && avx512 {
+                return Isa::Avx512;
+            }
+            if avx2 {
+                return Isa::Avx2;
+            }
+        }
+        Isa::Portable
+    }
+
+    /// All sets up to the best of this machine.
+    pub fn available() -> Vec<Isa> {
+        [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|i| *i <= Isa::detect()).collect()
+    }
+}
+
+/// Adds `a [rows, k]` (row stride `stride`) times `panel [k, 32]` to `acc [rows, 32]`, each element one chain over
+/// `k`; `rows` is at most [`TILE_ROWS`].
+pub fn tile<T: Element>(
+    isa: Isa,
+    a: &[f32],
+    stride: usize,
+    rows: usize,
+    k: usize,
+    panel: &[T],
+    acc: &mut [f32],
+) {
+    assert!(rows <= TILE_ROWS && acc.len() >= rows * PANEL && panel.len() >= k * PANEL);
+    assert!(rows == 0 || a.len() >= (rows - 1) * stride + k);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the set was detected, and the sizes were just checked.
+        Isa::Avx512 => unsafe { avx512::tile(a, stride, rows, k, panel, acc) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the set was detected.
+        Isa::Avx2 => unsafe { portable::tile_avx2(a, stride, rows, k, panel, acc) },
+        _ => portable::tile(a, stride, rows, k, panel, acc),
+    }
+}
+
+/// Defines `pub fn name(isa, args)` whose plain-loop body is compiled for each instruction set.
+macro_rules! dispatch {
+    ($(#[$doc:meta])* pub fn $name:ident $(<$($t:ident : $bound:path),*>)? ($($arg:ident : $ty:ty),* $(,)?) $body:block) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        pub fn $name $(<$($t: $bound),*>)? (isa: $crate::cpu::simd::Isa, $($arg: $ty),*) {
+            #[inline(always)]
+            fn body $(<$($t: $bound),*>)? ($($arg: $ty),*) $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+                fn avx512 $(<$($t: $bound),*>)? ($($arg: $ty),*) { body($($arg),*) }
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn avx2 $(<$($t: $bound),*>)? ($($arg: $ty),*) { body($($arg),*) }
+                match isa {
+                    // SAFETY: a pool only holds instruction sets that this machine was found to have.
+                    #[allow(unsafe_code)]
+                    $crate::cpu::simd::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    #[allow(unsafe_code)]
+                    $crate::cpu::simd::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::cpu::simd::Isa::Portable => {}
+                }
+            }
+            let _ = isa;
+            body($($arg),*)
+        }
+    };
+}
+pub(crate) use dispatch;

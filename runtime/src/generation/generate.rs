@@ -1,0 +1,367 @@
+//! Many requests through one model: admission, packing of steps, drawing, stopping.
+//!
+//! A request waits until a place in the batch and all pages it can come to need are free, so that a running
+//! sequence never has to give way. Requests are admitted strictly in order. Every step packs first one token
+//! of each sequence that decodes, then prompt chunks of the others, up to the model's limits; a request takes
+//! the place of a finished one in the very next step.
+//!
+//! Invariants: the schedule depends on nothing but the requests, the limits and the tokens drawn; no page
+//! outlives the call.
+
+use std::collections::VecDeque;
+
+use millrace_ir::{Error, Kind, Result};
+
+use super::step::{StepBuilder, check_logits};
+use super::{BlockPool, ModelLimits, Sampler, SamplingParams, StepModel};
+
+/// One prompt to continue.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// The prompt, special tokens included.
+    pub prompt_ids: Vec<u32>,
+    /// Most tokens to draw.
+    pub max_new_tokens: usize,
+    /// How to draw them.
+    pub sampling: SamplingParams,
+    /// Which stream of the seed's random numbers to use (see [`Sampler::new`]): number equal prompts
+    /// differently to get different answers.
+    pub sequence: u64,
+    /// Whether a token of [`ModelLimits::eos`] ends the sequence.
+    pub stop_at_eos: bool,
+}
+
+impl Request {
+    /// A greedy request that stops at the end of the sequence.
+    pub fn greedy(prompt_ids: Vec<u32>, max_new_tokens: usize) -> Self {
+        let sampling = SamplingParams::GREEDY;
+        Request { prompt_ids, max_new_tokens, sampling, sequence: 0, stop_at_eos: true }
+    }
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A token that ends sequences was drawn; it is the last of the token ids and no part of the text.
+    Eos,
+    /// `max_new_tokens` or the model's `max_seq_len` was reached.
+    Length,
+}
+
+/// The answer to one request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// The tokens drawn, without the prompt; an eos token that ended them is included.
+    pub token_ids: Vec<u32>,
+    /// Why there are no more.
+    pub finish: FinishReason,
+}
+
+impl Completion {
+    /// The tokens that make up the text: all but an eos token that ended them.
+    pub fn text_ids(&self) -> &[u32] {
+        match (self.finish, self.token_ids.as_slice()) {
+            (FinishReason::Eos, [text @ .., _eos]) => text,
+            (_, all) => all,
+        }
+    }
+}
+
+/// What a [`Generator`] has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GenerationStats {
+    /// Steps executed.
+    pub steps: u64,
+    /// Prompt tokens fed.
+    pub prefill_tokens: u64,
+    /// Drawn tokens fed back.
+    pub decode_tokens: u64,
+    /// Most pages reserved at once.
+    pub peak_pages: usize,
+}
+
+/// Runs requests through a model.
+#[derive(Debug)]
+pub struct Generator<'m, M: StepModel + ?Sized> {
+    model: &'m mut M,
+    limits: ModelLimits,
+    stats: GenerationStats,
+}
+
+impl<'m, M: StepModel + ?Sized> Generator<'m, M> {
+    /// A generator over `model`. Errors as [`ModelLimits::check`].
+    pub fn new(model: &'m mut M) -> Result<Self> {
+        let limits = model.limits();
+        limits.check()?;
+        Ok(Generator { model, limits, stats: GenerationStats::default() })
+    }
+
+    /// What has been done so far.
+    pub fn stats(&self) -> GenerationStats {
+        self.stats
+    }
+
+    /// Completes `requests`; the answers stand in their order. `on_token(request index, token)` is called for
+    /// every token as it is drawn, an eos token included.
+    ///
+    /// Errors before any step, placed at the request: `generation/empty-prompt`,
+    /// `generation/prompt-too-long`, `generation/token-out-of-range`, `generation/no-room`,
+    /// `generation/kv-cache-too-small` and those of [`SamplingParams::check`]. Later: those of the model and of
+    /// [`Sampler::sample`].
+    pub fn generate(
+        &mut self,
+        requests: &[Request],
+        mut on_token: impl FnMut(usize, u32),
+    ) -> Result<Vec<Completion>> {
+        for (index, request) in requests.iter().enumerate() {
+            self.check_request(request).map_err(|e| e.at(format!("request {index}")))?;
+        }
+        let mut schedule = Schedule::new(requests, &self.limits)?;
+        let mut builder = StepBuilder::default();
+        let mut logits = Vec::new();
+        while schedule.pack(&mut builder)? {
+            let inputs = builder.finish();
+            self.model.step(inputs, &mut logits)?;
+            check_logits(&logits, inputs, &self.limits)?;
+            self.stats.steps += 1;
+            self.stats.prefill_tokens += schedule.prefill_tokens;
+            self.stats.decode_tokens += schedule.decode_tokens;
+            self.stats.peak_pages =
+                self.stats.peak_pages.max(schedule.pool.pages() - schedule.pool.free_pages());
+            schedule.advance(&logits, &mut on_token)?;
+        }
+        schedule.into_completions()
+    }
+
+    fn check_request(&self, request: &Request) -> Result<()> {
+        let limits = &self.limits;
+        let length = request.prompt_ids.len();
+        if length == 0 {
+            return Err(Error::new(Kind::BadInput, "generation/empty-prompt", "the prompt has no tokens")
+                .hint("give at least one token, for example the bos token"));
+        }
+        if length > limits.max_input_len {
+            let message =
+                format!("the prompt has {length} tokens, max_input_len is {}", limits.max_input_len);
+            let hint = format!(
+                "shorten the prompt to {} tokens or rebuild the engine with --max-input-len {length}",
+                limits.max_input_len
+            );
+            return Err(Error::new(Kind::BadInput, "generation/prompt-too-long", message).hint(hint));
+        }
+        if let Some(bad) = request.prompt_ids.iter().find(|id| **id as usize >= limits.vocab_size) {
+            let message = format!("token {bad} is not below the vocabulary size {}", limits.vocab_size);
+            return Err(Error::new(Kind::BadInput, "generation/token-out-of-range", message)
+                .hint("use the tokenizer that belongs to the model"));
+        }
+        if length >= limits.max_seq_len {
+            let message = format!(
+                "the prompt of {length} tokens leaves no room for an answer, max_seq_len is {}",
+                limits.max_seq_len
+            );
+            return Err(Error::new(Kind::BadInput, "generation/no-room", message)
+                .hint("shorten the prompt or rebuild the engine with a larger --max-seq-len"));
+        }
+        let stored = stored_tokens(request, limits);
+        let pages = stored.div_ceil(limits.tokens_per_block);
+        if pages > limits.pages {
+            let message = format!(
+                "the request may store {stored} tokens in {pages} pages, the KV cache has {} pages",
+                limits.pages
+            );
+            return Err(Error::new(Kind::OutOfMemory, "generation/kv-cache-too-small", message)
+                .hint("lower max_new_tokens, shorten the prompt or give the KV cache more memory"));
+        }
+        request.sampling.check()
+    }
+}
+
+/// Most tokens that `request` may draw.
+fn new_tokens(request: &Request, limits: &ModelLimits) -> usize {
+    request.max_new_tokens.min(limits.max_seq_len.saturating_sub(request.prompt_ids.len()))
+}
+
+/// Most tokens of `request` in the KV cache: the last token drawn is never fed back.
+fn stored_tokens(request: &Request, limits: &ModelLimits) -> usize {
+    request.prompt_ids.len() + new_tokens(request, limits).saturating_sub(1)
+}
+
+/// A request that holds a place in the batch.
+struct Live {
+    request: usize,
+    sampler: Sampler,
+    /// Prompt and drawn tokens.
+    tokens: Vec<u32>,
+    /// How many of them are in the KV cache.
+    stored: usize,
+    /// How many of them the step being packed stores.
+    packed: usize,
+    finished: Option<FinishReason>,
+}
+
+impl Live {
+    fn missing(&self) -> usize {
+        self.tokens.len() - self.stored
+    }
+}
+
+/// The state of one call of [`Generator::generate`].
+struct Schedule<'r> {
+    requests: &'r [Request],
+    limits: &'r ModelLimits,
+    pool: BlockPool,
+    waiting: VecDeque<usize>,
+    /// In order of admission.
+    live: Vec<Live>,
+    /// Index into `live` of each row of logits that is to be drawn from.
+    draws: Vec<usize>,
+    completions: Vec<Option<Completion>>,
+    prefill_tokens: u64,
+    decode_tokens: u64,
+}
+
+/// What a step may still take.
+struct Room {
+    tokens: usize,
+    sequences: usize,
+    logit_rows: usize,
+}
+
+impl<'r> Schedule<'r> {
+    fn new(requests: &'r [Request], limits: &'r ModelLimits) -> Result<Self> {
+        let mut completions = vec![None; requests.len()];
+        let mut waiting = VecDeque::new();
+        for (index, request) in requests.iter().enumerate() {
+            if request.max_new_tokens == 0 {
+                completions[index] = Some(Completion { token_ids: vec![], finish: FinishReason::Length });
+            } else {
+                waiting.push_back(index);
+            }
+        }
+        let pool = BlockPool::new(limits.pages, limits.tokens_per_block)?;
+        let (live, draws) = (Vec::new(), Vec::new());
+        let (prefill_tokens, decode_tokens) = (0, 0);
+        Ok(Schedule {
+            requests,
+            limits,
+            pool,
+            waiting,
+            live,
+            draws,
+            completions,
+            prefill_tokens,
+            decode_tokens,
+        })
+    }
+
+    /// Packs the next step into `builder`; false when there is nothing left to do.
+    fn pack(&mut self, builder: &mut StepBuilder) -> Result<bool> {
+        builder.begin();
+        self.draws.clear();
+        (self.prefill_tokens, self.decode_tokens) = (0, 0);
+        let mut room = Room {
+            tokens: self.limits.max_num_tokens,
+            sequences: self.limits.max_batch_size,
+            logit_rows: self.limits.max_logit_rows,
+        };
+        let decodes = |live: &Live| live.missing() == 1 && live.stored > 0;
+        for phase_decodes in [true, false] {
+            for index in 0..self.live.len() {
+                if decodes(&self.live[index]) == phase_decodes {
+                    self.pack_sequence(index, &mut room, builder);
+                }
+            }
+        }
+        while room.tokens > 0 && room.sequences > 0 && self.admit()? {
+            self.pack_sequence(self.live.len() - 1, &mut room, builder);
+        }
+        Ok(!self.live.is_empty())
+    }
+
+    /// Packs as much of a live sequence as there is room for.
+    fn pack_sequence(&mut self, index: usize, room: &mut Room, builder: &mut StepBuilder) {
+        let live = &mut self.live[index];
+        let mut count = live.missing().min(room.tokens);
+        if count == live.missing() && room.logit_rows == 0 {
+            // Its last token would need logits: that one waits.
+            count -= 1;
+        }
+        live.packed = count;
+        if count == 0 {
+            return;
+        }
+        let tokens = &live.tokens[live.stored..live.stored + count];
+        let table = self.pool.table(live.request);
+        let row = builder.push(tokens, live.stored, table, self.limits.tokens_per_block);
+        room.tokens -= count;
+        room.sequences -= 1;
+        if count == live.missing() {
+            room.logit_rows -= 1;
+            builder.want_logits(row + count as i32 - 1);
+            self.draws.push(index);
+        }
+        let prompt = self.requests[live.request].prompt_ids.len();
+        let of_prompt = prompt.saturating_sub(live.stored).min(count);
+        self.prefill_tokens += of_prompt as u64;
+        self.decode_tokens += (count - of_prompt) as u64;
+    }
+
+    /// Gives the first waiting request a place in the batch, if there is one and the pool can serve it.
+    fn admit(&mut self) -> Result<bool> {
+        let Some(&index) = self.waiting.front() else { return Ok(false) };
+        let request = &self.requests[index];
+        let stored = stored_tokens(request, self.limits);
+        let full = self.live.len() >= self.limits.max_batch_size;
+        if full || self.pool.pages_for(stored) > self.pool.free_pages() {
+            return Ok(false);
+        }
+        self.pool.reserve(index, stored)?;
+        self.waiting.pop_front();
+        let sampler = Sampler::new(request.sampling, request.sequence)?;
+        let tokens = request.prompt_ids.clone();
+        self.live.push(Live { request: index, sampler, tokens, stored: 0, packed: 0, finished: None });
+        Ok(true)
+    }
+
+    /// Takes the logits of the step that was packed: draws, reports, and retires finished sequences.
+    fn advance(&mut self, logits: &[f32], on_token: &mut impl FnMut(usize, u32)) -> Result<()> {
+        for live in &mut self.live {
+            live.stored += std::mem::take(&mut live.packed);
+        }
+        for (row, &index) in logits.chunks_exact(self.limits.vocab_size).zip(&self.draws) {
+            let live = &mut self.live[index];
+            let token = live.sampler.sample(row).map_err(|e| e.at(format!("request {}", live.request)))?;
+            live.tokens.push(token);
+            on_token(live.request, token);
+            let request = &self.requests[live.request];
+            if request.stop_at_eos && self.limits.eos.contains(&token) {
+                live.finished = Some(FinishReason::Eos);
+            } else if live.tokens.len() >= request.prompt_ids.len() + new_tokens(request, self.limits) {
+                live.finished = Some(FinishReason::Length);
+            }
+        }
+        for live in self.live.extract_if(.., |live| live.finished.is_some()) {
+            let Live { request, tokens, finished, .. } = live;
+            self.pool.release(request);
+            let token_ids = tokens[self.requests[request].prompt_ids.len()..].to_vec();
+            let finish = finished.unwrap_or(FinishReason::Length);
+            self.completions[request] = Some(Completion { token_ids, finish });
+        }
+        Ok(())
+    }
+
+    fn into_completions(self) -> Result<Vec<Completion>> {
+        if self.pool.free_pages() != self.pool.pages() {
+            let message = format!("{} pages were not returned", self.pool.pages() - self.pool.free_pages());
+            return Err(Error::new(Kind::Internal, "generation/page-leak", message));
+        }
+        let all: Option<Vec<Completion>> = self.completions.into_iter().collect();
+        all.ok_or_else(|| {
+            Error::new(Kind::Internal, "generation/lost-request", "a request was never completed")
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "generate_tests.rs"]
+mod tests;

@@ -1,0 +1,240 @@
+//! The scheduler against a loop without batches, pages or chunks.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::generation::testing::{HashModel, hash_logits, limits};
+use crate::generation::{StepInputs, StepModel};
+
+/// What a request must give, from its definition.
+fn alone(request: &Request, limits: &ModelLimits) -> Completion {
+    let mut history = request.prompt_ids.clone();
+    let mut sampler = Sampler::new(request.sampling, request.sequence).unwrap();
+    let mut token_ids = Vec::new();
+    while token_ids.len() < request.max_new_tokens && history.len() < limits.max_seq_len {
+        let token = sampler.sample(&hash_logits(&history, limits.vocab_size)).unwrap();
+        history.push(token);
+        token_ids.push(token);
+        if request.stop_at_eos && limits.eos.contains(&token) {
+            return Completion { token_ids, finish: FinishReason::Eos };
+        }
+    }
+    Completion { token_ids, finish: FinishReason::Length }
+}
+
+fn prompt(len: usize, salt: u32) -> Vec<u32> {
+    (0..len as u32).map(|i| (i * 7 + salt) % 23).collect()
+}
+
+fn run(limits: ModelLimits, requests: &[Request]) -> (Result<Vec<Completion>>, HashModel) {
+    let mut model = HashModel::new(limits);
+    let result = Generator::new(&mut model).unwrap().generate(requests, |_, _| {});
+    (result, model)
+}
+
+fn any_request() -> impl Strategy<Value = Request> {
+    let sampling = (prop_oneof![Just(0.0f32), 0.2f32..2.0], 0usize..6, 0.3f32..=1.0, any::<u64>());
+    (prop::collection::vec(0u32..23, 1..24), 0usize..14, sampling, 0u64..3, any::<bool>()).prop_map(
+        |(prompt_ids, max_new_tokens, (temperature, top_k, top_p, seed), sequence, stop_at_eos)| Request {
+            prompt_ids,
+            max_new_tokens,
+            sampling: SamplingParams { temperature, top_k, top_p, seed },
+            sequence,
+            stop_at_eos,
+        },
+    )
+}
+
+fn any_limits() -> impl Strategy<Value = ModelLimits> {
+    (
+        1usize..6,
+        1usize..40,
+        1usize..8,
+        1usize..9,
+        0usize..30,
+        24usize..40,
+        prop::collection::vec(0u32..23, 0..3),
+    )
+        .prop_map(
+            |(max_batch_size, max_num_tokens, max_logit_rows, tokens_per_block, spare, max_seq_len, eos)| {
+                let pages = max_seq_len.div_ceil(tokens_per_block) + spare;
+                let max_input_len = 24;
+                ModelLimits {
+                    max_batch_size,
+                    max_num_tokens,
+                    max_logit_rows,
+                    tokens_per_block,
+                    pages,
+                    max_seq_len,
+                    max_input_len,
+                    eos,
+                    ..limits()
+                }
+            },
+        )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// The model checks every step; a leaked page is an error of `generate` itself.
+    #[test]
+    fn every_batch_gives_what_each_request_gives_alone(
+        limits in any_limits(),
+        requests in prop::collection::vec(any_request(), 0..10),
+    ) {
+        let mut model = HashModel::new(limits.clone());
+        let mut streamed = vec![Vec::new(); requests.len()];
+        let mut generator = Generator::new(&mut model).unwrap();
+        let completions = generator.generate(&requests, |r, token| streamed[r].push(token)).unwrap();
+        let stats = generator.stats();
+        let expected: Vec<Completion> = requests.iter().map(|r| alone(r, &limits)).collect();
+        prop_assert_eq!(&completions, &expected);
+        prop_assert!(streamed.iter().zip(&completions).all(|(s, c)| *s == c.token_ids));
+        prop_assert!(stats.peak_pages <= limits.pages);
+        prop_assert_eq!(stats.steps, model.log.len() as u64);
+
+        // A second run, over a used cache, takes the very same steps.
+        let first = std::mem::take(&mut model.log);
+        let again = Generator::new(&mut model).unwrap().generate(&requests, |_, _| {}).unwrap();
+        prop_assert_eq!(again, expected);
+        prop_assert!(first == model.log);
+    }
+}
+
+#[test]
+fn long_prompts_are_fed_in_chunks_beside_decodes() {
+    let limits = ModelLimits { max_num_tokens: 8, eos: vec![], ..limits() };
+    let requests = [Request::greedy(prompt(4, 1), 4), Request::greedy(prompt(20, 2), 2)];
+    let (result, model) = run(limits, &requests);
+    assert_eq!(result.unwrap().iter().map(|c| c.token_ids.len()).collect::<Vec<_>>(), [4, 2]);
+    // Step 1 takes the first prompt and 4 tokens of the second; then one decode and 7 of the second; ...
+    let shapes: Vec<&[i32]> = model.log.iter().map(|s| s.seq_starts.as_slice()).collect();
+    assert_eq!(shapes, [&[0, 4, 8][..], &[0, 1, 8], &[0, 1, 8], &[0, 1, 3], &[0, 1]]);
+    let rows: Vec<&[i32]> = model.log.iter().map(|s| s.logit_rows.as_slice()).collect();
+    assert_eq!(rows, [&[3][..], &[0], &[0], &[0, 2], &[0]]);
+    assert_eq!(model.log[1].positions, [4, 4, 5, 6, 7, 8, 9, 10]);
+}
+
+#[test]
+fn a_step_without_wanted_logits_names_its_last_row() {
+    let limits = ModelLimits { max_num_tokens: 3, ..limits() };
+    let (result, model) = run(limits, &[Request::greedy(prompt(7, 0), 1)]);
+    assert_eq!(result.unwrap()[0].token_ids.len(), 1);
+    let rows: Vec<&[i32]> = model.log.iter().map(|s| s.logit_rows.as_slice()).collect();
+    assert_eq!(rows, [[2], [2], [0]]);
+}
+
+#[test]
+fn requests_wait_for_pages_and_take_over_in_order() {
+    // Each request stores 4 + 4 tokens: two pages of four. The pool holds two requests.
+    let limits = ModelLimits { pages: 5, eos: vec![], ..limits() };
+    let requests: Vec<Request> = (0..5).map(|i| Request::greedy(prompt(4, i), 5)).collect();
+    let mut model = HashModel::new(limits.clone());
+    let mut order = Vec::new();
+    let mut generator = Generator::new(&mut model).unwrap();
+    let completions = generator.generate(&requests, |r, _| order.push(r)).unwrap();
+    assert_eq!(completions, requests.iter().map(|r| alone(r, &limits)).collect::<Vec<_>>());
+    let expected = GenerationStats { steps: 15, prefill_tokens: 20, decode_tokens: 20, peak_pages: 4 };
+    assert_eq!(generator.stats(), expected);
+    order.dedup();
+    assert_eq!(order.iter().position(|r| *r == 2), Some(10));
+    assert!(model.log.iter().all(|step| step.sequences() <= 2));
+}
+
+#[test]
+fn eos_is_a_token_but_no_text() {
+    let request = |stop_at_eos| Request { stop_at_eos, ..Request::greedy(prompt(3, 5), 6) };
+    let free = alone(&request(false), &limits());
+    let limits = ModelLimits { eos: vec![22, free.token_ids[2]], ..limits() };
+    let end = free.token_ids.iter().position(|t| limits.eos.contains(t)).unwrap();
+    let (result, _) = run(limits, &[request(true), request(false)]);
+    let completions = result.unwrap();
+    assert_eq!(completions[0].finish, FinishReason::Eos);
+    assert_eq!(completions[0].token_ids, free.token_ids[..=end]);
+    assert_eq!(completions[0].text_ids(), &free.token_ids[..end]);
+    assert_eq!(completions[1], free);
+    assert_eq!(completions[1].text_ids(), completions[1].token_ids);
+}
+
+#[test]
+fn max_seq_len_ends_a_sequence() {
+    let limits = ModelLimits { max_seq_len: 10, eos: vec![], ..limits() };
+    let (result, model) = run(limits, &[Request::greedy(prompt(7, 0), 100)]);
+    let completion = &result.unwrap()[0];
+    assert_eq!((completion.token_ids.len(), completion.finish), (3, FinishReason::Length));
+    assert_eq!(model.log.iter().map(|s| s.kv_lens[0]).max(), Some(9));
+}
+
+#[test]
+fn nothing_to_draw_takes_no_step() {
+    let (result, model) = run(limits(), &[Request::greedy(prompt(3, 0), 0)]);
+    assert_eq!(result.unwrap(), [Completion { token_ids: vec![], finish: FinishReason::Length }]);
+    assert!(model.log.is_empty());
+    assert!(run(limits(), &[]).0.unwrap().is_empty());
+}
+
+#[test]
+fn bad_requests_are_found_before_any_step() {
+    let good = Request::greedy(prompt(3, 0), 4);
+    let sampling = SamplingParams { top_p: 0.0, ..SamplingParams::GREEDY };
+    let cases = [
+        ("generation/empty-prompt", Request::greedy(vec![], 1), limits()),
+        ("generation/prompt-too-long", Request::greedy(prompt(65, 0), 1), limits()),
+        ("generation/token-out-of-range", Request::greedy(vec![23], 1), limits()),
+        ("generation/no-room", Request::greedy(prompt(8, 0), 1), ModelLimits { max_seq_len: 8, ..limits() }),
+        (
+            "generation/kv-cache-too-small",
+            Request::greedy(prompt(8, 0), 2),
+            ModelLimits { pages: 2, ..limits() },
+        ),
+        ("generation/bad-top-p", Request { sampling, ..good.clone() }, limits()),
+    ];
+    for (code, bad, limits) in cases {
+        let (result, model) = run(limits, &[Request::greedy(vec![1], 1), bad]);
+        let error = result.unwrap_err();
+        assert_eq!((error.code(), error.place()), (code, Some("request 1")));
+        assert!(model.log.is_empty());
+        if code == "generation/prompt-too-long" {
+            assert!(error.message().contains("64"));
+            assert!(error.next_step().is_some_and(|hint| hint.contains("--max-input-len")));
+        }
+    }
+}
+
+/// A model that writes what the test says.
+struct Fixed(Vec<f32>);
+
+impl StepModel for Fixed {
+    fn limits(&self) -> ModelLimits {
+        ModelLimits { vocab_size: 3, ..limits() }
+    }
+
+    fn step(&mut self, _: &StepInputs, logits: &mut Vec<f32>) -> Result<()> {
+        logits.clone_from(&self.0);
+        Ok(())
+    }
+}
+
+#[test]
+fn faults_of_the_model_are_errors() {
+    let run = |logits: &[f32]| {
+        let mut model: Box<dyn StepModel> = Box::new(Fixed(logits.to_vec()));
+        let result = Generator::new(&mut *model).unwrap().generate(&[Request::greedy(vec![1], 3)], |_, _| {});
+        result.map(|c| c[0].token_ids.clone())
+    };
+    assert_eq!(run(&[0.0, 1.0, 0.5]), Ok(vec![1, 1, 1]));
+    assert_eq!(run(&[0.0, f32::NAN, 0.5]).unwrap_err().code(), "generation/nan-logits");
+    assert_eq!(run(&[0.0, 1.0]).unwrap_err().code(), "generation/bad-logits");
+    struct NoLimits;
+    impl StepModel for NoLimits {
+        fn limits(&self) -> ModelLimits {
+            ModelLimits { max_logit_rows: 0, ..limits() }
+        }
+        fn step(&mut self, _: &StepInputs, _: &mut Vec<f32>) -> Result<()> {
+            unreachable!("the limits are refused before")
+        }
+    }
+    let error = Generator::new(&mut NoLimits).err().unwrap();
+    assert_eq!(error.code(), "generation/bad-limits");
+}
