@@ -102,7 +102,9 @@ const CASES: [Case; 21] = [
         m.weights[last].name = "w".into();
     }),
     ("V5 twice", "error[V5] n0: stands in the order twice", |m| m.graph.order.push(n(0))),
-    ("V5 missing", "error[V5] n1: is missing from the order", |m| assert!(m.graph.order.pop().is_some())),
+    ("V5 missing", "error[V5] n1: is missing from the order", |m| {
+        m.graph.order.pop();
+    }),
     ("V5 unknown", "error[V5] the order names n7, which does not exist", |m| m.graph.order.push(n(7))),
     ("V5 no result", "error[V5] n2: has no result", |m| {
         let op = m.graph.nodes[n(0)].op.clone();
