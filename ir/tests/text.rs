@@ -4,8 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use millrace_ir::graph::Phase;
-use millrace_ir::text::{parse, print};
+use millrace_ir::text::{operand_name, parse, print, print_node};
 use millrace_ir::verify::{report, verify};
+use millrace_ir::{Id, NodeId, Operand};
 
 /// Every module under `tests/modules`, with its file name.
 fn modules() -> Vec<(String, String)> {
@@ -165,4 +166,25 @@ fn holes_between_ids_and_odd_names_survive() {
     assert_eq!(print(&module), text);
     assert_eq!(module.graph.values.bound(), 10);
     assert_eq!(module.graph.values.len(), 2);
+}
+
+#[test]
+fn nodes_and_operands_are_shown_as_texts_spell_them() {
+    let text = r#"module @m phase imported {
+  weight @"odd name" : f32[4] = splat(1.0)
+  state @s : f32[2, 2, 1, 4]
+  graph @main(%0 "x": f32[4]) -> ("y": f32[4]) {
+    %1 = rms_norm %0, @"odd name" {eps = 1.0} : f32[4] loc(a)
+    return %1
+  }
+}
+"#;
+    let module = parse(text).unwrap();
+    let node = module.graph.order[0];
+    assert_eq!(print_node(&module, node), r#"%1 = rms_norm %0, @"odd name" {eps = 1.0} : f32[4] loc(a)"#);
+    let state = Operand::State(module.states.ids().next().unwrap());
+    let spelled: Vec<String> =
+        module.graph.nodes[node].operands.iter().chain([&state]).map(|o| operand_name(&module, *o)).collect();
+    assert_eq!(spelled, ["%0", "@\"odd name\"", "@s"]);
+    assert_eq!(print_node(&module, NodeId::from_index(9)), "(n9 does not exist)");
 }

@@ -59,7 +59,8 @@ fn state_name(module: &Module, id: StateId) -> String {
     module.states.get(id).map_or_else(|| "\"missing\"".to_string(), |s| Name(&s.name).to_string())
 }
 
-fn operand(module: &Module, operand: Operand) -> String {
+/// An operand as texts spell it: `%7`, `@w`.
+pub fn operand_name(module: &Module, operand: Operand) -> String {
     match operand {
         Operand::Value(v) => v.to_string(),
         Operand::Weight(w) => weight_name(module, w),
@@ -157,7 +158,7 @@ impl Display for NodeText<'_> {
         let NodeText(module, Node { op, operands, results, loc, kernel }) = self;
         write!(f, "{} = {}", List(results), op.name())?;
         for (i, o) in operands.iter().enumerate() {
-            write!(f, "{}{}", if i == 0 { " " } else { ", " }, operand(module, *o))?;
+            write!(f, "{}{}", if i == 0 { " " } else { ", " }, operand_name(module, *o))?;
         }
         let Attrs(attrs) = op.attrs();
         if !attrs.is_empty() {
