@@ -73,6 +73,11 @@ impl Weights {
         Ok(Weights { mapping, places, total })
     }
 
+    /// No weights.
+    pub fn none() -> Weights {
+        Weights { mapping: Mapping::new_empty(), places: Vec::new(), total: 0 }
+    }
+
     /// Bytes of all weights.
     pub fn total(&self) -> u64 {
         self.total

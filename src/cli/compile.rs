@@ -1,0 +1,235 @@
+//! `millrace compile`: a model folder or IR file becomes an engine.
+
+use std::path::PathBuf;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use millrace::compiler::codegen::WeightMode;
+use millrace::compiler::import::{Options, Precision};
+use millrace::compiler::pipeline::Pipeline;
+use millrace::ir::{DType, Kind, Module, text};
+use millrace::{CompileOptions, Compiled, Error, Result, compile};
+use serde_json::json;
+
+use super::{print, print_json, size, usage};
+
+/// Compile a model folder or an .ir file into an engine.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A Hugging Face model folder, or a file of IR text
+    model: PathBuf,
+    /// The engine to write
+    #[arg(short, long, required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    pub model_options: ModelOptions,
+    /// Leave weights out; loading binds them to the model folder by name and hash
+    #[arg(long)]
+    strip_weights: bool,
+    /// Print the module after this pass to standard error (`all`, `changed` or a pass)
+    #[arg(long, value_name = "PASS")]
+    dump_after: Option<String>,
+    /// Verify after every pass
+    #[arg(long)]
+    verify_each: bool,
+    /// Print remarks of blocked fusions
+    #[arg(long)]
+    remarks: bool,
+    /// Print the time of every pass
+    #[arg(long)]
+    time_passes: bool,
+    /// Plan everything, write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Options that shape the engine; `run DIR` and `eval DIR` take them too.
+#[derive(clap::Args, Clone, Default)]
+pub struct ModelOptions {
+    /// Target of the kernels
+    #[arg(long, default_value = "cpu")]
+    target: String,
+    /// Element type: auto, float32, float16 or bfloat16
+    #[arg(long, default_value = "auto")]
+    pub dtype: String,
+    /// Most sequences of a step [default: 8]
+    #[arg(long, value_name = "N")]
+    max_batch_size: Option<u64>,
+    /// Longest prompt in tokens [default: max-seq-len]
+    #[arg(long, value_name = "N")]
+    max_input_len: Option<u64>,
+    /// Longest sequence in tokens [default: the model's, at most 8192]
+    #[arg(long, value_name = "N")]
+    max_seq_len: Option<u64>,
+    /// Most packed tokens of a step
+    #[arg(long, value_name = "N")]
+    max_num_tokens: Option<u64>,
+    /// Most rows of logits of a step [default: max-batch-size]
+    #[arg(long, value_name = "N")]
+    max_logit_rows: Option<u64>,
+    /// Mark weights for streaming
+    #[arg(long)]
+    weight_streaming: bool,
+    /// Seeded random weights; only config.json is read
+    #[arg(long)]
+    dummy_weights: bool,
+    /// Accept symbolic links among the weight files
+    #[arg(long)]
+    follow_links: bool,
+    /// Passes to run instead of a level, such as canonicalize,dce,...
+    #[arg(long, value_name = "PASSES", conflicts_with = "opt_level")]
+    pipeline: Option<String>,
+    /// Optimisation level
+    #[arg(short = 'O', value_name = "LEVEL", default_value = "2", value_parser = clap::value_parser!(u8).range(0..=2))]
+    opt_level: u8,
+}
+
+impl ModelOptions {
+    /// The compiler's options.
+    ///
+    /// # Errors
+    /// Unknown target or element type, malformed pipeline.
+    pub fn resolve(&self) -> Result<CompileOptions> {
+        if self.target != "cpu" {
+            let message = format!("target `{}` is not supported", self.target);
+            return Err(Error::new(Kind::Unsupported, "compile/target", message)
+                .hint("the supported target is cpu"));
+        }
+        let precision = match self.dtype.as_str() {
+            "auto" => Precision::Auto,
+            "float32" | "f32" => Precision::Fixed(DType::F32),
+            "float16" | "f16" => Precision::Fixed(DType::F16),
+            "bfloat16" | "bf16" => Precision::Fixed(DType::BF16),
+            other => {
+                return Err(usage("usage/dtype", format!("`{other}` is no element type"))
+                    .hint("use auto, float32, float16 or bfloat16"));
+            }
+        };
+        let pipeline = match &self.pipeline {
+            Some(text) => Pipeline::parse(text)?,
+            None => Pipeline::level(self.opt_level as usize),
+        };
+        Ok(CompileOptions {
+            import: Options {
+                precision,
+                max_batch_size: self.max_batch_size,
+                max_input_len: self.max_input_len,
+                max_seq_len: self.max_seq_len,
+                max_num_tokens: self.max_num_tokens,
+                max_logit_rows: self.max_logit_rows,
+                dummy_weights: self.dummy_weights,
+                follow_links: self.follow_links,
+            },
+            pipeline,
+            weight_streaming: self.weight_streaming,
+            weights: WeightMode::Stored,
+            verify_each: false,
+        })
+    }
+}
+
+/// The plan in one line.
+pub fn plan_line(compiled: &Compiled) -> String {
+    let weights: u64 = weight_bytes(&compiled.module);
+    match compiled.plan() {
+        Some(plan) => format!(
+            "activations {} (lower bound {}, {} buffers), weights {}, {} nodes, {} kernels",
+            size::show(plan.peak_bytes),
+            size::show(plan.lower_bound_bytes),
+            plan.buffers,
+            size::show(weights),
+            compiled.module.graph.order.len(),
+            compiled.module.kernels.len(),
+        ),
+        None => "no plan".to_string(),
+    }
+}
+
+/// Bytes of all weights that nodes read.
+pub fn weight_bytes(module: &Module) -> u64 {
+    let reader = millrace::ir::weights::WeightReader::new(module);
+    module.used_weights().into_iter().filter_map(|w| reader.len(w).ok()).sum()
+}
+
+/// Writes the engine with a progress bar on a terminal, and none otherwise.
+pub fn write_with_progress(compiled: &Compiled, path: &std::path::Path) -> Result<u64> {
+    use std::io::IsTerminal;
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}") {
+        bar.set_style(style);
+    }
+    bar.set_message("writing weights");
+    let written = compiled.write(path, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    Ok(written?.len)
+}
+
+/// Runs the verb.
+pub fn main(args: &Args) -> Result<()> {
+    let mut options = args.model_options.resolve()?;
+    options.verify_each = args.verify_each;
+    if args.strip_weights {
+        options.weights = WeightMode::Stripped;
+    }
+    let dump = args.dump_after.clone();
+    let mut observer = |pass: &'static str, module: &Module, changed: bool| {
+        let wanted = match dump.as_deref() {
+            Some("all") => true,
+            Some("changed") => changed,
+            Some(name) => name == pass,
+            None => false,
+        };
+        if wanted {
+            eprintln!("// after {pass}\n{}", text::print(module));
+        }
+    };
+    let start = std::time::Instant::now();
+    let compiled = compile(&args.model, &options, Some(&mut observer))?;
+    if args.remarks {
+        compiled.context.remarks.iter().for_each(|r| eprintln!("{r}"));
+    }
+    if args.time_passes {
+        for run in &compiled.runs {
+            let unchanged = if run.changed { "" } else { ", unchanged" };
+            let ms = run.time.as_secs_f64() * 1e3;
+            eprintln!("{ms:>10.3} ms  {:<18} {} nodes{unchanged}", run.name, run.nodes);
+        }
+    }
+    let bytes = match &args.output {
+        Some(output) if !args.dry_run => Some(write_with_progress(&compiled, output)?),
+        _ => None,
+    };
+    let seconds = start.elapsed().as_secs_f64();
+    if args.json {
+        let plan = compiled.plan();
+        return print_json(&json!({
+            "engine": args.output.as_ref().filter(|_| bytes.is_some()).map(|p| p.display().to_string()),
+            "bytes": bytes,
+            "seconds": seconds,
+            "manifest": compiled.manifest,
+            "nodes": compiled.module.graph.order.len(),
+            "kernels": compiled.module.kernels.len(),
+            "memory": {
+                "activations": plan.map(|p| json!({
+                    "peak_bytes": p.peak_bytes,
+                    "lower_bound_bytes": p.lower_bound_bytes,
+                })),
+                "weights": { "total_bytes": weight_bytes(&compiled.module) },
+            },
+            "remarks": compiled.context.remarks.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "stats": compiled.context.stats.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
+        }));
+    }
+    print(&format!("plan: {}\n", plan_line(&compiled)))?;
+    match (&args.output, bytes) {
+        (Some(output), Some(bytes)) => {
+            print(&format!("wrote {} ({}) in {seconds:.2} s\n", output.display(), size::show(bytes)))
+        }
+        _ => print(&format!("dry run in {seconds:.2} s: nothing written\n")),
+    }
+}

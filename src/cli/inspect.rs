@@ -1,0 +1,233 @@
+//! `millrace inspect`: everything an engine is, traced to the layers of the source model.
+
+use std::path::PathBuf;
+
+use millrace::ir::{Bindings, Module, text};
+use millrace::{Engine, Result};
+use serde_json::{Value, json};
+
+use super::compile::weight_bytes;
+use super::{print, print_json, size};
+
+/// Show what an engine is made of.
+#[derive(clap::Args)]
+pub struct Args {
+    /// An engine file
+    engine: PathBuf,
+    /// Report everything as JSON
+    #[arg(long)]
+    json: bool,
+    /// Print the lowered graph as IR text
+    #[arg(long)]
+    ir: bool,
+    /// Print the graph in the DOT language
+    #[arg(long)]
+    dot: bool,
+    /// Print the memory plan, one line a buffer
+    #[arg(long)]
+    memory: bool,
+    /// Print the weights
+    #[arg(long)]
+    weights: bool,
+    /// Print the kernels with their source layers
+    #[arg(long)]
+    kernels: bool,
+}
+
+fn memory(module: &Module) -> Value {
+    let maxima = Bindings::maxima(&module.dims);
+    let plan = millrace::compiler::passes::plan_report(module, &maxima);
+    let streamable: u64 = module
+        .used_weights()
+        .into_iter()
+        .filter(|w| module.weights[*w].stream.is_some())
+        .filter_map(|w| millrace::ir::weights::WeightReader::new(module).len(w).ok())
+        .sum();
+    let states = module.states.iter().filter_map(|(_, s)| s.ty.bytes().extent(&maxima)).sum::<u64>();
+    json!({
+        "activations": {
+            "peak_bytes": plan.map_or(0, |p| p.peak_bytes),
+            "lower_bound_bytes": plan.map_or(0, |p| p.lower_bound_bytes),
+            "buffers": plan.map_or(0, |p| p.buffers),
+        },
+        "weights": {"total_bytes": weight_bytes(module), "streamable_bytes": streamable},
+        "states": {"max_bytes": states},
+    })
+}
+
+fn kernels(module: &Module) -> Value {
+    let mut list = Vec::new();
+    for (id, kernel) in module.kernels.iter() {
+        let nodes: Vec<Value> = module
+            .graph
+            .order
+            .iter()
+            .filter(|n| module.graph.nodes[**n].kernel == Some(id))
+            .map(|n| {
+                let node = &module.graph.nodes[*n];
+                json!({"node": n.to_string(), "op": node.op.name(), "layers": node.loc.iter().map(|l| l.to_string()).collect::<Vec<_>>()})
+            })
+            .collect();
+        let mut layers: Vec<String> = module
+            .graph
+            .nodes
+            .iter()
+            .filter(|(_, n)| n.kernel == Some(id))
+            .flat_map(|(_, n)| n.loc.iter().map(|l| l.to_string()))
+            .collect();
+        layers.sort();
+        layers.dedup();
+        list.push(json!({
+            "kernel": id.to_string(),
+            "name": kernel.name,
+            "dtypes": kernel.dtypes,
+            "layers": layers,
+            "nodes": nodes,
+        }));
+    }
+    json!(list)
+}
+
+fn weights(engine: &Engine) -> Value {
+    let module = engine.module();
+    let list = module.used_weights().into_iter().map(|id| {
+        let weight = &module.weights[id];
+        let record = engine.file().weight(&weight.name);
+        json!({
+            "name": weight.name,
+            "dtype": weight.ty.dtype,
+            "shape": weight.ty.const_shape(),
+            "bytes": millrace::ir::weights::WeightReader::new(module).len(id).ok(),
+            "stored": record.is_some() && !engine.file().is_stripped(),
+            "sources": record.map(|r| r.sources.clone()),
+            "hash": record.map(|r| millrace::compiler::compile::hex(&r.hash)),
+            "streamable": weight.stream.as_ref().map(|s| json!({
+                "first_use": s.first_use, "tile_axis": s.tile_axis, "tile_bytes": s.tile_bytes,
+            })),
+        })
+    });
+    json!(list.collect::<Vec<_>>())
+}
+
+/// Runs the verb.
+pub fn main(args: &Args) -> Result<()> {
+    let engine = Engine::open(&args.engine)?;
+    let module = engine.module();
+    if args.ir {
+        return print(&text::print(module));
+    }
+    if args.dot {
+        return print(&millrace::ir::dag::dot(module));
+    }
+    if args.json {
+        let sections: Vec<Value> = engine
+            .file()
+            .sections()
+            .iter()
+            .map(|s| json!({"kind": s.label(), "offset": s.offset, "bytes": s.len}))
+            .collect();
+        let dims: Vec<Value> = module
+            .dims
+            .iter()
+            .map(|d| json!({"symbol": d.sym.to_string(), "min": d.min, "max": d.max, "hint": d.hint}))
+            .collect();
+        let named = |list: Vec<(&str, &millrace::ir::TensorType)>| -> Vec<Value> {
+            list.into_iter().map(|(n, t)| json!({"name": n, "type": t.to_string()})).collect()
+        };
+        return print_json(&json!({
+            "manifest": engine.manifest(),
+            "identity": millrace::compiler::compile::hex(&engine.file().identity()),
+            "producer": engine.file().producer(),
+            "bytes": engine.file().file_len(),
+            "sections": sections,
+            "symbols": dims,
+            "inputs": named(module.input_types()),
+            "outputs": named(module.output_types()),
+            "nodes": module.graph.order.len(),
+            "memory": memory(module),
+            "kernels": kernels(module),
+            "weights": weights(&engine),
+        }));
+    }
+    if args.memory {
+        return print_memory(module);
+    }
+    if args.weights {
+        for id in module.used_weights() {
+            let weight = &module.weights[id];
+            let stream = weight.stream.as_ref().map_or_else(String::new, |s| {
+                format!("  streamable, first use {}, tiles of {}", s.first_use, size::show(s.tile_bytes))
+            });
+            let bytes = millrace::ir::weights::WeightReader::new(module).len(id).unwrap_or(0);
+            print(&format!("{:>12}  @{} : {}{stream}\n", size::show(bytes), weight.name, weight.ty))?;
+        }
+        return Ok(());
+    }
+    if args.kernels {
+        for (id, kernel) in module.kernels.iter() {
+            let nodes: Vec<_> = module.graph.nodes.iter().filter(|(_, n)| n.kernel == Some(id)).collect();
+            print(&format!("{id} {} ({} nodes)\n", kernel.name, nodes.len()))?;
+            for (node, n) in nodes {
+                let layers: Vec<&str> = n.loc.iter().map(|l| l.as_ref()).collect();
+                print(&format!("    {node} {}: {}\n", n.op.name(), layers.join(", ")))?;
+            }
+        }
+        return Ok(());
+    }
+    let manifest = engine.manifest();
+    let memory = memory(module);
+    print(&format!(
+        "{} {:?} for {}, {}\n{} nodes, {} kernels, pipeline {}\n",
+        manifest.family,
+        manifest.kind,
+        manifest.target,
+        manifest.dtype,
+        module.graph.order.len(),
+        module.kernels.len(),
+        manifest.pipeline
+    ))?;
+    let bytes = |pointer: &str| memory.pointer(pointer).and_then(Value::as_u64).unwrap_or(0);
+    print(&format!(
+        "activations {} (lower bound {}), weights {} ({} streamable)\n",
+        size::show(bytes("/activations/peak_bytes")),
+        size::show(bytes("/activations/lower_bound_bytes")),
+        size::show(bytes("/weights/total_bytes")),
+        size::show(bytes("/weights/streamable_bytes")),
+    ))?;
+    for (name, ty) in module.input_types() {
+        print(&format!("in   {name}: {ty}\n"))?;
+    }
+    for (name, ty) in module.output_types() {
+        print(&format!("out  {name}: {ty}\n"))?;
+    }
+    for section in engine.file().sections() {
+        print(&format!("{:>12}  {}\n", size::show(section.len), section.label()))?;
+    }
+    Ok(())
+}
+
+/// One line a buffer: bytes at the upper bounds, lifetime, offset, the layer that makes it.
+fn print_memory(module: &Module) -> Result<()> {
+    let maxima = Bindings::maxima(&module.dims);
+    for (_, arena) in module.arenas.iter() {
+        let bytes = arena.size.extent(&maxima).unwrap_or(0);
+        print(&format!("arena {} = {} ({} at the upper bounds)\n", arena.name, arena.size, size::show(bytes)))?;
+    }
+    for buffer in millrace::ir::plan::liveness(module, true).buffers {
+        let value = buffer.values[0];
+        let place = module.graph.values[value].place.as_ref();
+        let offset = match place {
+            Some(millrace::ir::Place::Arena { offset, .. }) => offset.to_string(),
+            _ => "-".to_string(),
+        };
+        let layer = module.graph.def_node(value).and_then(|n| module.graph.nodes[n].loc.first().cloned());
+        print(&format!(
+            "{:>12}  {:>5}..{:<5} {value} at {offset}  {}\n",
+            size::show(buffer.bytes.extent(&maxima).unwrap_or(0)),
+            buffer.start,
+            buffer.end,
+            layer.as_deref().unwrap_or("")
+        ))?;
+    }
+    Ok(())
+}
