@@ -1,1 +1,12 @@
 //! Millrace compiler.
+#![forbid(unsafe_code)]
+
+pub mod codegen;
+pub mod compile;
+pub mod import;
+pub mod pass;
+pub mod passes;
+pub mod pipeline;
+pub mod rewrite;
+
+pub use compile::{CompileOptions, Compiled, compile};

@@ -63,6 +63,17 @@ impl<T: Into<Attr>> From<Vec<T>> for Attr {
     }
 }
 
+impl Attr {
+    /// Shows `visit` every dim in the attribute. Ops bound how deep their attributes nest.
+    pub fn visit_dims(&self, visit: &mut dyn FnMut(&Dim)) {
+        match self {
+            Attr::Dim(dim) => visit(dim),
+            Attr::Float(_) | Attr::Str(_) | Attr::Word(_) => {}
+            Attr::Call(_, items) | Attr::List(items) => items.iter().for_each(|item| item.visit_dims(visit)),
+        }
+    }
+}
+
 /// Writes a float so that it reads back exactly and is told from an integer.
 pub fn write_float(f: &mut fmt::Formatter<'_>, value: f64) -> fmt::Result {
     if value.is_nan() {

@@ -207,8 +207,10 @@ impl OpDef for FusedMatmul {
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let (x, w) = (ctx.operand(0)?, ctx.operand(1)?);
         let (k, n) = (x.last(), self.segments.iter().sum::<usize>());
-        let rows =
-            if k == 0 { ctx.empty(0)?.elements() / ctx.empty(0)?.last().max(1) } else { x.elements() / k };
+        let rows = match x.elements().checked_div(k) {
+            Some(rows) => rows,
+            None => ctx.empty(0)?.elements() / ctx.empty(0)?.last().max(1),
+        };
         let weight = |column: usize, i: usize| {
             if self.panel == 0 {
                 w.data[column * k + i]

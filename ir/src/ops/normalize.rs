@@ -38,7 +38,7 @@ impl OpDef for Softmax {
         }
         let inner: usize = out.shape[self.axis + 1..].iter().product();
         let n = out.shape[self.axis];
-        for start in (0..out.data.len()).filter(|i| (i / inner).is_multiple_of(n)) {
+        for start in (0..out.data.len()).filter(|i| (i / inner.max(1)).is_multiple_of(n.max(1))) {
             let places = || (0..n).map(|j| start + j * inner);
             let top = places().map(|p| out.data[p]).fold(f64::NEG_INFINITY, f64::max);
             let total: f64 = places().map(|p| (out.data[p] - top).exp()).sum();

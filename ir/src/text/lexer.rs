@@ -55,8 +55,8 @@ impl Tok<'_> {
     }
 }
 
-const PUNCTUATION: [&str; 16] =
-    ["..=", "::", "->", "{", "}", "[", "]", "(", ")", ",", ":", "=", "+", "-", "*", "@"];
+const PUNCTUATION: [&str; 17] =
+    ["..=", "..", "::", "->", "{", "}", "[", "]", "(", ")", ",", ":", "=", "+", "-", "*", "@"];
 
 /// Splits `text` into tokens; the last one is [`Tok::End`].
 pub(super) fn lex(text: &str) -> Result<Vec<Token<'_>>> {

@@ -7,7 +7,7 @@ mod parse;
 mod print;
 
 pub use parse::parse;
-pub use print::{print, print_node};
+pub use print::{operand_name, print, print_node};
 
 use std::fmt;
 

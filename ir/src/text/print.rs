@@ -23,11 +23,22 @@ pub fn print_node(module: &Module, id: NodeId) -> String {
 struct ModuleText<'a>(&'a Module);
 struct NodeText<'a>(&'a Module, &'a Node);
 struct Name<'a>(&'a str);
+/// The name of an arena: two words mean other places and stand in quotes.
+struct ArenaName<'a>(&'a str);
 struct List<'a, T>(&'a [T]);
 
 impl Display for Name<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         if is_bare(self.0) { f.write_str(self.0) } else { write!(f, "{}", Quoted(self.0)) }
+    }
+}
+
+impl Display for ArenaName<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            "state" | "out" => write!(f, "{}", Quoted(self.0)),
+            name => write!(f, "{}", Name(name)),
+        }
     }
 }
 
@@ -48,7 +59,8 @@ fn state_name(module: &Module, id: StateId) -> String {
     module.states.get(id).map_or_else(|| "\"missing\"".to_string(), |s| Name(&s.name).to_string())
 }
 
-fn operand(module: &Module, operand: Operand) -> String {
+/// An operand as texts spell it: `%7`, `@w`.
+pub fn operand_name(module: &Module, operand: Operand) -> String {
     match operand {
         Operand::Value(v) => v.to_string(),
         Operand::Weight(w) => weight_name(module, w),
@@ -87,7 +99,7 @@ impl Display for ModuleText<'_> {
             writeln!(f, "  state @{} : {ty}", Name(name))?;
         }
         for (_, ArenaDecl { name, size, align }) in arenas.iter() {
-            writeln!(f, "  arena {} = {size} align {align}", Name(name))?;
+            writeln!(f, "  arena {} = {size} align {align}", ArenaName(name))?;
         }
         for (id, Kernel { name, dtypes }) in kernels.iter() {
             writeln!(f, "  kernel {id} = {} [{}]", Quoted(name), List(dtypes))?;
@@ -146,7 +158,7 @@ impl Display for NodeText<'_> {
         let NodeText(module, Node { op, operands, results, loc, kernel }) = self;
         write!(f, "{} = {}", List(results), op.name())?;
         for (i, o) in operands.iter().enumerate() {
-            write!(f, "{}{}", if i == 0 { " " } else { ", " }, operand(module, *o))?;
+            write!(f, "{}{}", if i == 0 { " " } else { ", " }, operand_name(module, *o))?;
         }
         let Attrs(attrs) = op.attrs();
         if !attrs.is_empty() {
@@ -163,11 +175,7 @@ impl Display for NodeText<'_> {
             .map(|place| match place {
                 Place::Arena { arena, offset } => {
                     let name = module.arenas.get(*arena).map_or("missing", |a| a.name.as_str());
-                    // In this position the two words are keywords.
-                    match name {
-                        "state" | "out" => format!("{}[{offset}]", Quoted(name)),
-                        _ => format!("{}[{offset}]", Name(name)),
-                    }
+                    format!("{}[{offset}]", ArenaName(name))
                 }
                 Place::State(state) => format!("state {}", state_name(module, *state)),
                 Place::Output(n) => format!("out[{n}]"),

@@ -1,5 +1,7 @@
 //! Rules about the graph: V5 structure, V6 operands, V7 order, V8 types, V10 states, V13 outputs, V14 names.
 
+use std::fmt::Display;
+
 use super::Report;
 use crate::arena::Id;
 use crate::graph::*;
@@ -33,9 +35,17 @@ pub(super) fn structure(module: &Module, report: &mut Report) {
             report.add(14, Some(id), "has an empty source name");
         }
     }
+    let mut is_input = vec![false; graph.values.bound()];
+    for input in &graph.inputs {
+        match is_input.get_mut(input.index()) {
+            Some(true) => report.add(5, None, format!("{input} is an input twice")),
+            Some(slot) => *slot = true,
+            None => {}
+        }
+    }
     for (id, value) in graph.values.iter() {
         let known = match &value.def {
-            Def::Input(_) => graph.inputs.contains(&id),
+            Def::Input(_) => is_input[id.index()],
             Def::Node { node, index } => {
                 graph.nodes.get(*node).is_some_and(|n| n.results.get(*index) == Some(&id))
             }
@@ -64,13 +74,13 @@ pub(super) fn structure(module: &Module, report: &mut Report) {
     for (at, id) in graph.order.iter().enumerate() {
         let Some(node) = graph.nodes.get(*id) else { continue };
         for operand in &node.operands {
-            let exists = match operand {
-                Operand::Value(v) => graph.values.get(*v).is_some(),
-                Operand::Weight(w) => module.weights.get(*w).is_some(),
-                Operand::State(s) => module.states.get(*s).is_some(),
+            let missing: Option<&dyn Display> = match operand {
+                Operand::Value(v) => graph.values.get(*v).is_none().then_some(v),
+                Operand::Weight(w) => module.weights.get(*w).is_none().then_some(w),
+                Operand::State(s) => module.states.get(*s).is_none().then_some(s),
             };
-            if !exists {
-                report.add(6, Some(*id), format!("{operand:?} does not exist"));
+            if let Some(missing) = missing {
+                report.add(6, Some(*id), format!("{missing} does not exist"));
             }
             if let Operand::Value(v) = operand
                 && let Some(Value { def: Def::Node { node, .. }, .. }) = graph.values.get(*v)
@@ -101,38 +111,49 @@ pub(super) fn types(module: &Module, report: &mut Report) {
     }
 }
 
-/// A version of a state: the state itself or the result of a write.
-pub(super) fn states(module: &Module, report: &mut Report) {
+/// Checks V10 and returns the state that each value is a version of, by value.
+///
+/// The versions of a state are the state itself and the results of writes to one of its versions. The order is
+/// known to be topological.
+pub(super) fn states(module: &Module, report: &mut Report) -> Vec<Option<StateId>> {
     let graph = &module.graph;
-    // The writer of each version, and the last reader of it.
-    let mut state_writer: Vec<Option<usize>> = vec![None; module.states.bound()];
-    let mut value_writer: Vec<Option<usize>> = vec![None; graph.values.bound()];
-    let writes = |id: &NodeId| graph.nodes[*id].op.traits().writes_state;
-    for (at, id) in graph.order.iter().enumerate().filter(|(_, id)| writes(id)) {
-        let slot = match graph.nodes[*id].operands.first() {
-            Some(Operand::State(s)) => &mut state_writer[s.index()],
-            Some(operand @ Operand::Value(v)) if module.state_of(*operand).is_some() => {
-                &mut value_writer[v.index()]
-            }
-            _ => {
-                report.add(10, Some(*id), "writes something that is no state");
-                continue;
-            }
-        };
-        if slot.replace(at).is_some() {
-            report.add(10, Some(*id), "writes a version of a state that is written already");
-        }
-    }
-    for (at, id) in graph.order.iter().enumerate() {
-        for operand in &graph.nodes[*id].operands {
-            let writer = match operand {
-                Operand::State(s) => state_writer[s.index()],
-                Operand::Value(v) => value_writer[v.index()],
-                Operand::Weight(_) => None,
+    let mut versions: Vec<Option<StateId>> = vec![None; graph.values.bound()];
+    // Whether a node above has overwritten the version.
+    let mut state_written: Vec<bool> = vec![false; module.states.bound()];
+    let mut value_written: Vec<bool> = vec![false; graph.values.bound()];
+    for id in &graph.order {
+        let node = &graph.nodes[*id];
+        let writes = node.op.traits().writes_state;
+        for (at, operand) in node.operands.iter().enumerate() {
+            let stale = match operand {
+                Operand::State(s) => state_written[s.index()],
+                Operand::Value(v) => value_written[v.index()],
+                Operand::Weight(_) => false,
             };
-            if writer.is_some_and(|w| w < at) {
+            if stale && at == 0 && writes {
+                report.add(10, Some(*id), "writes a version of a state that was overwritten before");
+            } else if stale {
                 report.add(10, Some(*id), "reads a version of a state that was overwritten before");
             }
         }
+        if !writes {
+            continue;
+        }
+        let (state, written) = match node.operands.first() {
+            Some(Operand::State(s)) => (Some(*s), Some(&mut state_written[s.index()])),
+            Some(Operand::Value(v)) => (versions[v.index()], Some(&mut value_written[v.index()])),
+            Some(Operand::Weight(_)) | None => (None, None),
+        };
+        match (state, written, node.results.first()) {
+            (Some(state), Some(written), Some(result)) => {
+                *written = true;
+                versions[result.index()] = Some(state);
+            }
+            _ => report.add(10, Some(*id), "writes something that is no version of a state"),
+        }
+        if node.operands.iter().skip(1).any(|o| Some(o) == node.operands.first()) {
+            report.add(10, Some(*id), "reads the version of a state that it overwrites");
+        }
     }
+    versions
 }

@@ -4,8 +4,11 @@ use std::collections::HashSet;
 
 use super::Report;
 use crate::arena::Id;
-use crate::dim::{Bindings, Dim, MAX_EXTENT};
+use crate::attr::Quoted;
+use crate::dim::{Bindings, Dim, MAX_EXTENT, MAX_NESTING, MAX_SIZE, SymDecl};
+use crate::dtype::DType;
 use crate::graph::*;
+use crate::nearest::nearest;
 use crate::ops::movement::is_permutation;
 use crate::types::TensorType;
 use crate::weights::MAX_DEPTH;
@@ -15,9 +18,11 @@ pub(super) fn names(module: &Module, report: &mut Report) {
         let mut seen = HashSet::new();
         for name in names {
             if name.is_empty() {
-                report.add(1, None, format!("{what} without a name"));
+                report.add(1, None, format!("a {what} has no name"));
+            } else if name.chars().any(char::is_control) {
+                report.add(1, None, format!("the {what} {} has control characters", Quoted(name)));
             } else if !seen.insert(name) {
-                report.add(1, None, format!("two {what}s are called `{name}`"));
+                report.add(1, None, format!("the {what} `{name}` is declared twice"));
             }
         }
     };
@@ -27,27 +32,49 @@ pub(super) fn names(module: &Module, report: &mut Report) {
     unique("symbol", module.dims.iter().map(|d| d.sym.name()).collect());
     unique("input", module.input_types().into_iter().map(|(n, _)| n).collect());
     unique("output", module.graph.outputs.iter().map(|o| o.name.as_str()).collect());
-    if module.arenas.iter().any(|(_, a)| a.name == "out" || a.name == "state") {
-        report.add(1, None, "`out` and `state` are no names for arenas");
+    for (what, name) in [("module", &module.name), ("graph", &module.graph.name)] {
+        if name.is_empty() {
+            report.add(1, None, format!("the {what} has no name"));
+        }
     }
 }
 
+/// Most symbols of a module: tables of them are searched front to back.
+const MAX_SYMBOLS: usize = 64;
+
 pub(super) fn symbols(module: &Module, report: &mut Report) {
     for decl in &module.dims {
-        let sound = 1 <= decl.min && decl.min <= decl.max && decl.max <= MAX_EXTENT as u64;
-        if !sound || decl.multiple == 0 {
-            report.add(2, None, format!("{} has no sound range: {}..={}", decl.sym, decl.min, decl.max));
+        let SymDecl { sym, min, max, multiple, hint: _ } = decl;
+        if !(1 <= *min && min <= max && *max <= MAX_EXTENT as u64) {
+            report.add(2, None, format!("{sym} has no sound range: {min}..={max}"));
+        }
+        if *multiple == 0 {
+            report.add(2, None, format!("{sym} is a multiple of 0"));
         }
     }
+    if module.dims.len() > MAX_SYMBOLS {
+        report.add(
+            2,
+            None,
+            format!("{} symbols are declared, at most {MAX_SYMBOLS} may be", module.dims.len()),
+        );
+        return;
+    }
     let declared = |dim: &Dim, report: &mut Report, node: Option<NodeId>| {
-        if dim.as_const().is_none() {
-            for sym in dim.symbols() {
-                if !module.dims.iter().any(|d| d.sym == sym) {
-                    report.add(2, node, format!("{sym} is not declared"));
-                }
+        for sym in dim.symbols() {
+            if !module.dims.iter().any(|d| d.sym == sym) {
+                let names = module.dims.iter().map(|d| d.sym.name());
+                let close =
+                    nearest(sym.name(), names).map_or(String::new(), |n| format!("; did you mean ${n}?"));
+                report.add(2, node, format!("{sym} is not declared{close}"));
             }
         }
     };
+    for (id, node) in module.graph.nodes.iter() {
+        for (_, attr) in &node.op.attrs().0 {
+            attr.visit_dims(&mut |dim| declared(dim, report, Some(id)));
+        }
+    }
     for (_, value) in module.graph.values.iter() {
         let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
         value.ty.shape.iter().for_each(|d| declared(d, report, node));
@@ -67,18 +94,39 @@ pub(super) fn weights(module: &Module, report: &mut Report) {
     }
     // Depth by relaxation over the arena: a part that comes later needs another round, a cycle never settles.
     let mut depth = vec![0usize; module.weights.bound()];
+    let mut deepest = None;
     for _ in 0..=MAX_DEPTH {
-        let mut changed = false;
+        deepest = None;
         for (id, weight) in module.weights.iter() {
             let below = weight.expr.parts().iter().filter_map(|p| depth.get(p.index())).max().copied();
             let here = below.map_or(0, |d| d + 1);
-            changed |= std::mem::replace(&mut depth[id.index()], here) != here;
+            if std::mem::replace(&mut depth[id.index()], here) != here || here > MAX_DEPTH {
+                deepest.get_or_insert(&weight.name);
+            }
         }
-        if !changed {
+        if deepest.is_none() {
             return;
         }
     }
-    report.add(4, None, format!("weight expressions are cyclic or nest deeper than {MAX_DEPTH}"));
+    if let Some(name) = deepest {
+        report.add(4, None, format!("@{name}: expressions are cyclic or nest deeper than {MAX_DEPTH}"));
+    }
+}
+
+/// Whether `value` is an element of `dtype` up to rounding of floats.
+fn representable(dtype: DType, value: f64) -> bool {
+    let within = |low: f64, high: f64| value.fract() == 0.0 && (low..=high).contains(&value);
+    match dtype {
+        DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 | DType::F8E5M2 => true,
+        DType::Bool => within(0.0, 1.0),
+        DType::U8 => within(0.0, 255.0),
+        DType::I8 => within(-128.0, 127.0),
+        DType::I32 => within(f64::from(i32::MIN), f64::from(i32::MAX)),
+        // Beyond 2^53 a literal does not say which integer is meant.
+        DType::I64 => within(-9007199254740992.0, 9007199254740992.0),
+        // Elements that share a byte come from files only.
+        DType::I4 => false,
+    }
 }
 
 fn expression(module: &Module, weight: &Weight) -> Result<(), String> {
@@ -86,6 +134,9 @@ fn expression(module: &Module, weight: &Weight) -> Result<(), String> {
     let shape = ty.const_shape().ok_or_else(|| format!("{ty} is not constant"))?;
     if crate::types::const_bytes(ty.dtype, &shape).is_none_or(|b| b > MAX_EXTENT as u64) {
         return Err(format!("{ty} is too large"));
+    }
+    if weight.stream.as_ref().is_some_and(|s| s.tile_axis >= shape.len()) {
+        return Err(format!("{ty} has no axis to stream along"));
     }
     let part = |id: &WeightId| -> Result<(&TensorType, Vec<u64>), String> {
         let part = module.weights.get(*id).ok_or_else(|| format!("{id} does not exist"))?;
@@ -104,7 +155,9 @@ fn expression(module: &Module, weight: &Weight) -> Result<(), String> {
         WeightExpr::File { file, key } if file.is_empty() || key.is_empty() => {
             Err("names no tensor".to_string())
         }
-        WeightExpr::File { .. } | WeightExpr::Splat(_) => Ok(()),
+        WeightExpr::File { .. } => Ok(()),
+        WeightExpr::Splat(value) if representable(ty.dtype, *value) => Ok(()),
+        WeightExpr::Splat(value) => Err(format!("{value:?} is no {} element", ty.dtype)),
         WeightExpr::Random { std, .. } => {
             if ty.dtype.is_float() && std.is_finite() && *std >= 0.0 {
                 Ok(())
@@ -116,7 +169,10 @@ fn expression(module: &Module, weight: &Weight) -> Result<(), String> {
             if values.len() > WeightExpr::DENSE_LIMIT || elements(&shape) != Some(values.len() as u64) {
                 return Err(format!("{} literal elements for {ty}", values.len()));
             }
-            Ok(())
+            match values.iter().find(|v| !representable(ty.dtype, **v)) {
+                Some(value) => Err(format!("{value:?} is no {} element", ty.dtype)),
+                None => Ok(()),
+            }
         }
         WeightExpr::Concat { axis, parts } => {
             let mut joined: Option<Vec<u64>> = None;
@@ -170,11 +226,20 @@ fn expression(module: &Module, weight: &Weight) -> Result<(), String> {
     }
 }
 
+/// Whether a dim is small enough to be written down and compared.
+pub(super) fn simple(dim: &Dim) -> bool {
+    dim.size() <= MAX_SIZE && dim.nesting() <= MAX_NESTING
+}
+
 /// V3 and V9 over everything that has a size.
 pub(super) fn sizes(module: &Module, report: &mut Report) {
     let (minima, maxima) = (Bindings::minima(&module.dims), Bindings::maxima(&module.dims));
     let mut check = |what: String, ty: &TensorType, node: Option<NodeId>| {
         let constant = ty.shape.iter().all(|d| d.as_const().is_some_and(|c| c >= 0));
+        if !ty.shape.iter().all(simple) {
+            report.add(3, node, format!("an extent of {what} is too complex"));
+            return;
+        }
         let bytes = ty.bytes();
         if constant {
             if !(0..=MAX_EXTENT).contains(&bytes.as_const().unwrap_or(-1)) {
@@ -200,6 +265,10 @@ pub(super) fn sizes(module: &Module, report: &mut Report) {
     }
     module.states.iter().for_each(|(_, s)| check(format!("@{}", s.name), &s.ty, None));
     for (_, arena) in module.arenas.iter() {
+        if !simple(&arena.size) {
+            report.add(3, None, format!("the size of arena {} is too complex", arena.name));
+            continue;
+        }
         if !arena.size.is_monotone(&module.dims) {
             report.add(
                 9,
@@ -208,7 +277,11 @@ pub(super) fn sizes(module: &Module, report: &mut Report) {
             );
         }
         if arena.size.extent(&minima).is_none() || arena.size.eval(&maxima).is_none_or(|v| v > MAX_EXTENT) {
-            report.add(3, None, format!("arena {} is too large: {}", arena.name, arena.size));
+            report.add(
+                3,
+                None,
+                format!("arena {} has a negative or too large size: {}", arena.name, arena.size),
+            );
         }
         if !arena.align.is_power_of_two() || arena.align > 1 << 20 {
             report.add(12, None, format!("arena {} has alignment {}", arena.name, arena.align));

@@ -1,6 +1,7 @@
 //! Rules about phases (V11) and places (V12).
 
 use super::Report;
+use super::module_rules::simple;
 use crate::arena::Id;
 use crate::dim::{Bindings, Dim};
 use crate::graph::*;
@@ -41,13 +42,10 @@ pub(super) fn phases(module: &Module, report: &mut Report) {
     }
 }
 
-pub(super) fn places(module: &Module, report: &mut Report) {
+/// V12, and V9 for offsets. `versions` is the state each value is a version of.
+pub(super) fn places(module: &Module, versions: &[Option<StateId>], report: &mut Report) {
     let graph = &module.graph;
-    let (minima, maxima) = (Bindings::minima(&module.dims), Bindings::maxima(&module.dims));
-    let mut outputs: Vec<Option<usize>> = vec![None; graph.values.bound()];
-    for (n, output) in graph.outputs.iter().enumerate() {
-        outputs[output.value.index()].get_or_insert(n);
-    }
+    let ends = [Bindings::minima(&module.dims), Bindings::maxima(&module.dims)];
     for (id, value) in graph.values.iter() {
         let Def::Node { node, .. } = value.def else {
             if value.place.is_some() {
@@ -55,59 +53,54 @@ pub(super) fn places(module: &Module, report: &mut Report) {
             }
             continue;
         };
-        let state = module.state_of(Operand::Value(id));
+        let state = versions[id.index()];
+        let node = Some(node);
         match &value.place {
             None => {}
             Some(Place::State(found)) if state == Some(*found) => {}
-            Some(Place::State(_)) => report.add(12, Some(node), format!("{id} is no version of that state")),
-            Some(_) if state.is_some() => report.add(12, Some(node), format!("{id} is a version of a state")),
-            Some(Place::Output(n)) => {
-                if graph.outputs.get(*n).is_none_or(|o| o.value != id) {
-                    report.add(12, Some(node), format!("{id} is not output {n}"));
-                }
+            Some(Place::State(_)) => report.add(12, node, format!("{id} is no version of that state")),
+            Some(_) if state.is_some() => {
+                report.add(12, node, format!("{id} is a version of a state and must live in it"));
             }
-            Some(Place::Arena { arena, offset }) => {
-                let Some(arena) = module.arenas.get(*arena) else {
-                    report.add(12, Some(node), format!("the arena of {id} does not exist"));
-                    continue;
-                };
-                if !offset.is_monotone(&module.dims) {
-                    report.add(9, Some(node), format!("offset {offset} does not grow with every symbol"));
+            Some(Place::Output(n)) if graph.outputs.get(*n).is_some_and(|o| o.value == id) => {}
+            Some(Place::Output(n)) => report.add(12, node, format!("{id} is not output {n}")),
+            Some(Place::Arena { arena, offset }) => match module.arenas.get(*arena) {
+                None => report.add(12, node, format!("the arena of {id} does not exist")),
+                Some(_) if !simple(offset) => {
+                    report.add(3, node, format!("the offset of {id} is too complex"));
                 }
-                let end = offset.add(&value.ty.bytes());
-                for bindings in [&minima, &maxima] {
-                    let aligned = offset.extent(bindings).is_some_and(|o| o.is_multiple_of(arena.align));
-                    if !aligned {
+                Some(arena) => {
+                    if !offset.is_monotone(&module.dims) {
                         report.add(
-                            12,
-                            Some(node),
-                            format!("offset {offset} of {id} is not aligned to {}", arena.align),
+                            9,
+                            node,
+                            format!("offset {offset} of {id} does not grow with every symbol"),
                         );
-                        break;
                     }
-                    let inside = matches!((end.eval(bindings), arena.size.eval(bindings)), (Some(e), Some(s)) if e <= s);
-                    if !inside {
-                        report.add(
-                            12,
-                            Some(node),
-                            format!("{id} ends at {end}, outside arena {}", arena.name),
-                        );
-                        break;
+                    if let Err(message) = fits(value, arena, offset, &ends) {
+                        report.add(12, node, format!("{id} {message}"));
                     }
                 }
-                if !aligned_by_form(offset, arena.align) {
-                    report.add(
-                        12,
-                        Some(node),
-                        format!("offset {offset} of {id} is not a multiple of {}", arena.align),
-                    );
-                }
-            }
+            },
         }
     }
 }
 
-/// Whether every coefficient is a multiple, or the form has functions, whose values were checked at both ends.
-fn aligned_by_form(offset: &Dim, align: u64) -> bool {
-    offset.coefficients_divisible(align as i64)
+/// Whether a value at `offset` is aligned and inside its arena, at both ends of every symbol's range.
+fn fits(value: &Value, arena: &ArenaDecl, offset: &Dim, ends: &[Bindings; 2]) -> Result<(), String> {
+    let ArenaDecl { name, size, align } = arena;
+    if ends.iter().any(|at| offset.extent(at).is_none()) {
+        return Err(format!("has the offset {offset}, which is negative or too large"));
+    }
+    // By form, so that every value between the ends is aligned as well.
+    if !offset.coefficients_divisible(i64::try_from(*align).unwrap_or(i64::MAX)) {
+        return Err(format!("has the offset {offset}, which is not aligned to {align}"));
+    }
+    let end = offset.add(&value.ty.bytes());
+    let inside =
+        |at: &Bindings| matches!((end.eval(at), size.eval(at)), (Some(end), Some(size)) if end <= size);
+    if ends.iter().all(inside) {
+        return Ok(());
+    }
+    Err(format!("ends at {end}, but arena {name} at {size}"))
 }

@@ -348,9 +348,21 @@ pub fn convert(from: DType, to: DType, bytes: &[u8]) -> Vec<u8> {
     }
 }
 
-/// Index of an id for side tables of weights.
-pub fn index(id: WeightId) -> usize {
-    id.index()
+/// Whether the bytes of a weight depend on a checkpoint; others are computed wherever they are needed.
+pub fn needs_source(module: &Module, id: WeightId) -> bool {
+    let mut seen = vec![false; module.weights.bound()];
+    let mut work = vec![id];
+    while let Some(id) = work.pop() {
+        let Some(weight) = module.weights.get(id) else { continue };
+        if std::mem::replace(&mut seen[id.index()], true) {
+            continue;
+        }
+        if matches!(weight.expr, WeightExpr::File { .. }) {
+            return true;
+        }
+        work.extend(weight.expr.parts());
+    }
+    false
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ pub mod paging;
 pub mod parallel;
 pub mod program;
 pub mod rope;
+pub mod select;
 #[allow(unsafe_code)]
 pub mod simd;
 

@@ -1,0 +1,207 @@
+//! `compile`: the whole way from a folder or an IR file to an engine.
+
+use std::path::Path;
+
+use millrace_ir::checkpoint::TensorSource;
+use millrace_ir::engine::{SectionKind, WrittenEngine};
+use millrace_ir::manifest::{LanguageModel, Manifest, ModelKind};
+use millrace_ir::verify::check;
+use millrace_ir::{Bindings, DType, Error, Kind, Module, Phase, Result, text};
+
+use crate::codegen::{EngineParts, WeightMode, lower, write_engine};
+use crate::import::{Family, Limits, Options, SourceFolder, import};
+use crate::pass::Context;
+use crate::passes::{PlanReport, plan_report};
+use crate::pipeline::{Manager, Observer, PassRun, Pipeline};
+
+/// How to compile.
+#[derive(Clone, Debug)]
+pub struct CompileOptions {
+    /// Sizes and element type.
+    pub import: Options,
+    /// Passes.
+    pub pipeline: Pipeline,
+    /// Whether weights may be streamed.
+    pub weight_streaming: bool,
+    /// Whether the engine carries its weights.
+    pub weights: WeightMode,
+    /// Verify after every pass.
+    pub verify_each: bool,
+}
+
+impl Default for CompileOptions {
+    fn default() -> Self {
+        CompileOptions {
+            import: Options::default(),
+            pipeline: Pipeline::level(2),
+            weight_streaming: false,
+            weights: WeightMode::Stored,
+            verify_each: false,
+        }
+    }
+}
+
+/// A compiled module with what goes beside it, not yet written.
+pub struct Compiled {
+    /// The lowered module.
+    pub module: Module,
+    /// The manifest.
+    pub manifest: Manifest,
+    /// Runs of passes.
+    pub runs: Vec<PassRun>,
+    /// Remarks and counters.
+    pub context: Context,
+    /// The folder, if the model came from one.
+    pub folder: Option<SourceFolder>,
+    weights: WeightMode,
+    source_hash: [u8; 32],
+}
+
+/// Reads the model at `path` (a folder or an `.ir` file) and runs the pipeline.
+///
+/// # Errors
+/// Everything that can be wrong with the model, the options or the pipeline.
+pub fn compile<'a>(
+    path: &Path,
+    options: &CompileOptions,
+    observer: Option<&'a mut Observer<'a>>,
+) -> Result<Compiled> {
+    let (mut module, folder, limits, source_hash) = if path.is_dir() {
+        let folder = SourceFolder::open(path, &options.import)?;
+        let (module, limits) = import(&folder, &options.import)?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&folder.config_bytes);
+        if let Some(checkpoint) = &folder.checkpoint {
+            hasher.update(&checkpoint.fingerprint());
+        }
+        (module, Some(folder), Some(limits), *hasher.finalize().as_bytes())
+    } else {
+        let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, &e))?;
+        let source = String::from_utf8(bytes).map_err(|_| {
+            Error::new(Kind::BadInput, "ir/syntax", "is neither a model folder nor IR text")
+                .at(path.display())
+        })?;
+        let module = text::parse(&source).map_err(|e| e.at(path.display()))?;
+        (module, None, None, *blake3::hash(source.as_bytes()).as_bytes())
+    };
+    if module.phase > Phase::Fused {
+        let message = format!(
+            "the module is {} already; compiling starts from imported, canonical or fused",
+            module.phase
+        );
+        return Err(Error::new(Kind::BadInput, "compile/phase", message).at(path.display()));
+    }
+    let mut context = Context::cpu();
+    let mut manager = Manager { verify_each: options.verify_each, observer, runs: Vec::new() };
+    manager.run(&options.pipeline, &mut module, &mut context).map_err(|e| e.at(path.display()))?;
+    if module.phase != Phase::Planned {
+        let message = format!("the pipeline ends in phase {}, an engine needs planned", module.phase);
+        return Err(
+            Error::new(Kind::Usage, "compile/phase", message).hint("end it with `schedule,plan-memory`")
+        );
+    }
+    if !options.weight_streaming {
+        module.weights.iter_mut().for_each(|(_, w)| w.stream = None);
+    }
+    let runs = manager.runs;
+    module.compact();
+    let module = lower(check(&module)?);
+    check(&module)?;
+    let manifest = manifest(&module, folder.as_ref(), limits, options);
+    Ok(Compiled { module, manifest, runs, context, folder, weights: options.weights, source_hash })
+}
+
+fn manifest(
+    module: &Module,
+    folder: Option<&SourceFolder>,
+    limits: Option<Limits>,
+    options: &CompileOptions,
+) -> Manifest {
+    let model = folder.zip(limits).map(|(folder, limits)| LanguageModel {
+        vocab_size: folder.config.vocab_size,
+        max_batch_size: limits.max_batch_size,
+        max_input_len: limits.max_input_len,
+        max_seq_len: limits.max_seq_len,
+        max_num_tokens: limits.max_num_tokens,
+        max_logit_rows: limits.max_logit_rows,
+        tokens_per_block: limits.tokens_per_block,
+        eos: folder.config.eos.clone(),
+        bos: folder.config.bos,
+    });
+    let kind = match folder.map(|f| f.config.family) {
+        None => ModelKind::Graph,
+        Some(Family::Bert) => ModelKind::Encoder,
+        Some(_) => ModelKind::Decoder,
+    };
+    let family = match folder.map(|f| f.config.family) {
+        None => "graph",
+        Some(Family::Llama) => "llama",
+        Some(Family::Mistral) => "mistral",
+        Some(Family::Qwen2) => "qwen2",
+        Some(Family::Qwen3) => "qwen3",
+        Some(Family::Bert) => "bert",
+    };
+    let dtype = module
+        .weights
+        .iter()
+        .map(|(_, w)| w.ty.dtype)
+        .find(|d| d.is_float())
+        .or_else(|| module.graph.values.iter().map(|(_, v)| v.ty.dtype).find(|d| d.is_float()));
+    Manifest {
+        kind,
+        family: family.to_string(),
+        target: module.target.clone().unwrap_or_default(),
+        dtype: folder.map(|f| f.dtype(options.import.precision)).or(dtype).unwrap_or(DType::F32),
+        pipeline: options.pipeline.to_string(),
+        weight_streaming: options.weight_streaming,
+        model,
+    }
+}
+
+impl Compiled {
+    /// The activation plan at the upper bounds.
+    pub fn plan(&self) -> Option<PlanReport> {
+        plan_report(&self.module, &Bindings::maxima(&self.module.dims))
+    }
+
+    /// Writes the engine; see [`write_engine`].
+    ///
+    /// # Errors
+    /// As [`write_engine`].
+    pub fn write(&self, path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<WrittenEngine> {
+        let folder = self.folder.as_ref();
+        let mut files: Vec<(SectionKind, &[u8])> = Vec::new();
+        if let Some(f) = folder {
+            let optional = [
+                (SectionKind::Tokenizer, &f.tokenizer),
+                (SectionKind::TokenizerConfig, &f.tokenizer_config),
+                (SectionKind::ChatTemplate, &f.chat_template),
+                (SectionKind::GenerationConfig, &f.generation_config),
+            ];
+            files.extend(optional.into_iter().filter_map(|(k, b)| b.as_deref().map(|b| (k, b))));
+            files.push((SectionKind::Config, &f.config_bytes));
+        }
+        let provenance = serde_json::json!({
+            "producer": format!("millrace {}", env!("CARGO_PKG_VERSION")),
+            "source_hash": hex(&self.source_hash),
+            "pipeline": self.manifest.pipeline,
+            "weights": if self.weights == WeightMode::Stored { "stored" } else { "stripped" },
+            "passes": self.runs.iter().map(|r| r.name).collect::<Vec<_>>(),
+        });
+        let provenance = serde_json::to_vec_pretty(&provenance).unwrap_or_default();
+        let parts = EngineParts {
+            manifest: &self.manifest,
+            module: check(&self.module)?,
+            files,
+            provenance,
+            weights: self.weights,
+        };
+        let source = folder.and_then(|f| f.checkpoint.as_ref()).map(|c| c as &dyn TensorSource);
+        write_engine(path, &parts, source, progress)
+    }
+}
+
+/// Bytes as lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}

@@ -1,0 +1,129 @@
+//! Matmuls of one operand become one with several results: q, k and v, gate and up.
+//!
+//! ```text
+//! matmul.fused(x, @q), matmul.fused(x, @k)  ->  a, b = matmul.fused(x, concat(@q, @k)) {segments = [nq, nk]}
+//! ```
+
+use millrace_ir::ops::FusedMatmul;
+use millrace_ir::ops::fused_matmul::Epilogue;
+use millrace_ir::{
+    Id, Module, Node, NodeId, Op, Operand, Phase, Result, TensorType, Value, Weight, WeightExpr, WeightId,
+};
+
+use crate::pass::{Context, Pass, Remark};
+
+/// See the module.
+pub(super) struct MergeMatmuls;
+
+impl Pass for MergeMatmuls {
+    fn name(&self) -> &'static str {
+        "merge-matmuls"
+    }
+    fn help(&self) -> &'static str {
+        "merges matmuls that share their operand (q/k/v, gate/up) into one with several results"
+    }
+    fn phases(&self) -> (Phase, Phase) {
+        (Phase::Fused, Phase::Fused)
+    }
+    fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
+        let mut by_operand: Vec<Vec<NodeId>> = vec![Vec::new(); module.graph.values.bound()];
+        for id in &module.graph.order {
+            let node = &module.graph.nodes[*id];
+            if let (Op::FusedMatmul(f), Operand::Value(x)) = (&node.op, node.operands[0])
+                && f.panel == 0
+                && f.segments.len() == 1
+                && f.epilogue.iter().all(|e| *e == Epilogue::Bias)
+            {
+                by_operand[x.index()].push(*id);
+            }
+        }
+        let mut merged = 0;
+        for group in by_operand.into_iter().filter(|g| g.len() > 1) {
+            let key = |id: &NodeId| match &module.graph.nodes[*id].op {
+                Op::FusedMatmul(f) => (f.epilogue.clone(), f.out, weight_dtype(module, *id)),
+                _ => (Vec::new(), None, None),
+            };
+            let first = key(&group[0]);
+            if let Some(other) = group.iter().find(|id| key(id) != first) {
+                context.remarks.push(Remark {
+                    pass: "merge-matmuls",
+                    node: *other,
+                    loc: module.graph.nodes[*other].loc.first().map_or_else(String::new, ToString::to_string),
+                    message: "blocked: bias or element type differs from its neighbours".to_string(),
+                });
+                continue;
+            }
+            merge(module, &group)?;
+            merged += 1;
+        }
+        context.count("merge-matmuls.merged", merged);
+        Ok(merged > 0)
+    }
+}
+
+fn weight_dtype(module: &Module, id: NodeId) -> Option<millrace_ir::DType> {
+    match module.graph.nodes[id].operands[1] {
+        Operand::Weight(w) => Some(module.weights[w].ty.dtype),
+        _ => None,
+    }
+}
+
+/// The weights at operand `index` of all nodes joined along their rows.
+fn join(module: &mut Module, group: &[NodeId], index: usize) -> Option<WeightId> {
+    let parts: Vec<WeightId> =
+        group
+            .iter()
+            .map(|id| {
+                if let Operand::Weight(w) = module.graph.nodes[*id].operands[index] { Some(w) } else { None }
+            })
+            .collect::<Option<_>>()?;
+    let names: Vec<&str> = parts.iter().map(|w| module.weights[*w].name.as_str()).collect();
+    let name = names.join("+");
+    if let Some(known) = module.weight_named(&name) {
+        return Some(known);
+    }
+    let mut shape = module.weights[parts[0]].ty.shape.clone();
+    for part in &parts[1..] {
+        shape[0] = shape[0].add(&module.weights[*part].ty.shape[0]);
+    }
+    let ty = TensorType { dtype: module.weights[parts[0]].ty.dtype, shape };
+    Some(module.weights.push(Weight { name, ty, expr: WeightExpr::Concat { axis: 0, parts }, stream: None }))
+}
+
+fn merge(module: &mut Module, group: &[NodeId]) -> Result<()> {
+    let Op::FusedMatmul(first) = module.graph.nodes[group[0]].op.clone() else { return Ok(()) };
+    let segments = group
+        .iter()
+        .filter_map(|id| {
+            if let Op::FusedMatmul(f) = &module.graph.nodes[*id].op { Some(f.segments[0]) } else { None }
+        })
+        .collect();
+    let Some(weight) = join(module, group, 1) else { return Ok(()) };
+    let mut operands = vec![module.graph.nodes[group[0]].operands[0], Operand::Weight(weight)];
+    if !first.epilogue.is_empty() {
+        let Some(bias) = join(module, group, 2) else { return Ok(()) };
+        operands.push(Operand::Weight(bias));
+    }
+    let mut loc: Vec<_> = group.iter().flat_map(|id| module.graph.nodes[*id].loc.clone()).collect();
+    loc.sort();
+    loc.dedup();
+    let new = module.new_node(FusedMatmul { segments, ..first }.into(), operands, loc)?;
+    // The first node of the group gives its place; its neighbours' values move to the new node.
+    let place = module.graph.order.iter().position(|id| *id == group[0]);
+    if let Some(place) = place {
+        module.graph.order[place] = new;
+    }
+    module.graph.order.retain(|id| !group[1..].contains(id));
+    for (index, id) in group.iter().enumerate() {
+        let Node { results, .. } = module.graph.nodes[*id].clone();
+        let to = module.graph.nodes[new].results[index];
+        // Keep the old value ids, so that users need no change.
+        module.graph.values.remove(to);
+        if let Some(Value { def, .. }) = module.graph.values.get_mut(results[0]) {
+            *def = millrace_ir::Def::Node { node: new, index };
+        }
+        module.graph.nodes[new].results[index] = results[0];
+        module.graph.nodes.remove(*id);
+    }
+    Ok(())
+}

@@ -1,0 +1,59 @@
+//! Matmul weights are stored in the order the target's kernel reads them.
+//!
+//! ```text
+//! matmul.fused(x, @w)  ->  matmul.fused(x, pack(@w)) {panel = 32}
+//! ```
+
+use millrace_ir::ops::FusedMatmul;
+use millrace_ir::{Module, Op, Operand, Phase, Result, TensorType, Weight, WeightExpr};
+
+use crate::pass::{Context, Pass};
+
+/// See the module.
+pub(super) struct PackWeights;
+
+impl Pass for PackWeights {
+    fn name(&self) -> &'static str {
+        "pack-weights"
+    }
+    fn help(&self) -> &'static str {
+        "stores matmul weights in the panel order of the target's kernels"
+    }
+    fn phases(&self) -> (Phase, Phase) {
+        (Phase::Fused, Phase::Fused)
+    }
+    fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
+        let panel = context.panel;
+        if panel == 0 {
+            return Ok(false);
+        }
+        let mut packed = 0;
+        for id in module.graph.order.clone() {
+            let node = &module.graph.nodes[id];
+            let (Op::FusedMatmul(fused), Operand::Weight(of)) = (&node.op, node.operands[1]) else {
+                continue;
+            };
+            if fused.panel != 0 {
+                continue;
+            }
+            let new_op = FusedMatmul { panel, ..fused.clone() };
+            let segments = fused.segments.clone();
+            let suffix: Vec<String> = segments.iter().map(ToString::to_string).collect();
+            let name = format!("{}.pack{panel}.{}", module.weights[of].name, suffix.join("-"));
+            let weight = module.weight_named(&name).unwrap_or_else(|| {
+                let panels: usize = segments.iter().map(|s| s.div_ceil(panel)).sum();
+                let source = &module.weights[of].ty;
+                let shape = vec![panels.into(), source.shape[1].clone(), panel.into()];
+                let ty = TensorType { dtype: source.dtype, shape };
+                let expr = WeightExpr::Pack { panel, segments, of };
+                module.weights.push(Weight { name, ty, expr, stream: None })
+            });
+            let node = &mut module.graph.nodes[id];
+            node.op = new_op.into();
+            node.operands[1] = Operand::Weight(weight);
+            packed += 1;
+        }
+        context.count("pack-weights.packed", packed);
+        Ok(packed > 0)
+    }
+}

@@ -1,0 +1,180 @@
+//! Fixes the order of nodes. With `search=true` a memory-aware order is tried as well, and the one whose largest live
+//! set is smaller wins; the given order wins ties.
+
+use std::collections::BTreeSet;
+
+use millrace_ir::plan::{Item, liveness, lower_bound};
+use millrace_ir::{Bindings, Id, Module, NodeId, Operand, Phase, Result};
+
+use crate::pass::{Context, Pass};
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Schedule {
+    search: bool,
+}
+
+impl Schedule {
+    pub(super) fn with_options(options: &[(String, String)]) -> std::result::Result<Self, String> {
+        let mut schedule = Schedule::default();
+        for (key, value) in options {
+            match (key.as_str(), value.as_str()) {
+                ("search", "true") => schedule.search = true,
+                ("search", "false") => schedule.search = false,
+                _ => return Err(format!("`schedule` has no option {key}={value}; it has search=true|false")),
+            }
+        }
+        Ok(schedule)
+    }
+}
+
+impl Pass for Schedule {
+    fn name(&self) -> &'static str {
+        "schedule"
+    }
+    fn help(&self) -> &'static str {
+        "fixes the order of nodes; search=true tries an order with a smaller peak"
+    }
+    fn phases(&self) -> (Phase, Phase) {
+        (Phase::Fused, Phase::Fused)
+    }
+    fn leaves(&self) -> Option<Phase> {
+        Some(Phase::Scheduled)
+    }
+    fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
+        if !self.search {
+            return Ok(false);
+        }
+        let given = peak(module, context.align);
+        let old = module.graph.order.clone();
+        module.graph.order = memory_aware(module);
+        let found = peak(module, context.align);
+        context.count("schedule.saved_bytes", given.saturating_sub(found));
+        if found >= given {
+            module.graph.order = old;
+        }
+        Ok(found < given)
+    }
+}
+
+/// Largest live set at the symbols' upper bounds, in bytes.
+fn peak(module: &Module, align: u64) -> u64 {
+    let maxima = Bindings::maxima(&module.dims);
+    let items: Vec<Item> = liveness(module, true)
+        .buffers
+        .iter()
+        .map(|b| Item {
+            size: b.bytes.extent(&maxima).unwrap_or(u64::MAX / 4).next_multiple_of(align.max(1)),
+            start: b.start,
+            end: b.end,
+        })
+        .collect();
+    lower_bound(&items)
+}
+
+/// List scheduling: among the nodes whose operands exist, the one that adds least to the live set; the given
+/// order breaks ties.
+fn memory_aware(module: &Module) -> Vec<NodeId> {
+    let graph = &module.graph;
+    let maxima = Bindings::maxima(&module.dims);
+    let size: Vec<i64> = {
+        let mut size = vec![0; graph.values.bound()];
+        for (id, value) in graph.values.iter() {
+            let is_output = graph.outputs.iter().any(|o| o.value == id);
+            let is_state = module.state_of(Operand::Value(id)).is_some();
+            if !is_output && !is_state {
+                size[id.index()] = value.ty.bytes().eval(&maxima).unwrap_or(i64::MAX / 1024);
+            }
+        }
+        size
+    };
+    let mut position = vec![0usize; graph.nodes.bound()];
+    graph.order.iter().enumerate().for_each(|(at, id)| position[id.index()] = at);
+    let mut readers: Vec<Vec<NodeId>> = vec![Vec::new(); graph.values.bound()];
+    let mut remaining = vec![0usize; graph.values.bound()];
+    let mut waits: Vec<usize> = vec![0; graph.nodes.bound()];
+    let mut wakes: Vec<Vec<NodeId>> = vec![Vec::new(); graph.nodes.bound()];
+    let mut state_readers: Vec<Vec<NodeId>> = vec![Vec::new(); module.states.bound()];
+    for id in &graph.order {
+        let mut values: Vec<_> = graph.nodes[*id]
+            .operands
+            .iter()
+            .filter_map(|o| if let Operand::Value(v) = o { Some(*v) } else { None })
+            .collect();
+        values.sort();
+        values.dedup();
+        for value in values {
+            readers[value.index()].push(*id);
+            remaining[value.index()] += 1;
+            if let Some(def) = graph.def_node(value) {
+                waits[id.index()] += 1;
+                wakes[def.index()].push(*id);
+            }
+        }
+        for operand in &graph.nodes[*id].operands {
+            if let Operand::State(s) = operand {
+                state_readers[s.index()].push(*id);
+            }
+        }
+    }
+    // A writer waits for all other readers of the version it overwrites.
+    for id in &graph.order {
+        let node = &graph.nodes[*id];
+        if !node.op.traits().writes_state {
+            continue;
+        }
+        let before: Vec<NodeId> = match node.operands.first() {
+            Some(Operand::State(s)) => state_readers[s.index()].clone(),
+            Some(Operand::Value(v)) => readers[v.index()].clone(),
+            _ => Vec::new(),
+        };
+        for other in before.into_iter().filter(|o| o != id) {
+            waits[id.index()] += 1;
+            wakes[other.index()].push(*id);
+        }
+    }
+    let cost = |id: NodeId, remaining: &[usize]| -> i64 {
+        let node = &graph.nodes[id];
+        let made: i64 = node.results.iter().map(|r| size[r.index()]).sum();
+        let mut freed: Vec<_> = node
+            .operands
+            .iter()
+            .filter_map(|o| if let Operand::Value(v) = o { Some(*v) } else { None })
+            .filter(|v| remaining[v.index()] == 1)
+            .collect();
+        freed.sort();
+        freed.dedup();
+        made - freed.iter().map(|v| size[v.index()]).sum::<i64>()
+    };
+    let mut ready: BTreeSet<(usize, NodeId)> = graph
+        .order
+        .iter()
+        .filter(|id| waits[id.index()] == 0)
+        .map(|id| (position[id.index()], *id))
+        .collect();
+    let mut order = Vec::with_capacity(graph.order.len());
+    // Looking at a bounded number of candidates keeps the cost linear in wide graphs.
+    const CANDIDATES: usize = 32;
+    while let Some(best) =
+        ready.iter().take(CANDIDATES).min_by_key(|(at, id)| (cost(*id, &remaining), *at)).copied()
+    {
+        ready.remove(&best);
+        let id = best.1;
+        order.push(id);
+        let mut read: Vec<_> = graph.nodes[id]
+            .operands
+            .iter()
+            .filter_map(|o| if let Operand::Value(v) = o { Some(*v) } else { None })
+            .collect();
+        read.sort();
+        read.dedup();
+        read.iter().for_each(|v| remaining[v.index()] -= 1);
+        for next in &wakes[id.index()] {
+            waits[next.index()] -= 1;
+            if waits[next.index()] == 0 {
+                ready.insert((position[next.index()], *next));
+            }
+        }
+    }
+    order
+}

@@ -1,0 +1,155 @@
+//! Aligned buffers and typed views of them. Every view checks its range and alignment; [`Region`] hands out pointers
+//! whose disjointness the executor checks node by node.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+
+use half::{bf16, f16};
+use millrace_ir::{Error, Kind, Result};
+
+/// Alignment of every buffer.
+pub(crate) const ALIGN: usize = 64;
+
+/// Zeroed memory aligned to [`ALIGN`]; pages are touched only when written.
+pub(crate) struct Buffer {
+    pointer: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the buffer owns its memory and gives it out by Rust's borrowing rules.
+unsafe impl Send for Buffer {}
+// SAFETY: as above.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    /// `len` zero bytes.
+    pub fn zeroed(len: u64, what: &str) -> Result<Buffer> {
+        let out_of_memory = || {
+            Error::new(Kind::OutOfMemory, "run/out-of-memory", format!("cannot allocate {len} bytes for {what}"))
+                .hint("free memory, lower the batch or sequence limits, or use --memory dynamic")
+        };
+        let size = usize::try_from(len).map_err(|_| out_of_memory())?;
+        if size == 0 {
+            return Ok(Buffer { pointer: NonNull::<Aligned>::dangling().cast(), len: 0 });
+        }
+        let layout = Layout::from_size_align(size, ALIGN).map_err(|_| out_of_memory())?;
+        // SAFETY: the layout has a non-zero size.
+        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(out_of_memory)?;
+        Ok(Buffer { pointer, len: size })
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the buffer owns `len` initialised bytes.
+        unsafe { std::slice::from_raw_parts(self.pointer.as_ptr(), self.len) }
+    }
+
+    /// The bytes, mutable.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len) }
+    }
+
+    /// A region over the whole buffer that may be written.
+    pub fn region(&mut self) -> Region {
+        Region { pointer: self.pointer.as_ptr(), len: self.len, writable: true }
+    }
+}
+
+#[repr(align(64))]
+struct Aligned;
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: the same layout as in `zeroed`.
+            unsafe { dealloc(self.pointer.as_ptr(), Layout::from_size_align_unchecked(self.len, ALIGN)) }
+        }
+    }
+}
+
+/// A range of memory that lives at least as long as the step that uses it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Region {
+    pointer: *mut u8,
+    len: usize,
+    writable: bool,
+}
+
+/// Types whose every bit pattern is a value.
+pub(crate) trait Plain: Copy {}
+impl Plain for f32 {}
+impl Plain for bf16 {}
+impl Plain for f16 {}
+impl Plain for i32 {}
+impl Plain for u8 {}
+
+impl Region {
+    /// A region that is only read.
+    pub fn read_only(bytes: &[u8]) -> Region {
+        Region { pointer: bytes.as_ptr().cast_mut(), len: bytes.len(), writable: false }
+    }
+
+    /// Bytes `start .. start + len` of the region.
+    pub fn part(self, start: u64, len: u64) -> Option<Region> {
+        let (start, len) = (usize::try_from(start).ok()?, usize::try_from(len).ok()?);
+        if start.checked_add(len)? > self.len {
+            return None;
+        }
+        // SAFETY: inside the region, as just checked.
+        Some(Region { pointer: unsafe { self.pointer.add(start) }, len, writable: self.writable })
+    }
+
+    /// Whether two regions share a byte.
+    pub fn overlaps(self, other: Region) -> bool {
+        let (a, b) = (self.pointer as usize, other.pointer as usize);
+        a < b + other.len && b < a + self.len && self.len > 0 && other.len > 0
+    }
+
+    /// Whether two regions are the same bytes.
+    pub fn same(self, other: Region) -> bool {
+        self.pointer == other.pointer && self.len == other.len
+    }
+
+    /// Bytes.
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    fn check<T: Plain>(self) -> Result<usize> {
+        let fits = self.len.is_multiple_of(size_of::<T>()) && (self.pointer as usize).is_multiple_of(align_of::<T>());
+        if !fits {
+            return Err(Error::new(Kind::BadInput, "run/misaligned", "a tensor does not lie on its alignment")
+                .hint("the engine is damaged or forged: build it again"));
+        }
+        Ok(self.len / size_of::<T>())
+    }
+
+    /// The elements.
+    ///
+    /// # Safety
+    /// The memory lives for `'a` and nobody writes it meanwhile.
+    pub unsafe fn slice<'a, T: Plain>(self) -> Result<&'a [T]> {
+        let n = self.check::<T>()?;
+        // SAFETY: range and alignment hold, every bit pattern is valid; the caller vouches for the rest.
+        Ok(unsafe { std::slice::from_raw_parts(self.pointer.cast(), n) })
+    }
+
+    /// The elements, mutable.
+    ///
+    /// # Safety
+    /// The memory lives for `'a` and nobody else reads or writes it meanwhile.
+    pub unsafe fn slice_mut<'a, T: Plain>(self) -> Result<&'a mut [T]> {
+        let n = self.check::<T>()?;
+        if !self.writable {
+            return Err(Error::new(Kind::Internal, "run/read-only", "a kernel writes to read-only memory"));
+        }
+        // SAFETY: range and alignment hold, every bit pattern is valid; the caller vouches for the rest.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), n) })
+    }
+}

@@ -1,0 +1,110 @@
+//! Weights of a session: mapped from the engine, bound from a model folder, or computed from their expressions.
+
+use millrace_ir::checkpoint::TensorSource;
+use millrace_ir::engine::WeightRecord;
+use millrace_ir::weights::{WeightReader, needs_source};
+use millrace_ir::{Error, Id, Kind, Result, WeightId};
+
+use crate::engine::Engine;
+use crate::mapping::Mapping;
+use crate::memory::{Buffer, Region};
+
+/// Largest piece computed at once.
+const CHUNK: u64 = 16 << 20;
+
+enum Place {
+    Mapped { start: u64, len: u64 },
+    Owned(Buffer),
+}
+
+/// Bytes of every weight that nodes read.
+pub(crate) struct Weights {
+    mapping: Mapping,
+    places: Vec<Option<Place>>,
+    total: u64,
+}
+
+impl Weights {
+    /// Loads the weights of `engine`; stripped ones are computed from `source` and compared by hash.
+    pub fn load(engine: &Engine, source: Option<&dyn TensorSource>) -> Result<Weights> {
+        let (file, module) = (engine.file(), engine.module());
+        let mut places: Vec<Option<Place>> = Vec::new();
+        places.resize_with(module.weights.bound(), || None);
+        let mut total = 0;
+        let range = file.weights_range();
+        let mapping = match (file.file(), range) {
+            (Some(file), Some((offset, len))) => Mapping::new(file, offset, len)?,
+            _ => Mapping::new_empty(),
+        };
+        let mut reader = WeightReader::new(module);
+        if let Some(source) = source {
+            reader = reader.with_source("model", source);
+        }
+        for id in module.used_weights() {
+            let weight = &module.weights[id];
+            let len = reader.len(id)?;
+            total += len;
+            let record = file.weight(&weight.name);
+            let shape = weight.ty.const_shape();
+            let place = match record {
+                Some(r) if r.dtype != weight.ty.dtype || Some(&r.shape) != shape.as_ref() || r.len != len => {
+                    return Err(Error::new(Kind::BadInput, "engine/weight-mismatch", "graph and weight index disagree")
+                        .at(format!("@{}", weight.name))
+                        .hint("the file was altered: build it again"));
+                }
+                Some(r) if !file.is_stripped() && file.file().is_some() => {
+                    let (base, _) = range.unwrap_or((0, 0));
+                    Place::Mapped { start: r.offset.saturating_sub(base), len }
+                }
+                Some(r) if !file.is_stripped() => {
+                    let mut buffer = Buffer::zeroed(len, "weights")?;
+                    file.read_weight_at(r, 0, buffer.bytes_mut())?;
+                    Place::Owned(buffer)
+                }
+                Some(r) => Place::Owned(bind(&mut reader, id, len, r, source.is_some())?),
+                None if needs_source(module, id) => {
+                    return Err(Error::new(Kind::BadInput, "engine/no-weight", "the engine lacks this weight")
+                        .at(format!("@{}", weight.name)));
+                }
+                None => Place::Owned(fill(&mut reader, id, len)?),
+            };
+            places[id.index()] = Some(place);
+        }
+        Ok(Weights { mapping, places, total })
+    }
+
+    /// Bytes of all weights.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// The bytes of a weight.
+    pub fn region(&self, id: WeightId) -> Option<Region> {
+        match self.places.get(id.index())?.as_ref()? {
+            Place::Mapped { start, len } => Region::read_only(self.mapping.bytes()).part(*start, *len),
+            Place::Owned(buffer) => Some(Region::read_only(buffer.bytes())),
+        }
+    }
+}
+
+fn fill(reader: &mut WeightReader<'_>, id: WeightId, len: u64) -> Result<Buffer> {
+    let mut buffer = Buffer::zeroed(len, "weights")?;
+    for (index, piece) in buffer.bytes_mut().chunks_mut(CHUNK as usize).enumerate() {
+        reader.read(id, index as u64 * CHUNK, piece)?;
+    }
+    Ok(buffer)
+}
+
+fn bind(reader: &mut WeightReader<'_>, id: WeightId, len: u64, record: &WeightRecord, bound: bool) -> Result<Buffer> {
+    if !bound {
+        return Err(Error::new(Kind::Incompatible, "engine/stripped", "the engine was built without weights")
+            .hint("name the model folder with --weights DIR"));
+    }
+    let buffer = fill(reader, id, len)?;
+    if blake3::hash(buffer.bytes()).as_bytes() != &record.hash {
+        return Err(Error::new(Kind::Incompatible, "engine/weight-hash", "the folder has other weights than the engine was built from")
+            .at(format!("@{}", record.name))
+            .hint("bind the model folder the engine was built from, or build the engine again"));
+    }
+    Ok(buffer)
+}
