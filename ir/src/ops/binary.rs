@@ -166,7 +166,7 @@ impl OpDef for Binary {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{f32s, fails, run};
+    use super::super::testing::{f32s, fails, i32s, run};
     use super::*;
 
     #[test]
@@ -199,5 +199,29 @@ mod tests {
         let ints = Tensor::zeros(DType::I32, &[2]).unwrap();
         assert!(fails(add, &[f32s(&[2], &[0.0; 2]), ints.clone()]).contains("element types differ"));
         assert!(fails(Binary { function: BinaryFn::Div }, &[ints.clone(), ints]).contains("float"));
+    }
+
+    #[test]
+    fn integers_have_exact_arithmetic_and_truth_values_none() {
+        let (a, b) = (i32s(&[3], &[7.0, -8.0, 5.0]), i32s(&[1], &[5.0]));
+        let of = |function| run(Binary { function }, &[a.clone(), b.clone()]).remove(0);
+        assert_eq!((of(BinaryFn::Sub).dtype, of(BinaryFn::Sub).data), (DType::I32, vec![2.0, -13.0, 0.0]));
+        assert_eq!(of(BinaryFn::Max).data, [7.0, 5.0, 5.0]);
+        assert_eq!((of(BinaryFn::Ge).dtype, of(BinaryFn::Ge).data), (DType::Bool, vec![1.0, 0.0, 1.0]));
+        let truth = Tensor::zeros(DType::Bool, &[2]).unwrap();
+        assert_eq!(run(Binary { function: BinaryFn::Eq }, &[truth.clone(), truth.clone()])[0].data, [1.0; 2]);
+        let add = Binary { function: BinaryFn::Add };
+        assert!(fails(add.clone(), &[truth.clone(), truth]).contains("arithmetic"));
+        assert!(fails(add, &[a]).contains("takes 2 operands"));
+    }
+
+    /// Swapping the operands changes nothing exactly where the flag says so.
+    #[test]
+    fn the_commutative_flag_is_true() {
+        for function in BinaryFn::ALL {
+            let pairs = [(1.0, 2.0), (3.0, -2.0), (2.0, 2.0), (0.5, 4.0)];
+            let same = pairs.iter().all(|(a, b)| function.apply(*a, *b) == function.apply(*b, *a));
+            assert_eq!(same, Binary { function }.traits().commutative, "{}", function.name());
+        }
     }
 }

@@ -35,3 +35,37 @@ pub fn source_index(at: usize, shape: &[usize], from: &[usize]) -> usize {
     }
     index
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dim::Sym;
+
+    #[test]
+    fn symbols_broadcast_only_with_themselves_and_one() {
+        let (t, b, one) =
+            (Dim::from(Sym::new("t").unwrap()), Dim::from(Sym::new("b").unwrap()), Dim::from(1i64));
+        let shape = |dims: &[&Dim]| dims.iter().map(|d| (*d).clone()).collect::<Vec<_>>();
+        assert_eq!(broadcast_shapes(&shape(&[&t, &one]), &shape(&[&b])), Ok(shape(&[&t, &b])));
+        assert_eq!(broadcast_shapes(&shape(&[&one]), &shape(&[&one])), Ok(shape(&[&one])));
+        assert_eq!(broadcast_shapes(&[], &shape(&[&t])), Ok(shape(&[&t])));
+        assert!(broadcast_shapes(&shape(&[&t]), &shape(&[&b])).unwrap_err().contains("$t and $b"));
+        assert!(broadcast_shapes(&shape(&[&t]), &[Dim::from(2i64)]).is_err());
+    }
+
+    /// Nested loops over coordinates instead of division.
+    #[test]
+    fn sources_follow_coordinates() {
+        let shape = [2, 3, 4];
+        let index = |c: [usize; 3]| (c[0] * 3 + c[1]) * 4 + c[2];
+        for c in (0..2).flat_map(|i| (0..3).flat_map(move |j| (0..4).map(move |k| [i, j, k]))) {
+            let at = index(c);
+            assert_eq!(source_index(at, &shape, &shape), at);
+            assert_eq!(source_index(at, &shape, &[]), 0);
+            assert_eq!(source_index(at, &shape, &[4]), c[2]);
+            assert_eq!(source_index(at, &shape, &[3, 1]), c[1]);
+            assert_eq!(source_index(at, &shape, &[2, 1, 4]), c[0] * 4 + c[2]);
+            assert_eq!(source_index(at, &shape, &[2, 1, 1]), c[0]);
+        }
+    }
+}

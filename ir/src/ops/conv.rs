@@ -109,6 +109,9 @@ impl OpDef for Conv2d {
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let (x, w) = (ctx.operand(0)?, ctx.operand(1)?);
         let mut out = ctx.empty(0)?;
+        if out.data.is_empty() {
+            return Ok(vec![out]);
+        }
         let [n, o, oh, ow] = out.shape[..] else { return Err("the result has rank 4".into()) };
         let [c, kh, kw] = w.shape[1..] else { return Err("the weight has rank 4".into()) };
         let (channels, h, wide) = (x.shape[1], x.shape[2], x.shape[3]);
@@ -173,7 +176,7 @@ impl OpDef for Pool2d {
     fn from_attrs(name: &str, attrs: &mut AttrReader<'_>) -> Result<Self, String> {
         Ok(Pool2d {
             average: name == Self::NAMES[1],
-            kernel: two(attrs, "kernel", [0, 0])?,
+            kernel: attrs.usizes("kernel")?.try_into().map_err(|_| "kernel takes two numbers")?,
             stride: two(attrs, "stride", [1, 1])?,
             pad: four(attrs, "pad")?,
             count_include_pad: attrs.flag("count_include_pad")?,
@@ -183,6 +186,12 @@ impl OpDef for Pool2d {
         let [x] = ctx.exactly()?;
         need_float("the operand", x)?;
         need_rank("the operand", x, 4)?;
+        if self.count_include_pad && !self.average {
+            return Err("count_include_pad is for means".into());
+        }
+        if self.kernel.iter().any(|k| *k > LIMIT) {
+            return Err(format!("kernel {:?} exceeds {LIMIT}", self.kernel));
+        }
         if (0..4).any(|i| self.pad[i] >= self.kernel[i % 2].max(1)) {
             return Err(format!("padding {:?} must be smaller than the kernel {:?}", self.pad, self.kernel));
         }
@@ -228,8 +237,11 @@ impl OpDef for Pool2d {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Op;
     use super::super::testing::{close, f32s, fails, ramp, run};
     use super::*;
+    use crate::dim::{Bindings, Sym};
+    use crate::dtype::DType;
 
     fn plain() -> Conv2d {
         Conv2d { stride: [1, 1], pad: [0; 4], dilation: [1, 1], groups: 1 }
@@ -278,5 +290,131 @@ mod tests {
         let counted = Pool2d { count_include_pad: true, ..padded };
         assert_eq!(run(counted, std::slice::from_ref(&x))[0].data, [0.25, 1.75]);
         assert!(fails(Pool2d { pad: [2, 0, 0, 0], ..pool }, &[x]).contains("padding"));
+    }
+
+    /// One matrix product over gathered patches instead of a sum per output.
+    #[test]
+    fn patches_times_weights_are_a_convolution() {
+        let conv = Conv2d { stride: [2, 1], pad: [1, 0, 2, 3], dilation: [1, 2], groups: 1 };
+        let (x, w, bias) = (ramp(&[2, 3, 5, 4]), ramp(&[4, 3, 2, 3]), ramp(&[4]));
+        let out = run(conv, &[x.clone(), w.clone(), bias.clone()]).remove(0);
+        assert_eq!(out.shape, [2, 4, 4, 3]); // (5 + 3 - 2) / 2 + 1, (4 + 3 - 5) / 1 + 1
+        // The image with its padding, 8 x 7.
+        let mut framed = vec![0.0; 2 * 3 * 8 * 7];
+        for (plane, y, z) in (0..6).flat_map(|p| (0..5).flat_map(move |y| (0..4).map(move |z| (p, y, z)))) {
+            framed[(plane * 8 + y + 1) * 7 + z] = x.data[(plane * 5 + y) * 4 + z];
+        }
+        for (n, y, z) in (0..2).flat_map(|n| (0..4).flat_map(move |y| (0..3).map(move |z| (n, y, z)))) {
+            let patch: Vec<f64> = (0..18)
+                .map(|i| (i / 6, i / 3 % 2, i % 3))
+                .map(|(c, ky, kx)| framed[((n * 3 + c) * 8 + 2 * y + ky) * 7 + z + 2 * kx])
+                .collect();
+            for o in 0..4 {
+                let sum: f64 = patch.iter().zip(&w.data[o * 18..]).map(|(a, b)| a * b).sum();
+                close(&[out.data[((n * 4 + o) * 4 + y) * 3 + z]], &[sum + bias.data[o]]);
+            }
+        }
+    }
+
+    #[test]
+    fn windows_of_symbolic_images_are_floors() {
+        let s = Sym::new("s").unwrap();
+        let ty = |h: Dim| TensorType::new(DType::F32, [Dim::from(1i64), Dim::from(1i64), h, Dim::from(9i64)]);
+        let pool = Pool2d {
+            average: false,
+            kernel: [3, 3],
+            stride: [2, 2],
+            pad: [1, 1, 1, 1],
+            count_include_pad: false,
+        };
+        let result = Op::from(pool).infer(&[ty(Dim::from(s))]).unwrap().remove(0);
+        for h in 1..40 {
+            let mut bindings = Bindings::new();
+            bindings.set(s, h);
+            assert_eq!(result.shape_at(&bindings), Some(vec![1, 1, (h + 2 - 3) / 2 + 1, 5]));
+        }
+    }
+
+    #[test]
+    fn convolutions_refuse_what_does_not_fit() {
+        let (x, w) = (ramp(&[1, 2, 3, 3]), ramp(&[2, 2, 2, 2]));
+        let pair = [x.clone(), w.clone()];
+        for (conv, part) in [
+            (Conv2d { stride: [1, usize::MAX], ..plain() }, "stride"),
+            (Conv2d { dilation: [0, 1], ..plain() }, "dilation"),
+            (Conv2d { dilation: [1, usize::MAX], ..plain() }, "dilation"),
+            (Conv2d { dilation: [3, 1], ..plain() }, "does not fit"),
+            (Conv2d { pad: [0, usize::MAX, 0, usize::MAX], ..plain() }, "padding"),
+            (Conv2d { groups: 0, ..plain() }, "groups"),
+            (Conv2d { groups: usize::MAX, ..plain() }, "groups"),
+            (Conv2d { groups: 2, ..plain() }, "channels"),
+        ] {
+            let message = fails(conv, &pair);
+            assert!(message.contains(part), "{message} lacks {part}");
+        }
+        assert!(fails(plain(), &[x.clone(), w.clone(), ramp(&[3])]).contains("bias"));
+        assert!(fails(plain(), &[x.clone(), w.clone(), ramp(&[2]), ramp(&[2])]).contains("2 or 3"));
+        assert!(fails(plain(), std::slice::from_ref(&x)).contains("at least 2"));
+        assert!(fails(plain(), &[x.clone(), ramp(&[2, 2, 4, 1])]).contains("does not fit"));
+        assert!(fails(plain(), &[x, ramp(&[2, 2, 2])]).contains("rank 4"));
+        let ints = Tensor::zeros(DType::I8, &[1, 1, 1, 1]).unwrap();
+        assert!(fails(plain(), &[ints.clone(), ints]).contains("float"));
+    }
+
+    /// Windows over an image framed with what padding stands for.
+    #[test]
+    fn pools_of_a_framed_image() {
+        let x = ramp(&[1, 2, 4, 5]);
+        let pool = Pool2d {
+            average: false,
+            kernel: [3, 2],
+            stride: [1, 2],
+            pad: [2, 1, 1, 0],
+            count_include_pad: false,
+        };
+        let frame = |fill: f64| {
+            let inside = |r: usize, c: usize| (2..6).contains(&r) && c >= 1;
+            let value = move |p: usize, r: usize, c: usize, x: &Tensor| {
+                if inside(r, c) { x.data[(p * 4 + r - 2) * 5 + c - 1] } else { fill }
+            };
+            move |p: usize, y: usize, z: usize, x: &Tensor| -> Vec<f64> {
+                (0..6).map(|i| value(p, y + i / 2, 2 * z + i % 2, x)).collect()
+            }
+        };
+        let out = |op: Pool2d| run(op, std::slice::from_ref(&x)).remove(0);
+        let mean = Pool2d { average: true, ..pool.clone() };
+        let counted = Pool2d { count_include_pad: true, ..mean.clone() };
+        let (top, mean, counted) = (out(pool), out(mean), out(counted));
+        assert_eq!(top.shape, [1, 2, 5, 3]);
+        for (p, y, z) in (0..2).flat_map(|p| (0..5).flat_map(move |y| (0..3).map(move |z| (p, y, z)))) {
+            let at = (p * 5 + y) * 3 + z;
+            let padded = frame(f64::NAN)(p, y, z, &x);
+            let real: Vec<f64> = padded.into_iter().filter(|v| !v.is_nan()).collect();
+            let sum: f64 = real.iter().sum();
+            assert_eq!(top.data[at], real.iter().copied().fold(real[0], |a, b| if b > a { b } else { a }));
+            close(&[mean.data[at], counted.data[at]], &[sum / real.len() as f64, sum / 6.0]);
+        }
+    }
+
+    #[test]
+    fn pools_refuse_absurd_parameters() {
+        let pool =
+            Pool2d { average: false, kernel: [2, 2], stride: [1, 1], pad: [0; 4], count_include_pad: false };
+        for (op, part) in [
+            (Pool2d { kernel: [0, 2], ..pool.clone() }, "kernel"),
+            (Pool2d { kernel: [9, 2], ..pool.clone() }, "does not fit"),
+            (Pool2d { kernel: [usize::MAX; 2], pad: [usize::MAX - 1; 4], ..pool.clone() }, "exceeds"),
+            (Pool2d { stride: [0, 1], ..pool.clone() }, "stride"),
+            (Pool2d { stride: [1, usize::MAX], ..pool.clone() }, "stride"),
+            (Pool2d { count_include_pad: true, ..pool.clone() }, "means"),
+        ] {
+            let message = fails(op, &[ramp(&[1, 1, 3, 3])]);
+            assert!(message.contains(part), "{message} lacks {part}");
+        }
+        assert!(fails(pool, &[ramp(&[3, 3])]).contains("rank 4"));
+        let Some(Err(message)) = Op::from_text("avg_pool2d", &Attrs::default()) else {
+            panic!("needs a kernel")
+        };
+        assert!(message.contains("`kernel` is missing"), "{message}");
     }
 }

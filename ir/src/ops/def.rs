@@ -102,6 +102,20 @@ pub fn need_dim(what: &str, found: &Dim, expected: &Dim) -> Result<(), String> {
     if found == expected { Ok(()) } else { Err(format!("{what} is {found}, expected {expected}")) }
 }
 
+/// Fails unless `axis` exists in `ty`.
+pub fn need_axis(axis: usize, ty: &TensorType) -> Result<(), String> {
+    if axis < ty.rank() { Ok(()) } else { Err(format!("axis {axis} does not exist in {ty}")) }
+}
+
+/// Fails unless `eps` is finite and not negative.
+pub fn need_eps(eps: f64) -> Result<(), String> {
+    if eps.is_finite() && eps >= 0.0 {
+        Ok(())
+    } else {
+        Err(format!("eps must be finite and not negative, not {eps}"))
+    }
+}
+
 /// Operands and symbol values during evaluation.
 pub struct EvalCtx<'a> {
     /// Operand tensors.

@@ -1,7 +1,7 @@
 //! Ops that read or write at computed places: embedding, gather, scatter.
 
 use super::def::{
-    EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_float, need_index, need_rank,
+    EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_axis, need_dim, need_float, need_index, need_rank,
     need_same_dtype,
 };
 use crate::attr::{AttrReader, Attrs};
@@ -25,13 +25,17 @@ pub struct Gather {
 }
 
 fn take(x: &Tensor, idx: &Tensor, axis: usize, out: &mut Tensor) -> Result<(), String> {
+    let extent = x.shape[axis];
+    let indices = idx.data.iter().map(|i| checked(*i, extent)).collect::<Result<Vec<_>, _>>()?;
+    if out.data.is_empty() {
+        return Ok(());
+    }
     let inner: usize = x.shape[axis + 1..].iter().product();
     let outer: usize = x.shape[..axis].iter().product();
-    let extent = x.shape[axis];
     let mut at = 0;
     for o in 0..outer {
-        for i in &idx.data {
-            let from = (o * extent + checked(*i, extent)?) * inner;
+        for i in &indices {
+            let from = (o * extent + i) * inner;
             out.data[at..at + inner].copy_from_slice(&x.data[from..from + inner]);
             at += inner;
         }
@@ -52,9 +56,7 @@ impl OpDef for Gather {
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
         let [x, idx] = ctx.exactly()?;
         need_index("the indices", idx)?;
-        if self.axis >= x.rank() {
-            return Err(format!("axis {} does not exist in {x}", self.axis));
-        }
+        need_axis(self.axis, x)?;
         let mut shape = x.shape[..self.axis].to_vec();
         shape.extend(idx.shape.iter().cloned());
         shape.extend(x.shape[self.axis + 1..].iter().cloned());
@@ -125,9 +127,7 @@ impl OpDef for Scatter {
         need_rank("the indices", idx, 1)?;
         need_same_dtype(x, updates)?;
         need_rank("the updates", updates, x.rank())?;
-        if self.axis >= x.rank() {
-            return Err(format!("axis {} does not exist in {x}", self.axis));
-        }
+        need_axis(self.axis, x)?;
         for axis in 0..x.rank() {
             let expected = if axis == self.axis { &idx.shape[0] } else { &x.shape[axis] };
             need_dim("an extent of the updates", &updates.shape[axis], expected)?;
@@ -137,12 +137,16 @@ impl OpDef for Scatter {
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let mut out = ctx.operand(0)?.clone();
         let (idx, updates) = (ctx.operand(1)?, ctx.operand(2)?);
+        let extent = out.shape[self.axis];
+        let targets = idx.data.iter().map(|i| checked(*i, extent)).collect::<Result<Vec<_>, _>>()?;
+        if out.data.is_empty() {
+            return Ok(vec![out]);
+        }
         let inner: usize = out.shape[self.axis + 1..].iter().product();
         let outer: usize = out.shape[..self.axis].iter().product();
-        let extent = out.shape[self.axis];
         for o in 0..outer {
-            for (i, target) in idx.data.iter().enumerate() {
-                let to = (o * extent + checked(*target, extent)?) * inner;
+            for (i, target) in targets.iter().enumerate() {
+                let to = (o * extent + target) * inner;
                 let from = (o * idx.data.len() + i) * inner;
                 out.data[to..to + inner].copy_from_slice(&updates.data[from..from + inner]);
             }
@@ -192,5 +196,39 @@ mod tests {
         assert!(
             fails(Scatter { axis: 0 }, &[zeros, i32s(&[3], &[0.0; 3]), ramp(&[2, 2])]).contains("extent")
         );
+    }
+
+    #[test]
+    fn indices_are_checked_even_if_nothing_is_moved() {
+        let (x, idx) = (f32s(&[3, 0], &[]), i32s(&[1], &[3.0]));
+        assert!(fails_eval(Gather { axis: 0 }, &[x.clone(), idx.clone()]).contains("3 is outside 0..3"));
+        assert!(fails_eval(Embedding, &[x.clone(), idx.clone()]).contains("outside"));
+        assert!(fails_eval(Scatter { axis: 0 }, &[x, idx, f32s(&[1, 0], &[])]).contains("outside"));
+    }
+
+    #[test]
+    fn embedding_keeps_the_shape_of_the_ids() {
+        let out = run(Embedding, &[ramp(&[5, 3]), i32s(&[2, 1], &[4.0, 1.0])]).remove(0);
+        assert_eq!(out.shape, [2, 1, 3]);
+        assert_eq!(out.data, [&ramp(&[5, 3]).data[12..15], &ramp(&[5, 3]).data[3..6]].concat());
+        assert!(fails(Embedding, &[ramp(&[5]), i32s(&[1], &[0.0])]).contains("rank 2"));
+        assert!(fails(Embedding, &[ramp(&[5, 3]), ramp(&[1])]).contains("i32"));
+        assert!(fails(Embedding, &[i32s(&[1, 1], &[0.0]), i32s(&[1], &[0.0])]).contains("float"));
+        assert!(fails(Embedding, &[ramp(&[5, 3])]).contains("takes 2"));
+    }
+
+    #[test]
+    fn scatter_refuses_what_does_not_fit() {
+        let (x, idx, updates) = (ramp(&[3, 2]), i32s(&[1], &[1.0]), ramp(&[1, 2]));
+        let axis = Scatter { axis: 0 };
+        assert!(fails(axis.clone(), &[x.clone(), updates.clone(), updates.clone()]).contains("i32"));
+        assert!(fails(axis.clone(), &[x.clone(), i32s(&[1, 1], &[0.0]), updates.clone()]).contains("rank 1"));
+        assert!(fails(axis.clone(), &[x.clone(), idx.clone(), ramp(&[2])]).contains("rank 2"));
+        assert!(
+            fails(axis.clone(), &[x.clone(), idx.clone(), i32s(&[1, 2], &[0.0; 2])])
+                .contains("element types")
+        );
+        assert!(fails(Scatter { axis: usize::MAX }, &[x.clone(), idx, updates.clone()]).contains("axis"));
+        assert!(fails_eval(axis, &[x, i32s(&[1], &[-1.0]), updates]).contains("outside"));
     }
 }

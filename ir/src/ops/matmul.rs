@@ -63,6 +63,9 @@ impl OpDef for Matmul {
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let (a, b) = (ctx.operand(0)?, ctx.operand(1)?);
         let mut out = ctx.empty(0)?;
+        if out.data.is_empty() {
+            return Ok(vec![out]);
+        }
         let rank = out.shape.len();
         let (m, n, k) = (out.shape[rank - 2], out.shape[rank - 1], a.last());
         let lead = out.shape[..rank - 2].to_vec();
@@ -126,5 +129,33 @@ mod tests {
             fails(Matmul { transpose_b: false, out: Some(DType::I8) }, &[ramp(&[2, 3]), ramp(&[3, 3])])
                 .contains("float")
         );
+    }
+
+    #[test]
+    fn a_matrix_serves_every_batch_and_no_inner_extent_gives_zeros() {
+        let (a, b) = (ramp(&[2, 3, 4]), ramp(&[5, 4]));
+        let out =
+            run(Matmul { transpose_b: true, out: Some(DType::BF16) }, &[a.clone(), b.clone()]).remove(0);
+        assert_eq!((out.dtype, out.shape.as_slice()), (DType::BF16, [2, 3, 5].as_slice()));
+        let row = |x: &Tensor, i: usize| x.data[i * 4..][..4].to_vec();
+        let expected: Vec<f64> = (0..6)
+            .flat_map(|i| (0..5).map(move |j| (i, j)))
+            .map(|(i, j)| row(&a, i).iter().zip(row(&b, j)).map(|(x, y)| x * y).sum())
+            .collect();
+        close(&out.data, &expected);
+        let none = run(Matmul { transpose_b: false, out: None }, &[f32s(&[2, 0], &[]), f32s(&[0, 1], &[])]);
+        assert_eq!(none[0].data, [0.0; 2]);
+    }
+
+    #[test]
+    fn operands_are_two_float_matrices_of_one_type() {
+        let plain = Matmul { transpose_b: false, out: None };
+        assert!(fails(plain.clone(), &[ramp(&[3]), ramp(&[3, 1])]).contains("two matrices"));
+        assert!(fails(plain.clone(), &[ramp(&[1, 3]), ramp(&[3])]).contains("two matrices"));
+        assert!(fails(plain.clone(), &[ramp(&[2, 1, 3]), ramp(&[3, 3, 1])]).contains("do not broadcast"));
+        let half = Tensor::zeros(DType::F16, &[3, 1]).unwrap();
+        assert!(fails(plain.clone(), &[ramp(&[1, 3]), half]).contains("element types"));
+        let ints = Tensor::zeros(DType::I8, &[3, 3]).unwrap();
+        assert!(fails(plain, &[ints.clone(), ints]).contains("float"));
     }
 }

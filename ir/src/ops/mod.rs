@@ -3,6 +3,8 @@
 //! Semantics come first: an op is its [`OpDef::eval`]. Adding an op is one file with an [`OpDef`] and one line
 //! in the table; the exhaustive matches of codegen are then the to-do list.
 
+#[cfg(test)]
+mod absurdity_tests;
 pub mod add_norm;
 pub mod attention;
 pub mod binary;

@@ -1,22 +1,19 @@
 //! Ops that move elements without arithmetic: cast, broadcast, reshape, transpose, slice, concat, iota, select.
 
 use super::broadcasting::{broadcast_shapes, source_index};
-use super::def::{EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_same_dtype};
+use super::def::{EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_axis, need_dim, need_same_dtype};
 use crate::attr::{Attr, AttrReader, Attrs};
-use crate::dim::Dim;
+use crate::dim::{Bindings, Dim, MAX_EXTENT};
 use crate::dtype::DType;
-use crate::tensor::{Tensor, strides};
+use crate::tensor::{Tensor, round_to, strides};
 use crate::types::{Shape, TensorType, product};
 
 fn dims(shape: &[Dim]) -> Attr {
     Attr::List(shape.iter().cloned().map(Attr::Dim).collect())
 }
 
-fn need_axis(axis: usize, ty: &TensorType) -> Result<(), String> {
-    if axis < ty.rank() { Ok(()) } else { Err(format!("axis {axis} does not exist in {ty}")) }
-}
-
-/// Other element type, rounded to nearest even; `%1 = cast %0 {to = bf16}`.
+/// Other element type; `%1 = cast %0 {to = bf16}`. Floats are rounded to nearest even. Integers drop the fraction,
+/// saturate, and take 0 for NaN; `bool` tells whether the element differs from 0.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cast {
     /// Element type of the result.
@@ -40,7 +37,9 @@ impl OpDef for Cast {
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let mut out = ctx.operand(0)?.clone();
         out.dtype = self.to;
-        out.round();
+        out.data.iter_mut().for_each(|v| {
+            *v = if self.to == DType::I64 { (*v as i64) as f64 } else { round_to(self.to, *v) };
+        });
         Ok(vec![out])
     }
     fn traits(&self) -> OpTraits {
@@ -91,6 +90,16 @@ pub struct Reshape {
     pub shape: Shape,
 }
 
+/// Fails if `elements` may have saturated: such a number proves nothing.
+fn need_countable(elements: &Dim) -> Result<(), String> {
+    let mut ones = Bindings::new();
+    elements.symbols().into_iter().for_each(|sym| ones.set(sym, 1));
+    match elements.eval(&ones) {
+        Some(count) if count <= MAX_EXTENT => Ok(()),
+        _ => Err(format!("more than {MAX_EXTENT} elements")),
+    }
+}
+
 impl OpDef for Reshape {
     const NAMES: &'static [&'static str] = &["reshape"];
     fn attrs(&self) -> Attrs {
@@ -103,12 +112,17 @@ impl OpDef for Reshape {
     }
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
         let [x] = ctx.exactly()?;
-        need_dim("the number of elements", &product(&self.shape), &x.elements())?;
+        let elements = product(&self.shape);
+        need_dim("the number of elements", &elements, &x.elements())?;
+        need_countable(&elements)?;
         Ok(vec![TensorType { dtype: x.dtype, shape: self.shape.clone() }])
     }
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
-        let mut out = ctx.empty(0)?;
-        out.data.copy_from_slice(&ctx.operand(0)?.data);
+        let (x, mut out) = (ctx.operand(0)?, ctx.empty(0)?);
+        if x.data.len() != out.data.len() {
+            return Err(format!("{} elements do not fill {:?}", x.data.len(), out.shape));
+        }
+        out.data.copy_from_slice(&x.data);
         Ok(vec![out])
     }
     fn traits(&self) -> OpTraits {
@@ -152,6 +166,9 @@ impl OpDef for Transpose {
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let x = ctx.operand(0)?;
         let mut out = ctx.empty(0)?;
+        if out.data.is_empty() {
+            return Ok(vec![out]);
+        }
         let (from, to) = (x.strides(), out.strides());
         let shape = out.shape.clone();
         for (at, v) in out.data.iter_mut().enumerate() {
@@ -204,7 +221,9 @@ impl OpDef for Slice {
         let step = i64::try_from(self.step).ok().filter(|s| *s > 0).ok_or("step must be at least 1")?;
         let extent = &x.shape[self.axis];
         let outside = |d: &Dim| d.as_const().is_some_and(|c| c < 0);
-        if outside(&self.start) || outside(&self.end.sub(&self.start)) || outside(&extent.sub(&self.end)) {
+        let gaps =
+            [self.start.clone(), self.end.sub(&self.start), extent.sub(&self.end), extent.sub(&self.start)];
+        if gaps.iter().any(outside) {
             return Err(format!("{}..{} is no range of an axis of {extent}", self.start, self.end));
         }
         let mut shape = x.shape.clone();
@@ -217,6 +236,9 @@ impl OpDef for Slice {
         let (start, end) = (ctx.extent(&self.start)?, ctx.extent(&self.end)?);
         if start > end || end > x.shape[self.axis] {
             return Err(format!("{start}..{end} is no range of an axis of {}", x.shape[self.axis]));
+        }
+        if out.data.is_empty() {
+            return Ok(vec![out]);
         }
         let (from, to) = (x.strides(), strides(&out.shape));
         let shape = out.shape.clone();
@@ -271,6 +293,9 @@ impl OpDef for Concat {
     }
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let mut out = ctx.empty(0)?;
+        if out.data.is_empty() {
+            return Ok(vec![out]);
+        }
         let inner: usize = out.shape[self.axis + 1..].iter().product();
         let outer: usize = out.shape[..self.axis].iter().product();
         let mut at = 0;
@@ -315,10 +340,16 @@ impl OpDef for Iota {
         let [] = ctx.exactly()?;
         let ty = TensorType { dtype: self.dtype, shape: self.shape.clone() };
         need_axis(self.axis, &ty)?;
+        if self.dtype == DType::Bool {
+            return Err("truth values do not count".into());
+        }
         Ok(vec![ty])
     }
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let mut out = ctx.empty(0)?;
+        if out.data.is_empty() {
+            return Ok(vec![out]);
+        }
         let (stride, extent) = (out.strides()[self.axis], out.shape[self.axis]);
         out.data.iter_mut().enumerate().for_each(|(i, v)| *v = (i / stride % extent) as f64);
         Ok(vec![out])
@@ -367,8 +398,10 @@ impl OpDef for Select {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{f32s, fails, ramp, run};
+    use super::super::Op;
+    use super::super::testing::{f32s, fails, i32s, ramp, run};
     use super::*;
+    use crate::dim::Sym;
 
     #[test]
     fn cast_rounds() {
@@ -434,5 +467,104 @@ mod tests {
         let out = run(Select, &[cond, f32s(&[2], &[1.0, 2.0]), f32s(&[], &[9.0])]).remove(0);
         assert_eq!(out.data, [1.0, 2.0, 9.0, 9.0]);
         assert!(fails(Select, &[ramp(&[2]), ramp(&[2]), ramp(&[2])]).contains("bool"));
+    }
+
+    #[test]
+    fn casts_to_integers_truncate_and_saturate() {
+        let x = f32s(&[5], &[1.5, -1.5, 1e30, f64::NAN, 0.0]);
+        let to = |to| run(Cast { to }, std::slice::from_ref(&x)).remove(0).data;
+        assert_eq!(to(DType::I64), [1.0, -1.0, i64::MAX as f64, 0.0, 0.0]);
+        assert_eq!(to(DType::I32), [1.0, -1.0, 2147483647.0, 0.0, 0.0]);
+        assert_eq!(to(DType::I8), [1.0, -1.0, 127.0, 0.0, 0.0]);
+        assert_eq!(to(DType::U8), [1.0, 0.0, 255.0, 0.0, 0.0]);
+        assert_eq!(to(DType::Bool), [1.0, 1.0, 1.0, 1.0, 0.0]);
+    }
+
+    /// Products beyond 64 bits saturate, and saturated numbers are equal without being so.
+    #[test]
+    fn reshape_believes_no_saturated_count() {
+        let t = Dim::from(Sym::new("t").unwrap());
+        let ty = |shape: &[Dim]| TensorType { dtype: DType::F32, shape: shape.to_vec() };
+        let infer = |from: &[Dim], to: &[Dim]| Op::from(Reshape { shape: to.to_vec() }).infer(&[ty(from)]);
+        let c = |v: i64| Dim::from(v);
+        let big = c(1 << 40);
+        for lead in [c(1), t.clone()] {
+            let from = [lead.clone(), big.clone(), big.clone()];
+            let message = infer(&from, &[lead, big.clone(), big.clone(), c(2)]).unwrap_err();
+            assert!(message.contains("more than"), "{message}");
+        }
+        let split = infer(&[t.mul(&c(4)), c(6)], &[t.clone(), c(8), c(3)]).unwrap();
+        assert_eq!(split, [ty(&[t.clone(), c(8), c(3)])]);
+        assert!(infer(&[t.clone(), c(6)], &[c(6)]).unwrap_err().contains("elements"));
+    }
+
+    /// Coordinate by coordinate, `out[i, j, k] = x[j, k, i]`.
+    #[test]
+    fn transpose_follows_coordinates() {
+        let x = ramp(&[2, 3, 4]);
+        let out = run(Transpose { perm: vec![2, 0, 1] }, std::slice::from_ref(&x)).remove(0);
+        assert_eq!(out.shape, [4, 2, 3]);
+        for (i, j, k) in (0..4).flat_map(|i| (0..2).flat_map(move |j| (0..3).map(move |k| (i, j, k)))) {
+            assert_eq!(out.data[(i * 2 + j) * 3 + k], x.data[(j * 3 + k) * 4 + i]);
+        }
+        for perm in [vec![0, 1], vec![0, 1, 3], vec![0, 1, 1], vec![0, 1, 2, 3], vec![usize::MAX; 3]] {
+            assert!(fails(Transpose { perm }, std::slice::from_ref(&x)).contains("permutation"));
+        }
+    }
+
+    #[test]
+    fn slices_have_symbolic_bounds() {
+        let t = Dim::from(Sym::new("t").unwrap());
+        let ty = |extent: &Dim| TensorType { dtype: DType::F32, shape: vec![extent.clone()] };
+        let slice = |start: Dim, end: Dim, step| Op::from(Slice { axis: 0, start, end, step });
+        let c = |v: i64| Dim::from(v);
+        assert_eq!(slice(t.sub(&c(1)), t.clone(), 1).infer(&[ty(&t)]), Ok(vec![ty(&c(1))]));
+        assert_eq!(slice(c(1), t.clone(), 3).infer(&[ty(&t)]), Ok(vec![ty(&t.sub(&c(1)).ceil_div(3))]));
+        for (start, end) in
+            [(c(-1), c(2)), (c(3), c(2)), (c(0), c(6)), (c(6), t.clone()), (c(i64::MIN), t.clone())]
+        {
+            assert!(slice(start, end, 1).infer(&[ty(&c(5))]).unwrap_err().contains("range"));
+        }
+        assert!(slice(c(0), t.add(&c(1)), 1).infer(&[ty(&t)]).unwrap_err().contains("range"));
+        assert!(slice(c(0), c(1), usize::MAX).infer(&[ty(&t)]).unwrap_err().contains("step"));
+
+        // Bounds that types do not settle are settled by values.
+        let (x, mut bindings) = (ramp(&[5]), Bindings::new());
+        let op = slice(c(1), t.clone(), 2);
+        let results = op.infer(&[ty(&c(5))]).unwrap();
+        for (value, expected) in
+            [(1, Ok(vec![])), (4, Ok(vec![x.data[1], x.data[3]])), (0, Err(())), (6, Err(()))]
+        {
+            bindings.set(Sym::new("t").unwrap(), value);
+            let found = op.eval(&EvalCtx { operands: &[&x], results: &results, bindings: &bindings });
+            assert_eq!(found.map(|mut out| out.remove(0).data).map_err(|_| ()), expected, "$t = {value}");
+        }
+    }
+
+    #[test]
+    fn concat_joins_in_order_and_refuses_strangers() {
+        let joined = run(Concat { axis: 0 }, &[f32s(&[1], &[1.0]), f32s(&[0], &[]), f32s(&[2], &[2.0, 3.0])]);
+        assert_eq!(joined[0].data, [1.0, 2.0, 3.0]);
+        let columns =
+            run(Concat { axis: 1 }, &[f32s(&[2, 1], &[1.0, 2.0]), f32s(&[2, 2], &[3.0, 4.0, 5.0, 6.0])]);
+        assert_eq!(columns[0].data, [1.0, 3.0, 4.0, 2.0, 5.0, 6.0]);
+        assert!(fails(Concat { axis: 0 }, &[]).contains("at least 1"));
+        assert!(fails(Concat { axis: 1 }, &[ramp(&[2])]).contains("axis"));
+        assert!(fails(Concat { axis: 0 }, &[ramp(&[2]), ramp(&[2, 1])]).contains("cannot follow"));
+        assert!(fails(Concat { axis: 0 }, &[ramp(&[2]), i32s(&[1], &[0.0])]).contains("element types"));
+    }
+
+    #[test]
+    fn select_and_broadcast_refuse_what_does_not_fit() {
+        let cond = Tensor::zeros(DType::Bool, &[2]).unwrap();
+        assert!(fails(Select, &[cond.clone(), ramp(&[2]), ramp(&[3])]).contains("do not broadcast"));
+        assert!(fails(Select, &[cond.clone(), ramp(&[2]), i32s(&[2], &[0.0; 2])]).contains("element types"));
+        assert!(fails(Select, &[cond, ramp(&[2])]).contains("takes 3"));
+        for shape in [vec![], vec![Dim::from(1usize)], vec![Dim::from(2usize), Dim::from(1usize)]] {
+            assert!(fails(Broadcast { shape }, &[ramp(&[1, 3])]).contains("broadcast"));
+        }
+        let shape = vec![Dim::from(2usize)];
+        assert!(fails(Iota { shape: shape.clone(), axis: 0, dtype: DType::Bool }, &[]).contains("count"));
+        assert!(fails(Iota { shape, axis: 0, dtype: DType::I32 }, &[ramp(&[2])]).contains("takes 0"));
     }
 }

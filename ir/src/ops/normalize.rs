@@ -1,7 +1,8 @@
 //! Normalisations along an axis: softmax, layer_norm, l2_normalize.
 
 use super::def::{
-    EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_float, need_rank, need_same_dtype,
+    EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_axis, need_dim, need_eps, need_float, need_rank,
+    need_same_dtype,
 };
 use crate::attr::{AttrReader, Attrs};
 use crate::tensor::Tensor;
@@ -27,13 +28,14 @@ impl OpDef for Softmax {
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
         let [x] = ctx.exactly()?;
         need_float("the operand", x)?;
-        if self.axis >= x.rank() {
-            return Err(format!("axis {} does not exist in {x}", self.axis));
-        }
+        need_axis(self.axis, x)?;
         Ok(vec![x.clone()])
     }
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let mut out = ctx.operand(0)?.clone();
+        if out.data.is_empty() {
+            return Ok(vec![out]);
+        }
         let inner: usize = out.shape[self.axis + 1..].iter().product();
         let n = out.shape[self.axis];
         for start in (0..out.data.len()).filter(|i| (i / inner.max(1)).is_multiple_of(n.max(1))) {
@@ -74,6 +76,7 @@ impl OpDef for LayerNorm {
         if ctx.operands.len() > 3 {
             return Err(format!("takes 2 or 3 operands, got {}", ctx.operands.len()));
         }
+        need_eps(self.eps)?;
         let x = &ctx.operands[0];
         need_float("operand 0", x)?;
         for vector in &ctx.operands[1..] {
@@ -122,6 +125,7 @@ impl OpDef for L2Normalize {
     }
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
         let [x] = ctx.exactly()?;
+        need_eps(self.eps)?;
         need_float("the operand", x)?;
         Ok(vec![x.clone()])
     }
@@ -142,7 +146,7 @@ impl OpDef for L2Normalize {
 #[cfg(test)]
 mod tests {
     use super::super::RmsNorm;
-    use super::super::testing::{close, f32s, fails, ramp, run};
+    use super::super::testing::{close, f32s, fails, i32s, ramp, run};
     use super::*;
 
     #[test]
@@ -183,5 +187,36 @@ mod tests {
     fn l2_normalize_gives_unit_rows_and_keeps_zero() {
         let out = run(L2Normalize { eps: 1e-12 }, &[f32s(&[2, 2], &[3.0, 4.0, 0.0, 0.0])]).remove(0);
         close(&out.data, &[0.6, 0.8, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn normalisations_refuse_absurd_parameters_and_types() {
+        let (x, w) = (ramp(&[2, 3]), ramp(&[3]));
+        for eps in [f64::NAN, f64::INFINITY, -1e-5] {
+            assert!(fails(LayerNorm { eps }, &[x.clone(), w.clone()]).contains("eps"));
+            assert!(fails(L2Normalize { eps }, std::slice::from_ref(&x)).contains("eps"));
+        }
+        let plain = LayerNorm { eps: 1e-5 };
+        assert!(fails(plain.clone(), std::slice::from_ref(&x)).contains("at least 2"));
+        let four = [x.clone(), w.clone(), w.clone(), w.clone()];
+        assert!(fails(plain.clone(), &four).contains("2 or 3"));
+        assert!(fails(plain.clone(), &[x.clone(), w, x.clone()]).contains("rank 1"));
+        assert!(fails(plain, &[x.clone(), i32s(&[3], &[0.0; 3])]).contains("element types"));
+        let ints = i32s(&[2], &[0.0; 2]);
+        assert!(fails(Softmax { axis: 0 }, std::slice::from_ref(&ints)).contains("float"));
+        assert!(fails(Softmax { axis: usize::MAX }, &[x]).contains("axis"));
+        assert!(fails(L2Normalize { eps: 0.0 }, &[ints]).contains("float"));
+    }
+
+    /// Lines gathered along the axis, each divided by its own sum.
+    #[test]
+    fn softmax_of_a_cube_runs_along_the_middle() {
+        let x = ramp(&[2, 3, 4]);
+        let out = run(Softmax { axis: 1 }, std::slice::from_ref(&x)).remove(0);
+        for (i, k) in (0..2).flat_map(|i| (0..4).map(move |k| (i, k))) {
+            let line = |t: &Tensor| [0, 1, 2].map(|j| t.data[(i * 3 + j) * 4 + k]);
+            let raised = line(&x).map(f64::exp);
+            close(&line(&out), &raised.map(|e| e / raised.iter().sum::<f64>()));
+        }
     }
 }

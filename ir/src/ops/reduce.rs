@@ -76,8 +76,9 @@ impl OpDef for Reduce {
             ReduceFn::Min => f64::INFINITY,
         };
         out.data.iter_mut().for_each(|v| *v = start);
-        let strides = x.strides();
-        let count: usize = self.axes.iter().map(|a| x.shape[*a]).product();
+        // Extents of an empty tensor may multiply beyond any integer.
+        let count: f64 = self.axes.iter().map(|a| x.shape[*a] as f64).product();
+        let strides = if x.data.is_empty() { Vec::new() } else { x.strides() };
         for (at, v) in x.data.iter().enumerate() {
             let mut target = 0;
             for axis in (0..x.shape.len()).filter(|a| !self.axes.contains(a)) {
@@ -91,7 +92,7 @@ impl OpDef for Reduce {
             };
         }
         if self.function == ReduceFn::Mean {
-            out.data.iter_mut().for_each(|v| *v /= count as f64);
+            out.data.iter_mut().for_each(|v| *v /= count);
         }
         Ok(vec![out])
     }
@@ -105,7 +106,7 @@ impl OpDef for Reduce {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{close, f32s, fails, run};
+    use super::super::testing::{close, f32s, fails, i32s, ramp, run};
     use super::*;
 
     #[test]
@@ -131,5 +132,46 @@ mod tests {
             run(Reduce { function: ReduceFn::Sum, axes: vec![0, 1], keep: false }, std::slice::from_ref(&x));
         assert_eq!((total[0].shape.len(), total[0].data[0]), (0, 15.0));
         assert!(fails(Reduce { function: ReduceFn::Sum, axes: vec![2], keep: false }, &[x]).contains("axes"));
+    }
+
+    /// Nested loops over coordinates instead of a pass over memory.
+    #[test]
+    fn inner_and_outer_axes_of_a_cube() {
+        let x = ramp(&[2, 3, 4]);
+        let at = |i: usize, j: usize, k: usize| x.data[(i * 3 + j) * 4 + k];
+        let sum = |axes: &[usize]| {
+            let op = Reduce { function: ReduceFn::Sum, axes: axes.to_vec(), keep: false };
+            run(op, std::slice::from_ref(&x)).remove(0)
+        };
+        let ends: Vec<f64> =
+            (0..3).map(|j| (0..2).map(|i| (0..4).map(|k| at(i, j, k)).sum::<f64>()).sum()).collect();
+        close(&sum(&[0, 2]).data, &ends);
+        let middle: Vec<f64> =
+            (0..2).flat_map(|i| (0..4).map(move |k| (0..3).map(|j| at(i, j, k)).sum())).collect();
+        close(&sum(&[1]).data, &middle);
+    }
+
+    #[test]
+    fn nothing_reduces_to_the_neutral_element() {
+        let empty = f32s(&[2, 0], &[]);
+        for (function, expected) in
+            [(ReduceFn::Sum, 0.0), (ReduceFn::Max, f64::NEG_INFINITY), (ReduceFn::Min, f64::INFINITY)]
+        {
+            let op = Reduce { function, axes: vec![1], keep: false };
+            assert_eq!(run(op, std::slice::from_ref(&empty))[0].data, [expected; 2]);
+        }
+        let mean = run(Reduce { function: ReduceFn::Mean, axes: vec![1], keep: false }, &[empty]).remove(0);
+        assert!(mean.data.iter().all(|v| v.is_nan()) && mean.data.len() == 2);
+    }
+
+    #[test]
+    fn axes_rise_and_elements_are_floats() {
+        for axes in [vec![], vec![1, 0], vec![0, 0], vec![usize::MAX]] {
+            let op = Reduce { function: ReduceFn::Max, axes, keep: true };
+            assert!(fails(op, &[ramp(&[2, 2])]).contains("must rise"));
+        }
+        let op = Reduce { function: ReduceFn::Sum, axes: vec![0], keep: false };
+        assert!(fails(op.clone(), &[i32s(&[1], &[0.0])]).contains("float"));
+        assert!(fails(op, &[]).contains("takes 1"));
     }
 }
