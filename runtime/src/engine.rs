@@ -55,7 +55,11 @@ impl Engine {
                 .hint("build the engine again with this version"));
         }
         if module.target.as_deref() != Some(&manifest.target) {
-            return Err(Error::new(Kind::BadInput, "engine/manifest", "manifest and graph name different targets"));
+            return Err(Error::new(
+                Kind::BadInput,
+                "engine/manifest",
+                "manifest and graph name different targets",
+            ));
         }
         Ok(Engine { file, manifest, module })
     }
@@ -108,7 +112,8 @@ impl Engine {
             Some(text) => Some(text.to_string()),
             None => config.as_ref().and_then(|c| c.default_chat_template().map(str::to_string)),
         };
-        let (bos, eos) = config.as_ref().map_or((None, None), |c| (c.bos_token.as_deref(), c.eos_token.as_deref()));
+        let (bos, eos) =
+            config.as_ref().map_or((None, None), |c| (c.bos_token.as_deref(), c.eos_token.as_deref()));
         source.map(|s| ChatTemplate::new(&s, bos, eos)).transpose()
     }
 
@@ -120,7 +125,8 @@ impl Engine {
         if self.manifest.kind == kind {
             return Ok(());
         }
-        let message = format!("the engine is a {:?}, this needs a {kind:?}", self.manifest.kind).to_lowercase();
+        let message =
+            format!("the engine is a {:?}, this needs a {kind:?}", self.manifest.kind).to_lowercase();
         Err(Error::new(Kind::Usage, "run/wrong-kind", message)
             .hint("--prompt runs decoders, --text encoders, --input other graphs"))
     }

@@ -25,8 +25,12 @@ impl Buffer {
     /// `len` zero bytes.
     pub fn zeroed(len: u64, what: &str) -> Result<Buffer> {
         let out_of_memory = || {
-            Error::new(Kind::OutOfMemory, "run/out-of-memory", format!("cannot allocate {len} bytes for {what}"))
-                .hint("free memory, lower the batch or sequence limits, or use --memory dynamic")
+            Error::new(
+                Kind::OutOfMemory,
+                "run/out-of-memory",
+                format!("cannot allocate {len} bytes for {what}"),
+            )
+            .hint("free memory, lower the batch or sequence limits, or use --memory dynamic")
         };
         let size = usize::try_from(len).map_err(|_| out_of_memory())?;
         if size == 0 {
@@ -36,11 +40,6 @@ impl Buffer {
         // SAFETY: the layout has a non-zero size.
         let pointer = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(out_of_memory)?;
         Ok(Buffer { pointer, len: size })
-    }
-
-    /// Bytes.
-    pub fn len(&self) -> usize {
-        self.len
     }
 
     /// The bytes.
@@ -122,10 +121,15 @@ impl Region {
     }
 
     fn check<T: Plain>(self) -> Result<usize> {
-        let fits = self.len.is_multiple_of(size_of::<T>()) && (self.pointer as usize).is_multiple_of(align_of::<T>());
+        let fits = self.len.is_multiple_of(size_of::<T>())
+            && (self.pointer as usize).is_multiple_of(align_of::<T>());
         if !fits {
-            return Err(Error::new(Kind::BadInput, "run/misaligned", "a tensor does not lie on its alignment")
-                .hint("the engine is damaged or forged: build it again"));
+            return Err(Error::new(
+                Kind::BadInput,
+                "run/misaligned",
+                "a tensor does not lie on its alignment",
+            )
+            .hint("the engine is damaged or forged: build it again"));
         }
         Ok(self.len / size_of::<T>())
     }

@@ -31,9 +31,12 @@ fn f32_output(session: &Session<'_>) -> Result<Vec<f32>> {
 
 fn limits_of<'s>(session: &'s Session<'_>, kind: ModelKind) -> Result<&'s LanguageModel> {
     session.engine().need_kind(kind)?;
-    session.engine().manifest().model.as_ref().ok_or_else(|| {
-        Error::new(Kind::BadInput, "engine/manifest", "the manifest has no limits")
-    })
+    session
+        .engine()
+        .manifest()
+        .model
+        .as_ref()
+        .ok_or_else(|| Error::new(Kind::BadInput, "engine/manifest", "the manifest has no limits"))
 }
 
 /// A session of a decoder engine.

@@ -94,11 +94,15 @@ impl<'e> Session<'e> {
         let module = engine.module();
         if engine.manifest().target != "cpu" {
             let message = format!("the engine is for {}, this runtime runs cpu", engine.manifest().target);
-            return Err(Error::new(Kind::Incompatible, "engine/target", message).hint("compile with --target cpu"));
+            return Err(
+                Error::new(Kind::Incompatible, "engine/target", message).hint("compile with --target cpu")
+            );
         }
         let program = Program::new(module)?;
         let mut maxima = Bindings::maxima(&module.dims);
-        if let (Some(pages), Some(decl)) = (options.kv_pages, module.dims.iter().find(|d| d.sym.name() == PAGES)) {
+        if let (Some(pages), Some(decl)) =
+            (options.kv_pages, module.dims.iter().find(|d| d.sym.name() == PAGES))
+        {
             if !(decl.min..=decl.max).contains(&pages) {
                 let message = format!("{pages} cache pages are outside {}..={}", decl.min, decl.max);
                 return Err(Error::new(Kind::Usage, "run/bad-pages", message));
@@ -292,7 +296,8 @@ impl<'e> Session<'e> {
         if declared.len() != inputs.len() {
             let names: Vec<&str> = declared.iter().map(|(n, _)| *n).collect();
             let message = format!("takes {} inputs, got {}", declared.len(), inputs.len());
-            return Err(Error::new(Kind::Usage, "run/bad-inputs", message).hint(format!("inputs are {}", names.join(", "))));
+            return Err(Error::new(Kind::Usage, "run/bad-inputs", message)
+                .hint(format!("inputs are {}", names.join(", "))));
         }
         for ((name, ty), input) in declared.iter().zip(inputs) {
             if ty.dtype != input.dtype {
@@ -301,7 +306,8 @@ impl<'e> Session<'e> {
             }
             let bytes = millrace_ir::types::const_bytes(input.dtype, input.shape);
             if bytes != Some(input.bytes.len() as u64) {
-                let message = format!("shape {:?} needs {bytes:?} bytes, got {}", input.shape, input.bytes.len());
+                let message =
+                    format!("shape {:?} needs {bytes:?} bytes, got {}", input.shape, input.bytes.len());
                 return Err(Error::new(Kind::BadInput, "run/bad-shape", message).at(format!("\"{name}\"")));
             }
         }
@@ -326,7 +332,9 @@ impl<'e> Session<'e> {
                 Ok((shape, bytes_at(ty, &bindings, name)?))
             })
             .collect::<Result<_>>()?;
-        let part = |buffer: &mut Buffer, bytes: u64| buffer.region().part(0, bytes).ok_or_else(|| no_size("a buffer"));
+        let part = |buffer: &mut Buffer, bytes: u64| {
+            buffer.region().part(0, bytes).ok_or_else(|| no_size("a buffer"))
+        };
         let regions = Regions {
             inputs: self
                 .inputs
@@ -334,13 +342,21 @@ impl<'e> Session<'e> {
                 .zip(inputs)
                 .map(|(b, i)| part(b, i.bytes.len() as u64))
                 .collect::<Result<_>>()?,
-            outputs: self.outputs.iter_mut().zip(&outputs).map(|(b, (_, n))| part(b, *n)).collect::<Result<_>>()?,
+            outputs: self
+                .outputs
+                .iter_mut()
+                .zip(&outputs)
+                .map(|(b, (_, n))| part(b, *n))
+                .collect::<Result<_>>()?,
             arenas: self.arenas.iter_mut().map(Buffer::region).collect(),
             states: self.states.iter_mut().map(|s| s.as_mut().map(Buffer::region)).collect(),
-            weights: module.weights.ids().fold(vec![None; module.weights.bound()], |mut all: Vec<Option<Region>>, id| {
-                all[id.index()] = self.weights.region(id);
-                all
-            }),
+            weights: module.weights.ids().fold(
+                vec![None; module.weights.bound()],
+                |mut all: Vec<Option<Region>>, id| {
+                    all[id.index()] = self.weights.region(id);
+                    all
+                },
+            ),
         };
         self.output_shapes = outputs.into_iter().map(|(shape, _)| shape).collect();
         let result = self.program.run(module, &self.pool, &regions, &bindings);

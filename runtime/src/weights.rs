@@ -48,13 +48,16 @@ impl Weights {
             let shape = weight.ty.const_shape();
             let place = match record {
                 Some(r) if r.dtype != weight.ty.dtype || Some(&r.shape) != shape.as_ref() || r.len != len => {
-                    return Err(Error::new(Kind::BadInput, "engine/weight-mismatch", "graph and weight index disagree")
-                        .at(format!("@{}", weight.name))
-                        .hint("the file was altered: build it again"));
+                    return Err(Error::new(
+                        Kind::BadInput,
+                        "engine/weight-mismatch",
+                        "graph and weight index disagree",
+                    )
+                    .at(format!("@{}", weight.name))
+                    .hint("the file was altered: build it again"));
                 }
                 Some(r) if !file.is_stripped() && file.file().is_some() => {
-                    let (base, _) = range.unwrap_or((0, 0));
-                    Place::Mapped { start: r.offset.saturating_sub(base), len }
+                    Place::Mapped { start: r.offset, len }
                 }
                 Some(r) if !file.is_stripped() => {
                     let mut buffer = Buffer::zeroed(len, "weights")?;
@@ -63,8 +66,12 @@ impl Weights {
                 }
                 Some(r) => Place::Owned(bind(&mut reader, id, len, r, source.is_some())?),
                 None if needs_source(module, id) => {
-                    return Err(Error::new(Kind::BadInput, "engine/no-weight", "the engine lacks this weight")
-                        .at(format!("@{}", weight.name)));
+                    return Err(Error::new(
+                        Kind::BadInput,
+                        "engine/no-weight",
+                        "the engine lacks this weight",
+                    )
+                    .at(format!("@{}", weight.name)));
                 }
                 None => Place::Owned(fill(&mut reader, id, len)?),
             };
@@ -100,16 +107,30 @@ fn fill(reader: &mut WeightReader<'_>, id: WeightId, len: u64) -> Result<Buffer>
     Ok(buffer)
 }
 
-fn bind(reader: &mut WeightReader<'_>, id: WeightId, len: u64, record: &WeightRecord, bound: bool) -> Result<Buffer> {
+fn bind(
+    reader: &mut WeightReader<'_>,
+    id: WeightId,
+    len: u64,
+    record: &WeightRecord,
+    bound: bool,
+) -> Result<Buffer> {
     if !bound {
-        return Err(Error::new(Kind::Incompatible, "engine/stripped", "the engine was built without weights")
-            .hint("name the model folder with --weights DIR"));
+        return Err(Error::new(
+            Kind::Incompatible,
+            "engine/stripped",
+            "the engine was built without weights",
+        )
+        .hint("name the model folder with --weights DIR"));
     }
     let buffer = fill(reader, id, len)?;
     if blake3::hash(buffer.bytes()).as_bytes() != &record.hash {
-        return Err(Error::new(Kind::Incompatible, "engine/weight-hash", "the folder has other weights than the engine was built from")
-            .at(format!("@{}", record.name))
-            .hint("bind the model folder the engine was built from, or build the engine again"));
+        return Err(Error::new(
+            Kind::Incompatible,
+            "engine/weight-hash",
+            "the folder has other weights than the engine was built from",
+        )
+        .at(format!("@{}", record.name))
+        .hint("bind the model folder the engine was built from, or build the engine again"));
     }
     Ok(buffer)
 }

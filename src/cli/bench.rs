@@ -102,22 +102,39 @@ fn numbers(text: &str, separator: char) -> Result<Vec<usize>> {
 }
 
 const COLUMNS: [&str; 15] = [
-    "batch_size", "input_len", "output_len", "prefill_ms", "prefill_ms_min", "prefill_ms_max",
-    "decode_ms_per_step", "decode_ms_min", "decode_ms_max", "decode_tokens_per_s", "activation_bytes",
-    "runs", "threads", "hardware", "build",
+    "batch_size",
+    "input_len",
+    "output_len",
+    "prefill_ms",
+    "prefill_ms_min",
+    "prefill_ms_max",
+    "decode_ms_per_step",
+    "decode_ms_min",
+    "decode_ms_max",
+    "decode_tokens_per_s",
+    "activation_bytes",
+    "runs",
+    "threads",
+    "hardware",
+    "build",
 ];
 
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
     if !["table", "md", "csv", "json"].contains(&args.output.as_str()) {
-        return Err(usage("usage/output", format!("`{}` is no form", args.output)).hint("use table, md, csv or json"));
+        return Err(
+            usage("usage/output", format!("`{}` is no form", args.output)).hint("use table, md, csv or json")
+        );
     }
     let batches = numbers(&args.batch_size, ';')?;
     let mut lengths = Vec::new();
     for pair in args.input_output_len.split(';').filter(|p| !p.trim().is_empty()) {
         match numbers(pair, ',')?.as_slice() {
             [input, output] => lengths.push((*input, *output)),
-            _ => return Err(usage("usage/sweep", format!("`{pair}` is no pair of lengths")).hint("write 256,32;128,128")),
+            _ => {
+                return Err(usage("usage/sweep", format!("`{pair}` is no pair of lengths"))
+                    .hint("write 256,32;128,128"));
+            }
         }
     }
     let (engine, _scratch) = open(&args.engine, &args.model_options)?;
@@ -138,9 +155,21 @@ pub fn main(args: &Args) -> Result<()> {
             let round = |v: f64| json!((v * 1e4).round() / 1e4);
             let rate = if d > 0.0 { row.batch as f64 * 1e3 / d } else { 0.0 };
             rows.push(vec![
-                json!(row.batch), json!(row.input), json!(row.output), round(p), round(p_min), round(p_max),
-                round(d), round(d_min), round(d_max), round(rate), json!(row.activations),
-                json!(args.runs), json!(threads), json!(hardware), json!(build),
+                json!(row.batch),
+                json!(row.input),
+                json!(row.output),
+                round(p),
+                round(p_min),
+                round(p_max),
+                round(d),
+                round(d_min),
+                round(d_max),
+                round(rate),
+                json!(row.activations),
+                json!(args.runs),
+                json!(threads),
+                json!(hardware),
+                json!(build),
             ]);
         }
     }
@@ -148,25 +177,45 @@ pub fn main(args: &Args) -> Result<()> {
     match args.output.as_str() {
         "json" => {
             let objects = rows.iter().map(|row| {
-                COLUMNS.iter().map(|c| c.to_string()).zip(row.iter().cloned()).collect::<serde_json::Map<_, _>>()
+                COLUMNS
+                    .iter()
+                    .map(|c| c.to_string())
+                    .zip(row.iter().cloned())
+                    .collect::<serde_json::Map<_, _>>()
             });
             print_json(&json!(objects.collect::<Vec<_>>()))
         }
         "csv" => {
             print(&format!("{}\n", COLUMNS.join(",")))?;
-            rows.iter().try_for_each(|row| print(&format!("{}\n", row.iter().map(cell).collect::<Vec<_>>().join(","))))
+            rows.iter().try_for_each(|row| {
+                print(&format!("{}\n", row.iter().map(cell).collect::<Vec<_>>().join(",")))
+            })
         }
         "md" => {
             print(&format!("| {} |\n|{}\n", COLUMNS.join(" | "), " --- |".repeat(COLUMNS.len())))?;
-            rows.iter().try_for_each(|row| print(&format!("| {} |\n", row.iter().map(cell).collect::<Vec<_>>().join(" | "))))
+            rows.iter().try_for_each(|row| {
+                print(&format!("| {} |\n", row.iter().map(cell).collect::<Vec<_>>().join(" | ")))
+            })
         }
         _ => {
-            print(&format!("{hardware}, {build}\n{:>6} {:>6} {:>6} {:>22} {:>26} {:>10}\n", "batch", "input", "output", "prefill ms", "decode ms a step", "tokens/s"))?;
+            print(&format!(
+                "{hardware}, {build}\n{:>6} {:>6} {:>6} {:>22} {:>26} {:>10}\n",
+                "batch", "input", "output", "prefill ms", "decode ms a step", "tokens/s"
+            ))?;
             rows.iter().try_for_each(|r| {
                 let f = |i: usize| r[i].as_f64().unwrap_or(0.0);
                 print(&format!(
                     "{:>6} {:>6} {:>6} {:>8.2} ({:>5.2}..{:>5.2}) {:>10.3} ({:>6.3}..{:>6.3}) {:>10.1}\n",
-                    cell(&r[0]), cell(&r[1]), cell(&r[2]), f(3), f(4), f(5), f(6), f(7), f(8), f(9)
+                    cell(&r[0]),
+                    cell(&r[1]),
+                    cell(&r[2]),
+                    f(3),
+                    f(4),
+                    f(5),
+                    f(6),
+                    f(7),
+                    f(8),
+                    f(9)
                 ))
             })
         }

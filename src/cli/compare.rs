@@ -57,7 +57,8 @@ fn language_inputs(engine: &Engine, tokens: u64, seed: u64) -> Result<Vec<Tensor
     let positions: Vec<f64> = lengths.iter().flat_map(|l| (0..*l).map(|p| p as f64)).collect();
     let ints = |shape: &[u64], data: Vec<f64>| -> Result<Tensor> {
         let shape: Vec<usize> = shape.iter().map(|d| *d as usize).collect();
-        Tensor::from_values(DType::I32, &shape, data).ok_or_else(|| usage("compare/shape", "inputs do not fit"))
+        Tensor::from_values(DType::I32, &shape, data)
+            .ok_or_else(|| usage("compare/shape", "inputs do not fit"))
     };
     let token_ids = ints(&[tokens], ids.collect())?;
     let positions = ints(&[tokens], positions)?;
@@ -85,7 +86,9 @@ fn graph_inputs(engine: &Engine, seed: u64) -> Result<Vec<Tensor>> {
         let wanted = decl.hint.unwrap_or(decl.max).min(decl.min.max(5)).clamp(decl.min, decl.max);
         bindings.set(decl.sym, wanted.next_multiple_of(step).min(decl.max));
     }
-    let shape = |dims: &[Dim]| dims.iter().map(|d| d.extent(&bindings).map(|v| v as usize)).collect::<Option<Vec<_>>>();
+    let shape = |dims: &[Dim]| {
+        dims.iter().map(|d| d.extent(&bindings).map(|v| v as usize)).collect::<Option<Vec<_>>>()
+    };
     module
         .input_types()
         .into_iter()
@@ -93,7 +96,8 @@ fn graph_inputs(engine: &Engine, seed: u64) -> Result<Vec<Tensor>> {
         .map(|(index, (name, ty))| {
             let shape = shape(&ty.shape);
             let tensor = shape.and_then(|s| Tensor::zeros(ty.dtype, &s));
-            let mut tensor = tensor.ok_or_else(|| usage("compare/shape", format!("input `{name}` is too large")))?;
+            let mut tensor =
+                tensor.ok_or_else(|| usage("compare/shape", format!("input `{name}` is too large")))?;
             for (i, v) in tensor.data.iter_mut().enumerate() {
                 let noise = normal(seed + index as u64, i as u64);
                 *v = if ty.dtype.is_float() { noise } else { noise.abs().floor() };
@@ -140,7 +144,12 @@ pub fn main(args: &Args) -> Result<()> {
         .states
         .iter()
         .map(|(_, s)| {
-            let shape = s.ty.shape_at(&bindings).unwrap_or_default().into_iter().map(|d| d as usize).collect::<Vec<_>>();
+            let shape =
+                s.ty.shape_at(&bindings)
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(|d| d as usize)
+                    .collect::<Vec<_>>();
             Tensor::zeros(s.ty.dtype, &shape).ok_or_else(|| usage("compare/shape", "the cache is too large"))
         })
         .collect::<Result<Vec<_>>>()?;
@@ -165,12 +174,19 @@ pub fn main(args: &Args) -> Result<()> {
                     rest /= extent.max(&1);
                 }
                 place.reverse();
-                first_bad = Some(format!("\"{name}\"{place:?} is {f}, expected {e} (error {error:.2e}, tolerance {tolerance:.0e})"));
+                first_bad = Some(format!(
+                    "\"{name}\"{place:?} is {f}, expected {e} (error {error:.2e}, tolerance {tolerance:.0e})"
+                ));
             }
         }
-        report.push(json!({"name": name, "shape": output.shape, "largest_error": largest, "tolerance": tolerance}));
+        report.push(
+            json!({"name": name, "shape": output.shape, "largest_error": largest, "tolerance": tolerance}),
+        );
         if !args.json {
-            print(&format!("{name}: {}{:?}, largest error {largest:.2e}, tolerance {tolerance:.0e}\n", ty.dtype, output.shape))?;
+            print(&format!(
+                "{name}: {}{:?}, largest error {largest:.2e}, tolerance {tolerance:.0e}\n",
+                ty.dtype, output.shape
+            ))?;
         }
     }
     if args.json {

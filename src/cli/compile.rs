@@ -94,8 +94,9 @@ impl ModelOptions {
     pub fn resolve(&self) -> Result<CompileOptions> {
         if self.target != "cpu" {
             let message = format!("target `{}` is not supported", self.target);
-            return Err(Error::new(Kind::Unsupported, "compile/target", message)
-                .hint("the supported target is cpu"));
+            return Err(
+                Error::new(Kind::Unsupported, "compile/target", message).hint("the supported target is cpu")
+            );
         }
         let precision = match self.dtype.as_str() {
             "auto" => Precision::Auto,
@@ -157,7 +158,9 @@ pub fn weight_bytes(module: &Module) -> u64 {
 pub fn write_with_progress(compiled: &Compiled, path: &std::path::Path) -> Result<u64> {
     use std::io::IsTerminal;
     let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
-    if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}") {
+    if let Ok(style) =
+        ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+    {
         bar.set_style(style);
     }
     bar.set_message("writing weights");

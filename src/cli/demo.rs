@@ -50,7 +50,8 @@ pub fn main(args: &Args) -> Result<()> {
         let mut session = engine.session(SessionOptions { allocation, ..SessionOptions::default() })?;
         let start = Instant::now();
         let mut model = Decoder::new(&mut session)?;
-        let completion = Generator::new(&mut model)?.generate(std::slice::from_ref(&request), |_, _| {})?.remove(0);
+        let completion =
+            Generator::new(&mut model)?.generate(std::slice::from_ref(&request), |_, _| {})?.remove(0);
         let seconds = start.elapsed().as_secs_f64();
         print(&format!(
             "\n{allocation:?} allocation: {} tokens in {seconds:.3} s ({:.0} tokens/s)\n",
@@ -59,7 +60,12 @@ pub fn main(args: &Args) -> Result<()> {
         ))?;
         let ledger = session.ledger();
         for class in Class::ALL {
-            print(&format!("  {:<12} {:>12} now, {:>12} at most\n", class.name(), size::show(ledger.now(class)), size::show(ledger.peak(class))))?;
+            print(&format!(
+                "  {:<12} {:>12} now, {:>12} at most\n",
+                class.name(),
+                size::show(ledger.now(class)),
+                size::show(ledger.peak(class))
+            ))?;
         }
         if all.is_empty() {
             print(&format!("\n{}{}\n", args.prompt, tokenizer.decode(completion.text_ids(), true)?))?;
@@ -67,7 +73,11 @@ pub fn main(args: &Args) -> Result<()> {
         all.push(completion.token_ids);
     }
     if all[0] != all[1] {
-        return Err(Error::new(Kind::Mismatch, "demo/mismatch", "static and dynamic allocation gave different tokens"));
+        return Err(Error::new(
+            Kind::Mismatch,
+            "demo/mismatch",
+            "static and dynamic allocation gave different tokens",
+        ));
     }
     print("\nboth gave the same tokens\n")
 }

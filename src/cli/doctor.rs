@@ -21,9 +21,8 @@ pub struct Args {
 pub fn main(args: &Args) -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let isa = Isa::detect();
-    let rates = args.measure.then(|| {
-        (ceilings::fma_gflops(&Pool::new(1)), ceilings::read_gbs(&Pool::new(threads)))
-    });
+    let rates =
+        args.measure.then(|| (ceilings::fma_gflops(&Pool::new(1)), ceilings::read_gbs(&Pool::new(threads))));
     if args.json {
         return print_json(&json!({
             "version": env!("CARGO_PKG_VERSION"),

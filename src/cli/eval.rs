@@ -38,7 +38,8 @@ pub struct Args {
 pub fn main(args: &Args) -> Result<()> {
     let (engine, _scratch) = open(&args.engine, &args.model_options)?;
     engine.need_kind(ModelKind::Decoder)?;
-    let text = std::fs::read_to_string(&args.text_file).map_err(|e| Error::io("read", &args.text_file, &e))?;
+    let text =
+        std::fs::read_to_string(&args.text_file).map_err(|e| Error::io("read", &args.text_file, &e))?;
     let tokens = engine.tokenizer()?.encode(&text, false)?;
     let bos = engine.manifest().model.as_ref().and_then(|m| m.bos).ok_or_else(|| {
         Error::new(Kind::Unsupported, "eval/no-bos", "the model names no begin of sequence token")

@@ -211,7 +211,12 @@ fn print_memory(module: &Module) -> Result<()> {
     let maxima = Bindings::maxima(&module.dims);
     for (_, arena) in module.arenas.iter() {
         let bytes = arena.size.extent(&maxima).unwrap_or(0);
-        print(&format!("arena {} = {} ({} at the upper bounds)\n", arena.name, arena.size, size::show(bytes)))?;
+        print(&format!(
+            "arena {} = {} ({} at the upper bounds)\n",
+            arena.name,
+            arena.size,
+            size::show(bytes)
+        ))?;
     }
     for buffer in millrace::ir::plan::liveness(module, true).buffers {
         let value = buffer.values[0];

@@ -100,7 +100,11 @@ impl Array {
         if (from.is_float() && to.is_float()) || (integers(from) && integers(to)) {
             return Ok(Array { dtype: to, shape, bytes: encode(to, &decode(from, &self.bytes)) });
         }
-        Err(Error::new(Kind::BadInput, "npy/dtype", format!("an array of {from} does not fit an input of {to}")))
+        Err(Error::new(
+            Kind::BadInput,
+            "npy/dtype",
+            format!("an array of {from} does not fit an input of {to}"),
+        ))
     }
 }
 
@@ -124,7 +128,8 @@ pub fn write(path: &Path, tensor: &TensorRef<'_>) -> Result<()> {
         tensor.bytes.to_vec()
     };
     let shape: Vec<String> = tensor.shape.iter().map(|d| format!("{d},")).collect();
-    let mut header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}), }}", shape.join(" "));
+    let mut header =
+        format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}), }}", shape.join(" "));
     while (10 + header.len() + 1) % 64 != 0 {
         header.push(' ');
     }

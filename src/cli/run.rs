@@ -168,7 +168,9 @@ fn generate(args: &Args, engine: &Engine) -> Result<()> {
         return Err(usage("usage/inputs", "a decoder takes --prompt or --token-ids"));
     }
     if args.prompt.is_empty() && args.token_ids.is_empty() {
-        return Err(usage("usage/inputs", "there is no prompt").hint("add --prompt TEXT or --token-ids 1,2,3"));
+        return Err(
+            usage("usage/inputs", "there is no prompt").hint("add --prompt TEXT or --token-ids 1,2,3")
+        );
     }
     let tokenizer = if args.prompt.is_empty() { engine.tokenizer().ok() } else { Some(engine.tokenizer()?) };
     let template = if args.chat { engine.chat_template()? } else { None };
@@ -266,7 +268,9 @@ fn embed(args: &Args, engine: &Engine) -> Result<()> {
         return Err(usage("usage/inputs", "an encoder takes --text"));
     }
     if args.text.is_empty() {
-        return Err(usage("usage/inputs", "there is no text").hint("add --text TEXT, several times for a batch"));
+        return Err(
+            usage("usage/inputs", "there is no text").hint("add --text TEXT, several times for a batch")
+        );
     }
     let tokenizer = engine.tokenizer()?;
     let mut session = engine.session(args.memory.resolve()?)?;
@@ -277,7 +281,9 @@ fn embed(args: &Args, engine: &Engine) -> Result<()> {
     }
     if args.json {
         let pairs = texts.iter().zip(&embeddings);
-        return print_json(&json!(pairs.map(|(t, e)| json!({"text": t, "embedding": e})).collect::<Vec<_>>()));
+        return print_json(&json!(
+            pairs.map(|(t, e)| json!({"text": t, "embedding": e})).collect::<Vec<_>>()
+        ));
     }
     for embedding in &embeddings {
         let values: Vec<String> = embedding.iter().map(|v| format!("{v:.6}")).collect();
@@ -321,7 +327,8 @@ fn graph(args: &Args, engine: &Engine) -> Result<()> {
     let mut report = Vec::new();
     for (index, (name, ty)) in engine.module().output_types().into_iter().enumerate() {
         let Some(output) = session.output(index) else { continue };
-        let file = args.output_dir.as_ref().map(|d| d.join(format!("{}.npy", name.replace(['/', '\\'], "_"))));
+        let file =
+            args.output_dir.as_ref().map(|d| d.join(format!("{}.npy", name.replace(['/', '\\'], "_"))));
         if let (Some(file), Some(folder)) = (&file, &args.output_dir) {
             std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, &e))?;
             npy::write(file, &output)?;

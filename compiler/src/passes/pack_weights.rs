@@ -30,7 +30,8 @@ impl Pass for PackWeights {
         let mut packed = 0;
         for id in module.graph.order.clone() {
             let node = &module.graph.nodes[id];
-            let (Op::FusedMatmul(fused), Operand::Weight(of)) = (&node.op, node.operands[1]) else {
+            let (Op::FusedMatmul(fused), Some(&Operand::Weight(of))) = (&node.op, node.operands.get(1))
+            else {
                 continue;
             };
             if fused.panel != 0 {

@@ -11,6 +11,7 @@ use millrace_ir::ops::rope::RopeLayout;
 use millrace_ir::ops::unary::UnaryFn;
 use millrace_ir::ops::{FusedMatmul, Matmul as MatmulOp, Pointwise};
 use millrace_ir::{Bindings, DType, Error, Id, Kind, Module, NodeId, Op, Result, TensorType};
+use millrace_kernels::cpu::Pool;
 use millrace_kernels::cpu::attention::{Heads, packed_attention, paged_attention};
 use millrace_kernels::cpu::element::Element;
 use millrace_kernels::cpu::indexing::{gather_rows, mean_pool};
@@ -21,7 +22,6 @@ use millrace_kernels::cpu::paging::{Paging, kv_append};
 use millrace_kernels::cpu::program::{Data, Input, Layout, Out, run as run_program};
 use millrace_kernels::cpu::rope::{Pairs, rope};
 use millrace_kernels::cpu::select::REFERENCE;
-use millrace_kernels::cpu::Pool;
 
 use super::reference;
 use crate::memory::{Plain, Region};
@@ -126,7 +126,8 @@ impl<'a> Node<'a> {
 
     /// Runs the node's kernel.
     pub fn run(&self, pool: &Pool) -> Result<()> {
-        let kernel = self.node.kernel.and_then(|k| self.module.kernels.get(k)).map_or("", |k| k.name.as_str());
+        let kernel =
+            self.node.kernel.and_then(|k| self.module.kernels.get(k)).map_or("", |k| k.name.as_str());
         if kernel == REFERENCE {
             return self.reference();
         }
@@ -220,7 +221,9 @@ impl<'a> Node<'a> {
                 let width = self.shape(self.ty(0))?.last().copied().unwrap_or(1);
                 with_float!(dtype, T => mean_pool(self.read::<T>(0)?, width, self.read(1)?, self.write::<T>(0)?))
             }
-            Op::FusedMatmul(op) => with_float!(self.ty(0).dtype, T => with_float!(dtype, O => self.matmul::<T, O>(pool, op))),
+            Op::FusedMatmul(op) => {
+                with_float!(self.ty(0).dtype, T => with_float!(dtype, O => self.matmul::<T, O>(pool, op)))
+            }
             Op::Matmul(op) => {
                 with_float!(self.ty(0).dtype, T => with_float!(dtype, O => self.plain_matmul::<T, O>(pool, op)))
             }
@@ -290,7 +293,9 @@ impl<'a> Node<'a> {
         let lead = &out[..rank - 2];
         let index = millrace_ir::ops::broadcasting::source_index;
         let offsets: Vec<(usize, usize)> = (0..lead.iter().product())
-            .map(|at| (index(at, lead, &a[..a.len() - 2]) * m * k, index(at, lead, &b[..b.len() - 2]) * n * k))
+            .map(|at| {
+                (index(at, lead, &a[..a.len() - 2]) * m * k, index(at, lead, &b[..b.len() - 2]) * n * k)
+            })
             .collect();
         let (a, b) = (self.read::<T>(0)?, self.read::<T>(1)?);
         matmul_activations(pool, (m, n, k), op.transpose_b, &offsets, a, b, self.write::<O>(0)?);

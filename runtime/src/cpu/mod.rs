@@ -43,7 +43,8 @@ impl Program {
             let kernel = node.kernel.and_then(|k| module.kernels.get(k)).map_or("none", |k| k.name.as_str());
             let expected = select(module, node);
             if kernel != expected && kernel != REFERENCE {
-                let message = format!("kernel `{kernel}` is not what this runtime has for `{}`", node.op.name());
+                let message =
+                    format!("kernel `{kernel}` is not what this runtime has for `{}`", node.op.name());
                 return Err(Error::new(Kind::Incompatible, "engine/kernel", message)
                     .at(id)
                     .hint("build the engine again with this version"));
@@ -56,7 +57,8 @@ impl Program {
             if let Op::Rope(rope) = &node.op {
                 let d = module.operand_type(node.operands[0]).last().as_const().unwrap_or(0);
                 // The verifier has bounded the head size with the type.
-                frequencies[id.index()] = Some(rope.frequencies(rope.rotated(usize::try_from(d).unwrap_or(0))));
+                frequencies[id.index()] =
+                    Some(rope.frequencies(rope.rotated(usize::try_from(d).unwrap_or(0))));
             }
         }
         Ok(Program { frequencies })
