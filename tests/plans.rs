@@ -1,0 +1,78 @@
+//! Plans of real shapes against their lower bounds, and compiling without weights.
+
+#[path = "common/models.rs"]
+mod common;
+
+use std::time::Instant;
+
+use common::root;
+use millrace::compiler::import::Precision;
+use millrace::ir::{Bindings, DType, Sym, plan};
+use millrace::{CompileOptions, Compiled, compile};
+
+fn dummy(folder: &str, dtype: DType) -> Compiled {
+    let mut options = CompileOptions::default();
+    options.import.dummy_weights = true;
+    options.import.precision = Precision::Fixed(dtype);
+    compile(&root(folder), &options, None).unwrap()
+}
+
+#[test]
+fn plans_are_at_most_two_percent_over_the_bound() {
+    for (folder, dtype) in [
+        ("tests/data/configs/llama-3.1-8b", DType::BF16),
+        ("tests/data/configs/llama-3.1-8b", DType::F32),
+        ("tests/data/configs/minilm", DType::F32),
+        ("examples/models/baker-street-6m", DType::F32),
+        ("examples/models/baker-street-6m", DType::BF16),
+    ] {
+        let compiled = dummy(folder, dtype);
+        let found = compiled.plan().unwrap();
+        let limit = found.lower_bound_bytes as f64 * 1.02;
+        assert!(found.peak_bytes as f64 <= limit, "{folder} {dtype}: {found:?}");
+        // The same plan holds at other shapes.
+        let module = &compiled.module;
+        for tokens in [1u64, 7, 100] {
+            let mut bindings = Bindings::minima(&module.dims);
+            bindings.set(Sym::new("t").unwrap(), tokens);
+            plan::check(module, &bindings).unwrap_or_else(|o| panic!("{folder} at {tokens}: {}", o.message));
+        }
+    }
+}
+
+#[test]
+fn an_8b_shape_compiles_without_weights_to_a_small_engine() {
+    let file = tempfile::Builder::new().suffix(".engine").tempfile().unwrap();
+    let start = Instant::now();
+    let compiled = dummy("tests/data/configs/llama-3.1-8b", DType::BF16);
+    let written = compiled.write(file.path(), &mut |_, _| {}).unwrap();
+    let seconds = start.elapsed().as_secs_f64();
+    assert!(written.len < 5_000_000, "{} bytes", written.len);
+    // Release builds take a fraction of this; the bound leaves room for unoptimised test builds.
+    assert!(seconds < 10.0, "{seconds} s");
+}
+
+#[test]
+fn weights_are_marked_streamable_only_when_asked() {
+    let count = |streaming: bool| {
+        let mut options = CompileOptions { weight_streaming: streaming, ..CompileOptions::default() };
+        options.import.dummy_weights = true;
+        let module = compile(&root("examples/models/baker-street-6m"), &options, None).unwrap().module;
+        module.used_weights().into_iter().filter(|w| module.weights[*w].stream.is_some()).count()
+    };
+    assert_eq!(count(false), 0);
+    assert!(count(true) > 20);
+}
+
+#[test]
+fn two_compilations_give_the_same_bytes() {
+    let bytes = || {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("x.engine");
+        let options = CompileOptions::default();
+        let compiled = compile(&root("tests/data/tiny-random/qwen3"), &options, None).unwrap();
+        compiled.write(&file, &mut |_, _| {}).unwrap();
+        std::fs::read(&file).unwrap()
+    };
+    assert_eq!(bytes(), bytes());
+}
