@@ -1,6 +1,7 @@
 //! Writing the engine: small sections, then weights streamed through one buffer.
 
 use std::path::Path;
+use std::sync::mpsc;
 
 use millrace_ir::checkpoint::TensorSource;
 use millrace_ir::engine::{EngineWriter, SectionKind, WeightMeta, WriterOptions, WrittenEngine};
@@ -9,8 +10,15 @@ use millrace_ir::verify::Verified;
 use millrace_ir::weights::{WeightReader, needs_source};
 use millrace_ir::{Error, Id, Kind, Module, Result, WeightExpr, WeightId, text};
 
-/// Bytes of the weight buffer.
+/// Bytes of one weight buffer.
 const CHUNK: u64 = 4 << 20;
+
+/// Buffers between the reading and the writing thread.
+const IN_FLIGHT: usize = 3;
+
+fn symbolic() -> Error {
+    Error::new(Kind::Internal, "compile/symbolic-weight", "a weight has a symbolic shape")
+}
 
 /// Whether the engine carries its weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -89,31 +97,51 @@ pub fn write_engine(
         WeightMode::Stripped => writer.begin_stripped_weights()?,
     };
     let mut done = 0;
-    let mut buffer = Vec::new();
-    for id in stored {
-        let weight = &module.weights[id];
-        let shape = weight.ty.const_shape().ok_or_else(|| {
-            Error::new(Kind::Internal, "compile/symbolic-weight", "a weight has a symbolic shape")
-                .at(&weight.name)
-        })?;
-        out.begin(WeightMeta {
-            name: weight.name.clone(),
-            dtype: weight.ty.dtype,
-            shape,
-            sources: source_keys(module, id),
-        })?;
-        let len = reader.len(id)?;
-        let mut at = 0;
-        while at < len {
-            let take = CHUNK.min(len - at);
-            buffer.resize(take as usize, 0);
-            reader.read(id, at, &mut buffer)?;
-            out.write(&buffer)?;
-            at += take;
-            done += take;
+    let pieces: Vec<(WeightId, u64, u64)> = stored
+        .iter()
+        .map(|id| reader.len(*id).map(|len| (*id, len)))
+        .collect::<Result<Vec<_>>>()?
+        .into_iter()
+        .flat_map(|(id, len)| (0..len.div_ceil(CHUNK)).map(move |i| (id, i * CHUNK, CHUNK.min(len - i * CHUNK))))
+        .collect();
+    // One thread reads and packs while this one hashes and writes; the channel bounds what is in flight.
+    std::thread::scope(|scope| -> Result<()> {
+        let (full, filled) = mpsc::sync_channel::<Result<Vec<u8>>>(IN_FLIGHT);
+        let (empty, recycled) = mpsc::channel::<Vec<u8>>();
+        let plan = pieces.clone();
+        scope.spawn(move || {
+            for (id, at, take) in plan {
+                let mut buffer = recycled.try_recv().unwrap_or_default();
+                buffer.resize(take as usize, 0);
+                let piece = reader.read(id, at, &mut buffer).map(|()| buffer);
+                let failed = piece.is_err();
+                // A closed channel means the writer gave up and holds the error.
+                if full.send(piece).is_err() || failed {
+                    return;
+                }
+            }
+        });
+        for (id, at, _) in pieces {
+            if at == 0 {
+                let weight = &module.weights[id];
+                out.begin(WeightMeta {
+                    name: weight.name.clone(),
+                    dtype: weight.ty.dtype,
+                    shape: weight.ty.const_shape().ok_or_else(symbolic)?,
+                    sources: source_keys(module, id),
+                })?;
+            }
+            let piece = filled.recv().map_err(|_| {
+                Error::new(Kind::Internal, "compile/reader-stopped", "the weight reader stopped early")
+            })??;
+            out.write(&piece)?;
+            done += piece.len() as u64;
             progress(done, total);
+            // The reader may have ended already.
+            let _ = empty.send(piece);
         }
-    }
+        Ok(())
+    })?;
     out.finish()?;
     writer.finish()
 }
