@@ -22,7 +22,9 @@ fn main() -> Result<()> {
         .iter()
         .map(|p| Ok(Request::greedy(tokenizer.encode(p, true)?, 24)))
         .collect::<Result<Vec<_>>>()?;
-    for (prompt, completion) in prompts.iter().zip(Generator::new(&mut model)?.generate(&requests, |_, _| {})?) {
+    for (prompt, completion) in
+        prompts.iter().zip(Generator::new(&mut model)?.generate(&requests, |_, _| {})?)
+    {
         println!("{prompt}{}\n", tokenizer.decode(completion.text_ids(), true)?);
     }
     drop(session);

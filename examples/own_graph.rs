@@ -29,7 +29,8 @@ fn main() -> Result<()> {
     let original = b.finish();
 
     let mut optimised = original.clone();
-    let pipeline = Pipeline::parse("canonicalize,dce,fuse-linear,merge-matmuls,fuse-glu,schedule,plan-memory")?;
+    let pipeline =
+        Pipeline::parse("canonicalize,dce,fuse-linear,merge-matmuls,fuse-glu,schedule,plan-memory")?;
     Manager::default().run(&pipeline, &mut optimised, &mut Context::cpu())?;
     optimised.compact();
     println!("{}", text::print(&optimised));

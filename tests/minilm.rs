@@ -1,6 +1,8 @@
 //! all-MiniLM-L6-v2 against float64 references. The weights come from `scripts/fetch_minilm.sh`; without them the test
 //! says that it skipped, and with MILLRACE_REQUIRE_MINILM=1 it fails.
 
+#![allow(clippy::print_stderr)]
+
 #[path = "common/models.rs"]
 mod common;
 

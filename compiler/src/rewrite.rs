@@ -169,13 +169,16 @@ pub fn rewrite(
             }
             Outcome::Rewrite(patch) => {
                 let patch = rule.prepare(module, patch)?;
+                let sources = patch.sources.clone();
                 let made = apply(module, &mut uses, &mut outputs, patch)?;
                 applied += 1;
                 // The anchor stays (dead, unless it still has users); its replacement is looked at next.
                 if is_live(module, &uses, &outputs, id) {
+                    passed[id.index()] = true;
                     new_order.push(id);
-                } else {
-                    retire(module, &mut uses, &outputs, id);
+                }
+                for source in sources.into_iter().chain([id]) {
+                    retire(module, &mut uses, &outputs, source);
                 }
                 work.extend(made.into_iter().rev());
             }

@@ -102,7 +102,9 @@ pub fn write_engine(
         .map(|id| reader.len(*id).map(|len| (*id, len)))
         .collect::<Result<Vec<_>>>()?
         .into_iter()
-        .flat_map(|(id, len)| (0..len.div_ceil(CHUNK)).map(move |i| (id, i * CHUNK, CHUNK.min(len - i * CHUNK))))
+        .flat_map(|(id, len)| {
+            (0..len.div_ceil(CHUNK)).map(move |i| (id, i * CHUNK, CHUNK.min(len - i * CHUNK)))
+        })
         .collect();
     // One thread reads and packs while this one hashes and writes; the channel bounds what is in flight.
     std::thread::scope(|scope| -> Result<()> {

@@ -207,12 +207,9 @@ impl SourceFolder {
             }
             if let Some(bytes) = small_file(path, "modules.json")? {
                 let modules = json(path, "modules.json", &bytes)?;
-                let has = |kind: &str| {
-                    modules.as_array().is_some_and(|list| {
-                        list.iter().any(|m| m["type"].as_str().is_some_and(|t| t.ends_with(kind)))
-                    })
-                };
-                normalize = has("Normalize");
+                normalize = modules.as_array().is_some_and(|list| {
+                    list.iter().any(|m| m["type"].as_str().is_some_and(|t| t.ends_with("Normalize")))
+                });
             }
             if let Some(bytes) = small_file(path, "1_Pooling/config.json")? {
                 let pooling = json(path, "1_Pooling/config.json", &bytes)?;

@@ -1,6 +1,9 @@
 //! Transcendental functions as branch-free polynomials that vectorise. Relative errors are a few f32 ulps unless
 //! noted.
 
+// Constants are written as they round to f32.
+#![allow(clippy::excessive_precision)]
+
 use super::simd::dispatch;
 
 /// `e^x`: Cody-Waite reduction by ln 2 and a degree-6 polynomial; 0 below -87.3, infinite above 88.7.

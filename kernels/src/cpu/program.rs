@@ -105,7 +105,7 @@ pub fn run(
                     load(input, start, columns, &mut tile[..count]);
                 }
             }
-            for at in 0..body.len() {
+            for (at, step) in body.iter().enumerate() {
                 let (before, here) = steps.split_at_mut(at);
                 let read = |source: &Source| match source {
                     Source::Input(i) => loaded[*i],
@@ -113,7 +113,7 @@ pub fn run(
                     Source::Const(c) => [*c as f32; TILE],
                 };
                 let here = &mut here[0];
-                match &body[at] {
+                match step {
                     Step::Unary(f, a) => {
                         *here = read(a);
                         unary(pool.isa, *f, here);
