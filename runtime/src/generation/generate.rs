@@ -152,7 +152,7 @@ impl<'m, M: StepModel + ?Sized> Generator<'m, M> {
         if let Some(bad) = request.prompt_ids.iter().find(|id| **id as usize >= limits.vocab_size) {
             let message = format!("token {bad} is not below the vocabulary size {}", limits.vocab_size);
             return Err(Error::new(Kind::BadInput, "generation/token-out-of-range", message)
-                .hint("use the tokenizer that belongs to the model"));
+                .hint("the tokenizer has more tokens than the model's vocabulary: use the one that belongs to the model"));
         }
         if length >= limits.max_seq_len {
             let message = format!(
