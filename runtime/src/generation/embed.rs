@@ -68,7 +68,7 @@ fn token_ids(tokenizer: &Tokenizer, text: &str, max_length: usize, vocab_size: u
     if let Some(bad) = ids.iter().find(|id| **id as usize >= vocab_size) {
         let message = format!("token {bad} is not below the vocabulary size {vocab_size}");
         return Err(Error::new(Kind::BadInput, "generation/token-out-of-range", message)
-            .hint("use the tokenizer that belongs to the model"));
+            .hint("the tokenizer has more tokens than the model's vocabulary: use the one that belongs to the model"));
     }
     Ok(ids)
 }

@@ -9,6 +9,7 @@
 //! outlives the call.
 
 use std::collections::VecDeque;
+use std::fmt;
 
 use millrace_ir::{Error, Kind, Result};
 
@@ -44,8 +45,27 @@ impl Request {
 pub enum FinishReason {
     /// A token that ends sequences was drawn; it is the last of the token ids and no part of the text.
     Eos,
-    /// `max_new_tokens` or the model's `max_seq_len` was reached.
-    Length,
+    /// The request's `max_new_tokens` were drawn.
+    MaxNewTokens,
+    /// Prompt and answer together reached the model's `max_seq_len` before `max_new_tokens` were drawn.
+    MaxSeqLen,
+}
+
+impl FinishReason {
+    /// The spelling in reports: `eos`, `max_new_tokens` or `max_seq_len`.
+    pub fn name(self) -> &'static str {
+        match self {
+            FinishReason::Eos => "eos",
+            FinishReason::MaxNewTokens => "max_new_tokens",
+            FinishReason::MaxSeqLen => "max_seq_len",
+        }
+    }
+}
+
+impl fmt::Display for FinishReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// The answer to one request.
@@ -152,7 +172,7 @@ impl<'m, M: StepModel + ?Sized> Generator<'m, M> {
         if let Some(bad) = request.prompt_ids.iter().find(|id| **id as usize >= limits.vocab_size) {
             let message = format!("token {bad} is not below the vocabulary size {}", limits.vocab_size);
             return Err(Error::new(Kind::BadInput, "generation/token-out-of-range", message)
-                .hint("use the tokenizer that belongs to the model"));
+                .hint("the tokenizer has more tokens than the model's vocabulary: use the one that belongs to the model"));
         }
         if length >= limits.max_seq_len {
             let message = format!(
@@ -233,7 +253,8 @@ impl<'r> Schedule<'r> {
         let mut waiting = VecDeque::new();
         for (index, request) in requests.iter().enumerate() {
             if request.max_new_tokens == 0 {
-                completions[index] = Some(Completion { token_ids: vec![], finish: FinishReason::Length });
+                completions[index] =
+                    Some(Completion { token_ids: vec![], finish: FinishReason::MaxNewTokens });
             } else {
                 waiting.push_back(index);
             }
@@ -336,16 +357,17 @@ impl<'r> Schedule<'r> {
             let request = &self.requests[live.request];
             if request.stop_at_eos && self.limits.eos.contains(&token) {
                 live.finished = Some(FinishReason::Eos);
-            } else if live.tokens.len() >= request.prompt_ids.len() + new_tokens(request, self.limits) {
-                live.finished = Some(FinishReason::Length);
+            } else if live.tokens.len() - request.prompt_ids.len() >= request.max_new_tokens {
+                live.finished = Some(FinishReason::MaxNewTokens);
+            } else if live.tokens.len() >= self.limits.max_seq_len {
+                live.finished = Some(FinishReason::MaxSeqLen);
             }
         }
         for live in self.live.extract_if(.., |live| live.finished.is_some()) {
             let Live { request, tokens, finished, .. } = live;
             self.pool.release(request);
             let token_ids = tokens[self.requests[request].prompt_ids.len()..].to_vec();
-            let finish = finished.unwrap_or(FinishReason::Length);
-            self.completions[request] = Some(Completion { token_ids, finish });
+            self.completions[request] = finished.map(|finish| Completion { token_ids, finish });
         }
         Ok(())
     }

@@ -19,7 +19,8 @@ fn alone(request: &Request, limits: &ModelLimits) -> Completion {
             return Completion { token_ids, finish: FinishReason::Eos };
         }
     }
-    Completion { token_ids, finish: FinishReason::Length }
+    let all = token_ids.len() == request.max_new_tokens;
+    Completion { token_ids, finish: if all { FinishReason::MaxNewTokens } else { FinishReason::MaxSeqLen } }
 }
 
 fn prompt(len: usize, salt: u32) -> Vec<u32> {
@@ -162,14 +163,18 @@ fn max_seq_len_ends_a_sequence() {
     let limits = ModelLimits { max_seq_len: 10, eos: vec![], ..limits() };
     let (result, model) = run(limits, &[Request::greedy(prompt(7, 0), 100)]);
     let completion = &result.unwrap()[0];
-    assert_eq!((completion.token_ids.len(), completion.finish), (3, FinishReason::Length));
+    assert_eq!((completion.token_ids.len(), completion.finish), (3, FinishReason::MaxSeqLen));
     assert_eq!(model.log.iter().map(|s| s.kv_lens[0]).max(), Some(9));
+    // Both limits at once: the request got all that it asked for.
+    let limits = ModelLimits { max_seq_len: 10, eos: vec![], ..crate::generation::testing::limits() };
+    let (result, _) = run(limits, &[Request::greedy(prompt(7, 0), 3)]);
+    assert_eq!(result.unwrap()[0].finish.to_string(), "max_new_tokens");
 }
 
 #[test]
 fn nothing_to_draw_takes_no_step() {
     let (result, model) = run(limits(), &[Request::greedy(prompt(3, 0), 0)]);
-    assert_eq!(result.unwrap(), [Completion { token_ids: vec![], finish: FinishReason::Length }]);
+    assert_eq!(result.unwrap(), [Completion { token_ids: vec![], finish: FinishReason::MaxNewTokens }]);
     assert!(model.log.is_empty());
     assert!(run(limits(), &[]).0.unwrap().is_empty());
 }

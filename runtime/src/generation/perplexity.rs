@@ -45,7 +45,8 @@ struct Open {
 ///
 /// Errors: `generation/too-few-tokens` without one whole window, `generation/window-too-long` if
 /// `window_tokens` exceeds max_seq_len, `generation/token-out-of-range`, `generation/kv-cache-too-small`,
-/// `generation/nan-logits`, and those of the model.
+/// `generation/nan-logits`, `generation/infinite-logits` if the largest of a row is not finite, and those of the
+/// model.
 pub fn perplexity<M: StepModel + ?Sized>(
     model: &mut M,
     tokens: &[u32],
@@ -133,7 +134,7 @@ fn check<'t>(tokens: &'t [u32], options: &PerplexityOptions, limits: &ModelLimit
     if let Some(bad) = scored.copied().find(|id| *id as usize >= limits.vocab_size) {
         let message = format!("token {bad} is not below the vocabulary size {}", limits.vocab_size);
         return Err(Error::new(Kind::BadInput, "generation/token-out-of-range", message)
-            .hint("use the tokenizer that belongs to the model"));
+            .hint("the tokenizer has more tokens than the model's vocabulary: use the one that belongs to the model"));
     }
     let pages = k.div_ceil(limits.tokens_per_block);
     if pages > limits.pages {
@@ -147,15 +148,19 @@ fn check<'t>(tokens: &'t [u32], options: &PerplexityOptions, limits: &ModelLimit
 
 /// ln(sum of exp(logits)) - logits[token].
 fn negative_log_likelihood(logits: &[f32], token: usize) -> Result<f64> {
+    let fault = |code, message| {
+        Err(Error::new(Kind::Internal, code, message)
+            .hint("the model overflowed or its weights are damaged: verify the engine, try f32 or bf16"))
+    };
     let mut largest = f64::NEG_INFINITY;
     for (i, &logit) in logits.iter().enumerate() {
-        if logit.is_nan() || logit == f32::INFINITY {
-            let message = format!("logit {i} is {logit}");
-            return Err(Error::new(Kind::Internal, "generation/nan-logits", message).hint(
-                "the model overflowed or its weights are damaged: verify the engine, try f32 or bf16",
-            ));
+        if logit.is_nan() {
+            return fault("generation/nan-logits", format!("logit {i} is not a number"));
         }
         largest = largest.max(f64::from(logit));
+    }
+    if !largest.is_finite() {
+        return fault("generation/infinite-logits", format!("the largest logit is {largest}"));
     }
     let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - largest).exp()).sum();
     Ok(largest + sum.ln() - f64::from(logits[token]))
@@ -217,6 +222,7 @@ mod tests {
         assert!((negative_log_likelihood(&[7.0; 50], 3).unwrap().exp() - 50.0).abs() < 1e-9);
         let huge = negative_log_likelihood(&[3e38, 0.0], 0).unwrap();
         assert_eq!(huge, 0.0);
+        assert_eq!(negative_log_likelihood(&[0.0, f32::NEG_INFINITY], 1).unwrap(), f64::INFINITY);
     }
 
     #[test]
@@ -231,6 +237,9 @@ mod tests {
         assert_eq!(run(&[1, 999], 2, limits()), "generation/token-out-of-range");
         let small = ModelLimits { pages: 1, tokens_per_block: 2, ..limits() };
         assert_eq!(run(&[1; 9], 3, small), "generation/kv-cache-too-small");
-        assert_eq!(negative_log_likelihood(&[0.0, f32::NAN], 0).unwrap_err().code(), "generation/nan-logits");
+        let row_code = |row: &[f32]| negative_log_likelihood(row, 0).unwrap_err().code();
+        assert_eq!(row_code(&[0.0, f32::NAN]), "generation/nan-logits");
+        assert_eq!(row_code(&[0.0, f32::INFINITY]), "generation/infinite-logits");
+        assert_eq!(row_code(&[f32::NEG_INFINITY; 2]), "generation/infinite-logits");
     }
 }

@@ -2,6 +2,11 @@
 //!
 //! Invariant: padding and truncation that the file asks for are switched off, as a generation prompt must
 //! neither be cut nor padded in silence. [`Tokenizer::encode_truncated`] cuts where that is wanted.
+//!
+//! The `tokenizers` library panics on some files that parse but contradict themselves. Such a panic is caught
+//! here and becomes a typed error, as the file is input like any other; the panic hook still sees it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use millrace_ir::{Error, Kind, Result};
 use tokenizers::{PostProcessor, TruncationDirection};
@@ -17,24 +22,25 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads the content of a `tokenizer.json`; `tokenizer/malformed` if it is none.
+    /// Reads the content of a `tokenizer.json`; `tokenizer/malformed` if it is none, or one that cannot place
+    /// its own special tokens around a text.
     pub fn from_bytes(json: &[u8]) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|source| {
-            Error::new(Kind::BadInput, "tokenizer/malformed", format!("not a tokenizer.json: {source}"))
-                .hint("use the tokenizer.json that belongs to the model")
-        })?;
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|source| failed("tokenizer/malformed", &*source))?;
-        let largest = inner.get_vocab(true).into_values().max();
-        let special_per_text = inner.get_post_processor().map_or(0, |p| p.added_tokens(false));
-        Ok(Tokenizer { inner, vocab_size: largest.map_or(0, |id| id as usize + 1), special_per_text })
+        let read = || {
+            let mut inner = tokenizers::Tokenizer::from_bytes(json)?;
+            inner.with_padding(None);
+            inner.with_truncation(None)?;
+            let largest = inner.get_vocab(true).into_values().max();
+            let special_per_text = inner.get_post_processor().map_or(0, |p| p.added_tokens(false));
+            inner.post_process(tokenizers::Encoding::default(), None, true)?;
+            Ok(Tokenizer { inner, vocab_size: largest.map_or(0, |id| id as usize + 1), special_per_text })
+        };
+        guarded("tokenizer/malformed", read)
+            .map_err(|e| e.hint("use the tokenizer.json that belongs to the model"))
     }
 
     /// Token ids of `text`; with `add_special`, those the model expects around it (bos, `[CLS]`, `[SEP]`) as well.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding =
-            self.inner.encode_fast(text, add_special).map_err(|e| failed("tokenizer/encode", &*e))?;
-        Ok(encoding.get_ids().to_vec())
+        guarded("tokenizer/encode", || Ok(self.inner.encode_fast(text, add_special)?.get_ids().to_vec()))
     }
 
     /// Token ids of `text` with special tokens, the text cut at its end so that at most `max_length` ids
@@ -49,19 +55,20 @@ impl Tokenizer {
             );
             Error::new(Kind::BadInput, "tokenizer/max-length", message).hint("raise --max-input-len")
         })?;
-        let mut encoding =
-            self.inner.encode_fast(text, false).map_err(|e| failed("tokenizer/encode", &*e))?;
-        if encoding.len() > room {
-            encoding.truncate(room, 0, TruncationDirection::Right);
-        }
-        let encoding =
-            self.inner.post_process(encoding, None, true).map_err(|e| failed("tokenizer/encode", &*e))?;
-        Ok(encoding.get_ids().to_vec())
+        guarded("tokenizer/encode", || {
+            let mut encoding = self.inner.encode_fast(text, false)?;
+            if encoding.len() > room {
+                encoding.truncate(room, 0, TruncationDirection::Right);
+                // The part that was cut off would otherwise be given special tokens as well.
+                encoding.take_overflowing();
+            }
+            Ok(self.inner.post_process(encoding, None, true)?.get_ids().to_vec())
+        })
     }
 
     /// The text of `ids`; ids outside of the vocabulary have none. `skip_special` leaves out special tokens.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special).map_err(|source| failed("tokenizer/decode", &*source))
+        guarded("tokenizer/decode", || self.inner.decode(ids, skip_special))
     }
 
     /// A stream that turns one token at a time into text.
@@ -90,8 +97,21 @@ impl Tokenizer {
     }
 }
 
-fn failed(code: &'static str, source: &(dyn std::error::Error + Send + Sync)) -> Error {
-    Error::new(Kind::BadInput, code, source.to_string())
+/// What `call` into the library gives; its failure or panic as an error of `code`.
+///
+/// Unwind safety: `call` either owns what it builds or reads a tokenizer whose only mutable state is a cache of
+/// finished results.
+fn guarded<T>(code: &'static str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    let message = match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(value)) => return Ok(value),
+        Ok(Err(error)) => error.to_string(),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown cause");
+            format!("the tokenizer contradicts itself: {text}")
+        }
+    };
+    Err(Error::new(Kind::BadInput, code, message))
 }
 
 #[cfg(test)]

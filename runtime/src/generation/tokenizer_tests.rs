@@ -1,9 +1,9 @@
 //! Tokenizers and streams against the example model's reference and against whole decodes.
 
 use proptest::prelude::*;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::fixtures::{byte_level, sentence_piece, word_piece};
+use super::fixtures::{byte_level, sentence_piece, sentence_piece_json, word_piece, word_piece_json};
 use super::*;
 
 fn reference() -> Value {
@@ -84,6 +84,37 @@ fn malformed_files_are_errors() {
     }
 }
 
+/// Files that are JSON but no sound tokenizer; most of them make the library panic, each by another component.
+#[test]
+fn files_that_contradict_themselves_are_errors() {
+    let template = |id: &str| {
+        json!({"type": "TemplateProcessing", "special_tokens": {},
+            "single": [{"SpecialToken": {"id": id, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]})
+    };
+    let mut second_text = template("[CLS]");
+    second_text["single"] = json!([{"Sequence": {"id": "B", "type_id": 0}}]);
+    let cases = [
+        ("post_processor", template("[CLS]")),
+        ("post_processor", second_text),
+        ("decoder", json!(7)),
+        ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})),
+        ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="})),
+        (
+            "pre_tokenizer",
+            json!({"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": false}),
+        ),
+    ];
+    for (part, content) in cases {
+        let mut file = word_piece_json();
+        file[part] = content.clone();
+        let result = Tokenizer::from_bytes(file.to_string().as_bytes())
+            .and_then(|tokenizer| tokenizer.encode("hello world", true));
+        let code = result.unwrap_err().code();
+        assert!(["tokenizer/malformed", "tokenizer/encode"].contains(&code), "{part} {content}: {code}");
+    }
+}
+
 #[test]
 fn a_character_of_several_tokens_comes_out_whole() {
     let tokenizer = byte_level();
@@ -160,6 +191,31 @@ proptest! {
         prop_assert_eq!(streamed(tokenizer, &tokenizer.encode(&text, true).unwrap(), true), text);
     }
 
+    /// Whatever value stands anywhere in a file, the answer is a tokenizer or an error.
+    #[test]
+    fn damaged_files_never_panic(
+        paths in prop::collection::vec((any::<prop::sample::Index>(), 0usize..9), 1..4),
+        sentence in any::<bool>(),
+        text in "[a-z▁é<>\\[\\] ]{0,20}",
+        ids in prop::collection::vec(0u32..270, 0..20),
+    ) {
+        let mut file = if sentence { sentence_piece_json() } else { word_piece_json() };
+        for (path, value) in &paths {
+            let values = [json!(null), json!(0), json!(-1), json!(1u64 << 40), json!(""), json!("é"),
+                json!([]), json!({}), json!({"type": "Sequence"})];
+            let mut pointers = Vec::new();
+            collect_pointers(&file, "", &mut pointers);
+            *file.pointer_mut(path.get::<String>(&pointers)).unwrap() = values[*value].clone();
+        }
+        if let Ok(tokenizer) = Tokenizer::from_bytes(file.to_string().as_bytes()) {
+            let _ = tokenizer.encode(&text, true);
+            let _ = tokenizer.encode_truncated(&text, 3);
+            let mut stream = tokenizer.stream(true);
+            let _ = ids.iter().try_for_each(|id| stream.push(*id).map(drop));
+            let _ = stream.finish();
+        }
+    }
+
     #[test]
     fn other_streams_equal_decodes(
         words in prop::collection::vec(0u32..9, 0..40),
@@ -170,6 +226,25 @@ proptest! {
         prop_assert_eq!(streamed(&tokenizer, &words, skip), tokenizer.decode(&words, skip).unwrap());
         let tokenizer = sentence_piece();
         prop_assert_eq!(streamed(&tokenizer, &pieces, skip), tokenizer.decode(&pieces, skip).unwrap());
+    }
+}
+
+/// JSON pointers to everything in `value` but single vocabulary entries.
+fn collect_pointers(value: &Value, at: &str, pointers: &mut Vec<String>) {
+    pointers.push(at.to_owned());
+    match value {
+        Value::Object(map) if !at.ends_with("/vocab") => {
+            for (key, inner) in map {
+                let key = key.replace('~', "~0").replace('/', "~1");
+                collect_pointers(inner, &format!("{at}/{key}"), pointers);
+            }
+        }
+        Value::Array(list) => {
+            for (i, inner) in list.iter().enumerate() {
+                collect_pointers(inner, &format!("{at}/{i}"), pointers);
+            }
+        }
+        _ => {}
     }
 }
 

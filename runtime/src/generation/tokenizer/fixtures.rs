@@ -15,8 +15,13 @@ fn special(id: u32, content: &str) -> Value {
 
 /// Words with [CLS] and [SEP] around a text, as BERT has them; the file asks for padding and truncation.
 pub(crate) fn word_piece() -> Tokenizer {
+    from_value(&word_piece_json())
+}
+
+/// The file of [`word_piece`].
+pub(crate) fn word_piece_json() -> Value {
     let (cls, sep) = ("[CLS]", "[SEP]");
-    from_value(&json!({
+    json!({
         "version": "1.0",
         "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
         "padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
@@ -34,12 +39,17 @@ pub(crate) fn word_piece() -> Tokenizer {
         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
             "max_input_chars_per_word": 100,
             "vocab": {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "hello": 3, "world": 4, "##ly": 5, ".": 6, "'": 7}}
-    }))
+    })
 }
 
 /// The decoder of SentencePiece models with byte fallback (Llama 2, Mistral): `▁` is a space, the first one
 /// falls away, unknown characters are byte tokens.
 pub(crate) fn sentence_piece() -> Tokenizer {
+    from_value(&sentence_piece_json())
+}
+
+/// The file of [`sentence_piece`].
+pub(crate) fn sentence_piece_json() -> Value {
     let mut vocab = serde_json::Map::new();
     for piece in ["<unk>", "<s>", "</s>"] {
         vocab.insert(piece.to_owned(), json!(vocab.len()));
@@ -50,7 +60,7 @@ pub(crate) fn sentence_piece() -> Tokenizer {
     for piece in ["▁", "▁▁", "▁hello", "▁world", "ly", ".", "é"] {
         vocab.insert(piece.to_owned(), json!(vocab.len()));
     }
-    from_value(&json!({
+    json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
         "normalizer": null, "pre_tokenizer": null, "post_processor": null,
@@ -61,7 +71,7 @@ pub(crate) fn sentence_piece() -> Tokenizer {
         "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
             "vocab": vocab, "merges": []}
-    }))
+    })
 }
 
 /// The byte-level tokenizer of the example model.
