@@ -3,6 +3,27 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+const AREAS: [&str; 18] = [
+    "checkpoint",
+    "compare",
+    "compile",
+    "demo",
+    "engine",
+    "eval",
+    "generation",
+    "import",
+    "internal",
+    "io",
+    "ir",
+    "kv",
+    "npy",
+    "run",
+    "template",
+    "tokenizer",
+    "usage",
+    "weights",
+];
+
 fn collect(folder: &Path, codes: &mut BTreeSet<String>) {
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -13,32 +34,14 @@ fn collect(folder: &Path, codes: &mut BTreeSet<String>) {
             let text = std::fs::read_to_string(&path).unwrap();
             let code = text.split("#[cfg(test)]").next().unwrap();
             // Codes are string literals of the form "area/what" in lower case.
-            for literal in code.split('"').skip(1).step_by(2) {
-                let areas = [
-                    "checkpoint",
-                    "compare",
-                    "compile",
-                    "demo",
-                    "engine",
-                    "eval",
-                    "generation",
-                    "import",
-                    "io",
-                    "ir",
-                    "kv",
-                    "npy",
-                    "run",
-                    "template",
-                    "tokenizer",
-                    "usage",
-                    "weights",
-                ];
-                if let Some((area, what)) = literal.split_once('/')
-                    && areas.contains(&area)
-                    && !what.is_empty()
-                    && what.chars().all(|c| c.is_ascii_lowercase() || c == '-')
-                {
-                    codes.insert(literal.to_string());
+            for area in AREAS {
+                let start = format!("\"{area}/");
+                for (at, _) in code.match_indices(&start) {
+                    let literal = code[at + 1..].split('"').next().unwrap_or("");
+                    let what = &literal[area.len() + 1..];
+                    if !what.is_empty() && what.chars().all(|c| c.is_ascii_lowercase() || c == '-') {
+                        codes.insert(literal.to_string());
+                    }
                 }
             }
         }

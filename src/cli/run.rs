@@ -250,7 +250,7 @@ fn generate(args: &Args, engine: &Engine) -> Result<()> {
                 "prompt": prompt,
                 "text": text,
                 "token_ids": completion.token_ids,
-                "finish_reason": format!("{:?}", completion.finish).to_lowercase(),
+                "finish_reason": completion.finish.name(),
             }));
         } else if !stream_now {
             let ids: Vec<String> = completion.token_ids.iter().map(ToString::to_string).collect();

@@ -1,7 +1,7 @@
 //! Instruction sets and the matmul tile.
 //!
 //! The tile has one definition per instruction set; everything else is plain loops compiled several times by
-//! [`dispatch!`].
+//! the `dispatch` macro.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
