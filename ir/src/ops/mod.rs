@@ -14,6 +14,8 @@ pub mod def;
 pub mod fused_matmul;
 pub mod indexing;
 pub mod kv_append;
+#[cfg(test)]
+mod language_tests;
 pub mod matmul;
 pub mod mean_pool;
 pub mod movement;
