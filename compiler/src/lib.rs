@@ -8,5 +8,6 @@ pub mod pass;
 pub mod passes;
 pub mod pipeline;
 pub mod rewrite;
+pub mod target;
 
 pub use compile::{CompileOptions, Compiled, compile};

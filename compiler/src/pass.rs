@@ -61,9 +61,15 @@ pub struct Context {
 }
 
 impl Context {
+    /// The facts of a target.
+    pub fn of(target: &crate::target::Target) -> Self {
+        Context { panel: target.panel, align: target.align, ..Context::default() }
+    }
+
     /// The facts of the CPU target.
     pub fn cpu() -> Self {
-        Context { panel: millrace_kernels::cpu::matmul::PANEL, align: 64, ..Context::default() }
+        // The file is part of the program, and a test reads it.
+        crate::target::Target::named("cpu").map(|t| Self::of(&t)).unwrap_or_default()
     }
 
     /// Adds to a counter.

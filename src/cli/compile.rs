@@ -6,8 +6,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use millrace::compiler::codegen::WeightMode;
 use millrace::compiler::import::{Options, Precision};
 use millrace::compiler::pipeline::Pipeline;
-use millrace::ir::{DType, Kind, Module, text};
-use millrace::{CompileOptions, Compiled, Error, Result, compile};
+use millrace::compiler::target::Target;
+use millrace::ir::{DType, Module, text};
+use millrace::{CompileOptions, Compiled, Result, compile};
 use serde_json::json;
 
 use super::{print, print_json, size, usage};
@@ -92,12 +93,7 @@ impl ModelOptions {
     /// # Errors
     /// Unknown target or element type, malformed pipeline.
     pub fn resolve(&self) -> Result<CompileOptions> {
-        if self.target != "cpu" {
-            let message = format!("target `{}` is not supported", self.target);
-            return Err(
-                Error::new(Kind::Unsupported, "compile/target", message).hint("the supported target is cpu")
-            );
-        }
+        Target::named(&self.target)?;
         let precision = match self.dtype.as_str() {
             "auto" => Precision::Auto,
             "float32" | "f32" => Precision::Fixed(DType::F32),
