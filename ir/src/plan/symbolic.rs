@@ -1,6 +1,6 @@
 //! From solved offsets to offsets that hold for every shape.
 
-use super::pack::{Item, Packing};
+use super::item::{Item, Packing};
 use crate::dim::Dim;
 
 /// Most arguments of a `max` before it is replaced by a simpler upper bound.
@@ -72,7 +72,7 @@ mod tests {
             let items: Vec<Item> = shapes
                 .iter()
                 .zip(&sizes)
-                .map(|((.., start, life), size)| Item { size: size.extent(&maxima).unwrap(), start: *start, end: start + life })
+                .map(|((.., start, life), size)| Item { size: size.extent(&maxima).unwrap(), start: *start, end: start + life, align: 64 })
                 .collect();
             let (offsets, total) = symbolic(&items, &sizes, &pack(&items), 64);
             for bindings in [bind(a, b), maxima, bind(1, 1)] {
