@@ -7,6 +7,7 @@
 
 mod decoder;
 mod encoder;
+mod lookalikes;
 mod spelling;
 
 use std::path::{Path, PathBuf};
@@ -90,15 +91,20 @@ impl Graph {
 /// File name and text of every graph that is generated.
 pub fn generated() -> Vec<(String, String)> {
     let mut files = Vec::new();
+    let mut write = |file: String, note: &str, module: &Module| {
+        let mut source: String = note.lines().map(|l| format!("// {}\n", l.trim())).collect();
+        source.push_str(&text::print(module));
+        files.push((file, source));
+    };
+    let (note, module) = lookalikes::build();
+    write("lookalikes.ir".to_string(), note, &module);
     for pair in PAIRS {
         for spelling in [Spelling::Primitive, Spelling::Twin] {
             let (note, module) = match pair {
                 "encoder" => encoder::build(spelling),
                 _ => decoder::build(spelling, &decoder::Shape::named(pair)),
             };
-            let mut source: String = note.lines().map(|l| format!("// {}\n", l.trim())).collect();
-            source.push_str(&text::print(&module));
-            files.push((format!("{spelling}_{pair}.ir"), source));
+            write(format!("{spelling}_{pair}.ir"), note, &module);
         }
     }
     files
