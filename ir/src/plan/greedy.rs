@@ -148,3 +148,48 @@ pub(super) fn best_fit(items: &[Item]) -> (Vec<u64>, u64) {
     }
     (offsets, top)
 }
+
+/// First fit again and again: items that ended above `goal` move towards the front of the order by a drawn step.
+/// Returns the lowest packing of `rounds`, or of fewer after looking at `work` neighbours.
+pub(super) fn squeaky_wheel(items: &[Item], goal: u64, rounds: usize, work: usize) -> Option<(Vec<u64>, u64)> {
+    let span = items.iter().map(|i| i.end).max().unwrap_or(0).max(1) as f64;
+    let most = items.iter().map(|i| i.size).max().unwrap_or(0).max(1) as f64;
+    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut draw = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        (seed >> 11) as f64 / (1u64 << 53) as f64
+    };
+    let mut best: Option<(Vec<u64>, u64)> = None;
+    let mut left = work;
+    for start in 0..3 {
+        let mut priority: Vec<f64> = items
+            .iter()
+            .map(|i| {
+                let (life, size) = (i.end.saturating_sub(i.start) as f64 / span, i.size as f64 / most);
+                40.0 * [size, (life * size).sqrt(), life][start]
+            })
+            .collect();
+        for _ in 0..rounds / 3 {
+            let mut order: Vec<u32> = (0..items.len() as u32).collect();
+            order.sort_by(|a, b| priority[*b as usize].total_cmp(&priority[*a as usize]));
+            let Some((offsets, peak)) = first_fit(items, &order, left) else { return best };
+            left = left.saturating_sub(work / rounds.max(1));
+            for (i, item) in items.iter().enumerate() {
+                if offsets[i].saturating_add(item.size) > goal {
+                    priority[i] += 1.0 + 3.0 * draw();
+                } else if draw() < 0.02 {
+                    priority[i] += 2.0 * draw() - 1.0;
+                }
+            }
+            if best.as_ref().is_none_or(|(_, p)| peak < *p) {
+                best = Some((offsets, peak));
+                if peak <= goal {
+                    return best;
+                }
+            }
+        }
+    }
+    best
+}

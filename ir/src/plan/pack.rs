@@ -4,7 +4,7 @@
 //! that is too high is searched ([`super::search`]) with several orders and growing budgets. Work is bounded by
 //! counts, never by the clock, so that equal items give equal offsets everywhere.
 
-use super::greedy::{best_fit, first_fit};
+use super::greedy::{best_fit, first_fit, squeaky_wheel};
 use super::item::{Item, Packing, lower_bound};
 use super::search::{Found, Sections};
 
@@ -14,21 +14,24 @@ const GREEDY_WORK: usize = 40_000_000;
 /// Most items of a part that is searched.
 const SEARCHED: usize = 2_500;
 
-/// Orders of the search, the most successful first.
-const ORDERS: [&str; 8] = ["WAT", "TAW", "TWA", "AWT", "ZWT", "TZW", "LAW", "OAT"];
+/// Rounds of the squeaky wheel.
+const WHEEL_ROUNDS: usize = 300;
+
+/// Placements of one restart of the search.
+const RESTART: u64 = 300;
 
 /// How much to try, and when to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Effort {
     /// A packing of this height is good enough; 0 asks for the lowest.
     pub capacity: u64,
-    /// Placements the search may look at, all in all.
-    pub placements: u64,
+    /// Steps of the search, all in all: a placement, or a look at one section. About two million a second.
+    pub steps: u64,
 }
 
 impl Default for Effort {
     fn default() -> Self {
-        Effort { capacity: 0, placements: 400_000 }
+        Effort { capacity: 0, steps: 1_000_000 }
     }
 }
 
@@ -53,7 +56,7 @@ pub fn pack_with(items: &[Item], effort: Effort) -> Packing {
         }
     }
     if peak > goal {
-        peak = search(items, &mut offsets, goal, effort.placements);
+        peak = search(items, &mut offsets, goal, effort.steps);
     }
     Packing { offsets, peak, lower_bound: bound }
 }
@@ -96,35 +99,42 @@ fn parts(items: &[Item]) -> Vec<Vec<u32>> {
 }
 
 /// Searches each part that is above `goal`; returns the height of the whole.
-fn search(items: &[Item], offsets: &mut [u64], goal: u64, placements: u64) -> u64 {
+fn search(items: &[Item], offsets: &mut [u64], goal: u64, steps: u64) -> u64 {
     let height = |part: &[u32], offsets: &[u64]| {
         part.iter().map(|i| offsets[*i as usize] + items[*i as usize].size).max().unwrap_or(0)
     };
     let parts = parts(items);
     let high: Vec<&Vec<u32>> = parts.iter().filter(|p| height(p, offsets) > goal).collect();
-    let each = placements / high.len().max(1) as u64;
+    let each = steps / high.len().max(1) as u64;
     let mut reached = goal;
     for part in high.into_iter().filter(|p| p.len() <= SEARCHED) {
         let own: Vec<Item> = part.iter().map(|i| items[*i as usize]).collect();
-        let sections = Sections::of(&own);
-        let mut left = each;
-        let mut top = height(part, offsets);
+        let searches = [Direction::forwards(&own), Direction::backwards(&own)];
+        let sections = searches.each_ref().map(|d| Sections::of(&d.items));
+        let (mut left, mut top) = (each, height(part, offsets));
+        let mut missed = false;
         // The goal itself first, with half of the budget; then between the goal and what is known.
         let mut low = reached;
         let mut capacity = low;
         let mut share = left / 2;
         while capacity < top && left > 0 {
-            let budget = share.min(left);
-            let (found, used) = portfolio(&sections, capacity, budget);
+            let (found, used) = restarts(&searches, &sections, capacity, share.min(left));
             left -= used.min(left);
             match found {
-                Found::Packing(found) => {
+                Some(found) => {
                     part.iter().zip(&found).for_each(|(i, o)| offsets[*i as usize] = *o);
-                    top = own.iter().zip(&found).map(|(item, o)| o + item.size).max().unwrap_or(0);
+                    top = height(part, offsets);
                 }
-                Found::Impossible | Found::Budget => low = capacity + 1,
+                None => low = capacity + 1,
             }
-            share = (left / 4).max(1000);
+            if !std::mem::replace(&mut missed, true)
+                && let Some((found, peak)) = squeaky_wheel(&own, low, WHEEL_ROUNDS, GREEDY_WORK)
+                && peak < top
+            {
+                part.iter().zip(&found).for_each(|(i, o)| offsets[*i as usize] = *o);
+                top = peak;
+            }
+            share = (left / 4).max(100_000);
             capacity = low + (top - low.min(top)) / 2;
         }
         reached = reached.max(top);
@@ -132,24 +142,73 @@ fn search(items: &[Item], offsets: &mut [u64], goal: u64, placements: u64) -> u6
     parts.iter().map(|p| height(p, offsets)).max().unwrap_or(0)
 }
 
-/// Runs the orders in turn with growing budgets; returns what was found and the placements it took.
-fn portfolio(sections: &Sections<'_>, capacity: u64, budget: u64) -> (Found, u64) {
-    let orders: Vec<Vec<u32>> = ORDERS.iter().map(|letters| sections.order(letters)).collect();
-    let (mut slice, mut used) = (1_000u64, 0);
-    while used < budget {
-        for order in &orders {
-            let now = slice.min(budget - used);
-            match sections.search(order, false, capacity, now) {
-                Found::Budget => used += now,
-                found => return (found, used + now),
-            }
-            if used >= budget {
-                break;
-            }
-        }
-        slice *= 4;
+/// A part in one direction of time, in order of birth: a search that fails from one end may be easy from the other.
+struct Direction {
+    items: Vec<Item>,
+    /// The part's number of each item.
+    index: Vec<u32>,
+}
+
+impl Direction {
+    fn forwards(part: &[Item]) -> Self {
+        let mut index: Vec<u32> = (0..part.len() as u32).collect();
+        index.sort_by_key(|i| part[*i as usize].start);
+        Direction { items: index.iter().map(|i| part[*i as usize]).collect(), index }
     }
-    (Found::Budget, used)
+
+    fn backwards(part: &[Item]) -> Self {
+        let end = part.iter().map(|i| i.end).max().unwrap_or(0);
+        let mirrored: Vec<Item> =
+            part.iter().map(|i| Item { start: end - i.end, end: end - i.start.min(i.end), ..*i }).collect();
+        Direction::forwards(&mirrored)
+    }
+}
+
+/// Searches from both ends of time in turn, each time in an order of birth with other noise; returns what was found,
+/// and the steps it took.
+fn restarts(
+    directions: &[Direction; 2],
+    sections: &[Sections<'_>; 2],
+    capacity: u64,
+    budget: u64,
+) -> (Option<Vec<u64>>, u64) {
+    let span = directions[0].items.iter().map(|i| i.end).max().unwrap_or(0) as f64;
+    let mut seed = 0x243f_6a88_85a3_08d3u64;
+    let (mut used, mut round) = (0u64, 0u64);
+    while used < budget {
+        let which = (round % 2) as usize;
+        // Noise in units of the whole time; every fourth order also favours large or long-lived items.
+        let noise = span * [0.0003, 0.001, 0.003, 0.01][(round / 2 % 4) as usize];
+        let weight = if round / 8 % 4 == 3 { 0.1 } else { 0.0 };
+        let by_size = round / 32 % 2 == 0;
+        let seeds = std::cell::Cell::new(seed);
+        let order = sections[which].order(|item| {
+            let mut s = seeds.get();
+            s ^= s << 13;
+            s ^= s >> 7;
+            s ^= s << 17;
+            seeds.set(s);
+            let drawn = if round < 2 { 0.0 } else { (s >> 11) as f64 / (1u64 << 53) as f64 - 0.5 };
+            let favour = if by_size { item.size as f64 } else { (item.end - item.start) as f64 };
+            -(item.start as f64) + noise * drawn + weight * favour
+        });
+        seed = seeds.get();
+        // Mostly short runs, sometimes a long one that small parts are decided by.
+        let run = if round % 64 >= 62 { RESTART * 64 } else { RESTART };
+        let (found, steps) = sections[which].search(&order, capacity, run, budget - used);
+        used += steps;
+        match found {
+            Found::Packing(found) => {
+                let mut offsets = vec![0; found.len()];
+                directions[which].index.iter().zip(found).for_each(|(i, o)| offsets[*i as usize] = o);
+                return (Some(offsets), used);
+            }
+            Found::Impossible => return (None, used),
+            Found::Budget => {}
+        }
+        round += 1;
+    }
+    (None, used)
 }
 
 #[cfg(test)]
@@ -214,13 +273,13 @@ mod tests {
                 .collect();
             let best = brute_force(&items);
             let sections = Sections::of(&items);
-            for letters in ORDERS {
-                let order = sections.order(letters);
-                let Found::Packing(offsets) = sections.search(&order, best, u64::MAX) else {
-                    return Err(TestCaseError::fail(format!("{letters}: no packing at {best}")));
+            for sign in [-1.0, 1.0] {
+                let order = sections.order(|i| sign * i.start as f64);
+                let Found::Packing(offsets) = sections.search(&order, best, u64::MAX, u64::MAX).0 else {
+                    return Err(TestCaseError::fail(format!("no packing at {best}")));
                 };
                 prop_assert_eq!(check_packing(&items, &offsets, best), Ok(()));
-                prop_assert_eq!(sections.search(&order, best - 1, u64::MAX), Found::Impossible);
+                prop_assert_eq!(sections.search(&order, best - 1, u64::MAX, u64::MAX).0, Found::Impossible);
             }
         }
     }
@@ -245,7 +304,7 @@ mod tests {
         ] {
             let items = instance(text);
             let start = std::time::Instant::now();
-            let packing = pack_with(&items, Effort { capacity: 1 << 20, placements: 20_000_000 });
+            let packing = pack_with(&items, Effort { capacity: 1 << 20, steps: 5_000_000 });
             let seconds = start.elapsed().as_secs_f64();
             check_packing(&items, &packing.offsets, 1 << 20)
                 .unwrap_or_else(|(a, b, why)| panic!("{name}: {a} and {b} {why}; peak {}", packing.peak));

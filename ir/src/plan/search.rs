@@ -10,9 +10,10 @@
 //!   from below, that item comes first and the others start above it (edge finding, as in one-machine scheduling).
 //! - *Decomposition*: where no open item crosses an instant, both sides are independent.
 //!
-//! Candidates are tried in a fixed order (by size, lifetime, crowdedness); the caller restarts with other orders.
-//! Orders and bounds follow M. Moffitt, "MiniMalloc: A Lightweight Memory Allocator for Hardware-Accelerated Machine
-//! Learning", ASPLOS 2023.
+//! Candidates are tried by rising offset, equal ones in an order that the caller gives; it restarts with others.
+//!
+//! Canonical order, dominance, sections and decomposition follow M. Moffitt, "MiniMalloc: A Lightweight Memory Allocator
+//! for Hardware-Accelerated Machine Learning", ASPLOS 2023.
 
 use super::item::Item;
 
@@ -23,7 +24,7 @@ pub(super) enum Found {
     Packing(Vec<u64>),
     /// There is no packing.
     Impossible,
-    /// The node budget is spent.
+    /// The budget is spent.
     Budget,
 }
 
@@ -74,35 +75,21 @@ impl<'a> Sections<'a> {
         Sections { items, spans, meets, members, totals }
     }
 
-    /// Items in the order of a heuristic: a permutation of the letters `W` (lifetime), `A` (area) and `T` (the
-    /// fullest section the item crosses), `Z` (size), `L` (birth), `O` (neighbours), largest first.
-    pub(super) fn order(&self, letters: &str) -> Vec<u32> {
-        let key = |i: u32| -> Vec<u64> {
-            let item = &self.items[i as usize];
-            let life = (item.end - item.start) as u64;
-            let span = self.spans[i as usize];
-            let fullest = || self.totals[span.0 as usize..span.1 as usize].iter().max().copied().unwrap_or(0);
-            let value = |letter: char| match letter {
-                'W' => life,
-                'A' => life.saturating_mul(item.size),
-                'T' => fullest(),
-                'Z' => item.size,
-                'L' => u64::MAX - item.start as u64,
-                'O' => self.meets[i as usize].len() as u64,
-                _ => 0,
-            };
-            letters.chars().map(|letter| u64::MAX - value(letter)).collect()
-        };
-        let mut order: Vec<u32> =
-            (0..self.items.len() as u32).filter(|i| self.spans[*i as usize].0 < self.spans[*i as usize].1).collect();
-        order.sort_by_cached_key(|i| (key(*i), *i));
-        order
+    /// Items by falling `key`, without those that need no memory.
+    pub(super) fn order(&self, key: impl Fn(&Item) -> f64) -> Vec<u32> {
+        let mut keyed: Vec<(f64, u32)> = (0..self.items.len() as u32)
+            .filter(|i| self.spans[*i as usize].0 < self.spans[*i as usize].1)
+            .map(|i| (key(&self.items[i as usize]), i))
+            .collect();
+        keyed.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        keyed.into_iter().map(|(_, i)| i).collect()
     }
 
-    /// Searches for a packing of height at most `capacity`, looking at most at `budget` placements.
-    pub(super) fn search(&self, order: &[u32], lowest_first: bool, capacity: u64, budget: u64) -> Found {
+    /// Searches for a packing of height at most `capacity`, with at most `placements` placements and about `steps`
+    /// steps; returns the steps it took as well.
+    pub(super) fn search(&self, order: &[u32], capacity: u64, placements: u64, steps: u64) -> (Found, u64) {
         if self.totals.iter().any(|t| *t > capacity) {
-            return Found::Impossible;
+            return (Found::Impossible, 1);
         }
         let mut crossing = vec![0u32; self.totals.len() + 1];
         for i in order {
@@ -112,8 +99,9 @@ impl<'a> Sections<'a> {
         let mut state = State {
             sections: self,
             capacity,
-            lowest_first,
-            nodes: budget,
+            placements,
+            steps: 0,
+            most_steps: steps,
             open: self.spans.iter().map(|s| s.0 < s.1).collect(),
             low: vec![0; self.items.len()],
             bound: vec![0; self.items.len()],
@@ -126,11 +114,12 @@ impl<'a> Sections<'a> {
             dirty: vec![false; self.totals.len()],
             scratch: Vec::new(),
         };
-        match state.split(order.to_vec(), 0, 0) {
+        let found = match state.split(order.to_vec(), 0, 0) {
             Verdict::Yes => Found::Packing(state.offsets),
             Verdict::No => Found::Impossible,
             Verdict::Spent => Found::Budget,
-        }
+        };
+        (found, state.steps + 1)
     }
 }
 
@@ -143,8 +132,10 @@ enum Verdict {
 struct State<'a> {
     sections: &'a Sections<'a>,
     capacity: u64,
-    lowest_first: bool,
-    nodes: u64,
+    /// Placements left.
+    placements: u64,
+    steps: u64,
+    most_steps: u64,
     open: Vec<bool>,
     /// Height of what was placed below each open item.
     low: Vec<u64>,
@@ -238,14 +229,13 @@ impl State<'_> {
                 candidates.push((offset, rank as u32, i));
             }
         }
-        if self.lowest_first {
-            candidates.sort_unstable();
-        }
+        candidates.sort_unstable();
         for (offset, _, i) in candidates {
-            if self.nodes == 0 {
+            if self.placements == 0 || self.steps >= self.most_steps {
                 return Verdict::Spent;
             }
-            self.nodes -= 1;
+            self.placements -= 1;
+            self.steps += 1;
             let mark = self.placed.len();
             let (fits, cut) = self.put(i, offset, open);
             if fits {
@@ -324,7 +314,9 @@ impl State<'_> {
         let mut fits = true;
         while let Some(s) = self.queue.pop() {
             self.dirty[s as usize] = false;
+            self.steps += 1;
             if !fits {
+                // The rest of the queue is only emptied.
                 continue;
             }
             stack.clear();
