@@ -230,9 +230,8 @@ fn flops(op: &Op, s: &Shapes<'_>) -> Option<u64> {
 
 /// Bytes read and written by an op that is no view.
 fn traffic(op: &Op, s: &Shapes<'_>) -> Option<(u64, u64)> {
-    let sum = |types: &[&TensorType]| {
-        types.iter().try_fold(0u64, |acc, ty| Some(acc.saturating_add(s.bytes(ty)?)))
-    };
+    let sum =
+        |types: &[&TensorType]| types.iter().try_fold(0u64, |acc, ty| Some(acc.saturating_add(s.bytes(ty)?)));
     let written = sum(&s.results)?;
     Some(match op {
         // The rows that are picked, and the indices.

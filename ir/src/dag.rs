@@ -315,7 +315,10 @@ pub fn dot(module: &Module) -> String {
     };
     let mut at = 0;
     for (number, group) in groups.iter().enumerate() {
-        order[at..group.nodes().start].iter().filter_map(|id| draw(*id)).for_each(|d| line(format_args!("  {d}")));
+        order[at..group.nodes().start]
+            .iter()
+            .filter_map(|id| draw(*id))
+            .for_each(|d| line(format_args!("  {d}")));
         at = group.nodes().end;
         let common = group.first_of(group.common_variant());
         let inside = common.map_or(0..0, |block| block.nodes.clone());
@@ -344,7 +347,8 @@ pub fn dot(module: &Module) -> String {
                 if own == folded || (!drawn.insert((from.clone(), to)) && folded) {
                     continue;
                 }
-                let back = folded && def.is_some_and(|d| positions[shown(d).index()] >= positions[to.index()]);
+                let back =
+                    folded && def.is_some_and(|d| positions[shown(d).index()] >= positions[to.index()]);
                 let style = if back { ", style=dashed, constraint=false" } else { "" };
                 line(format_args!("  \"{from}\" -> \"{to}\" [label=\"{value}\"{style}];"));
             }

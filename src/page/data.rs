@@ -129,7 +129,8 @@ fn values(module: &Module, strings: &mut Strings) -> Value {
 /// Activations at the upper bounds, weights that are read, states at the upper bounds.
 fn memory(module: &Module) -> Value {
     let maxima = Bindings::maxima(&module.dims);
-    let report = millrace_compiler::passes::plan_report(module, &maxima).filter(|_| !module.arenas.is_empty());
+    let report =
+        millrace_compiler::passes::plan_report(module, &maxima).filter(|_| !module.arenas.is_empty());
     let reader = WeightReader::new(module);
     let (mut total, mut streamable) = (0u64, 0u64);
     for id in module.used_weights() {
@@ -208,11 +209,8 @@ fn groups(module: &Module) -> Vec<Value> {
     fold::groups(module)
         .iter()
         .map(|g| {
-            let blocks: Vec<_> = g
-                .blocks
-                .iter()
-                .map(|b| json!([b.index, b.nodes.start, b.nodes.len(), b.variant]))
-                .collect();
+            let blocks: Vec<_> =
+                g.blocks.iter().map(|b| json!([b.index, b.nodes.start, b.nodes.len(), b.variant])).collect();
             json!([g.stem, g.common_variant(), blocks])
         })
         .collect()

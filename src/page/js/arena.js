@@ -12,7 +12,7 @@ for (let at = 1; at <= COUNT; at++) LIVE[at] += LIVE[at - 1];
 const bufferLayer = b => { const at = DEF[b[4][0]]; return at < 0 ? "" : layersOf(at)[0] || ""; };
 
 function arenaScale() {
-  const width = map.clientWidth, height = map.clientHeight, top = Math.max(PEAK, 1) * 1.04;
+  const width = map.clientWidth, height = map.clientHeight, top = Math.max(PEAK, 1) * 1.06;
   const inner = [width - MARGIN.left - MARGIN.right, height - MARGIN.top - MARGIN.bottom];
   return {
     width, height,
@@ -82,10 +82,10 @@ function drawArena() {
   paint.globalAlpha = 1;
   // Bytes alive, lower bound, peak.
   paint.strokeStyle = colour("--text");
-  paint.lineWidth = 1;
+  paint.lineWidth = 1.5;
   paint.beginPath();
   for (let at = Math.max(0, Math.floor(arena.from)); at <= Math.min(COUNT - 1, Math.ceil(arena.to)); at++) {
-    paint.lineTo(s.x(at), s.y(LIVE[at]));
+    paint.moveTo(s.x(at), s.y(LIVE[at]));
     paint.lineTo(s.x(at + 1), s.y(LIVE[at]));
   }
   paint.stroke();
@@ -96,6 +96,11 @@ function drawArena() {
   paint.strokeStyle = colour("--accent");
   line(paint, MARGIN.left, s.y(LOWER), s.width - MARGIN.right, s.y(LOWER));
   paint.restore();
+  paint.font = "600 11px system-ui, sans-serif";
+  paint.fillStyle = colour("--del-text");
+  paint.fillText(`arena ${showBytes(PEAK)}`, MARGIN.left + 6, s.y(PEAK) - 6);
+  paint.fillStyle = colour("--accent");
+  paint.fillText(`lower bound ${showBytes(LOWER)}`, MARGIN.left + 116, s.y(LOWER) - 6);
 }
 function line(paint, x1, y1, x2, y2) {
   paint.beginPath();

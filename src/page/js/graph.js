@@ -65,11 +65,12 @@ function buildEdges() {
 
 function shortLayer(at) {
   const names = layersOf(at);
-  if (!names.length) return "";
   const g = GROUP_OF[at];
   const prefix = g < 0 ? "" : `${GROUPS[g].stem}.${GROUPS[g].blocks[BLOCK_OF[at]].index}.`;
   const short = names.map(n => n.startsWith(prefix) ? n.slice(prefix.length) : n);
-  return short[0] + (short.length > 1 ? ` +${short.length - 1}` : "");
+  // The layer itself says nothing beside its parts.
+  const parts = short.filter(n => n + "." !== prefix);
+  return (parts.length ? parts : short).join(", ");
 }
 
 function timeCell(seconds, most) {
@@ -83,13 +84,23 @@ function rangeCost(start, end) {
   return { flops, bytes, time };
 }
 
+// Rows too low for text: a block in the colour of the op and a bar of its time.
+function tinyHtml(row, r, top) {
+  const style = `top:${top}px;height:${Math.max(1, graph.height - (graph.height > 5 ? 1 : 0))}px`;
+  if (row.at === undefined) return `<div class="row tiny fold" data-r="${r}" style="${style}"></div>`;
+  const width = graph.mostTime > 0 ? timeOf(row.at) / graph.mostTime * 100 : 0;
+  const mark = row.at === picked ? "pick" : found.set.has(row.at) ? "hit" : "";
+  return `<div class="row tiny ${mark}" data-r="${r}" style="${style}" title="${nodeName(row.at)} ${esc(opName(row.at))} ${esc(shortLayer(row.at))} ${showTime(timeOf(row.at))}"><b style="background:${colourOf(row.at)}"></b><u><i style="background:${colourOf(row.at)};width:${width.toFixed(2)}%"></i></u></div>`;
+}
+
 function rowHtml(row, r) {
-  const top = r * graph.height, small = graph.height < 16 ? "small" : "";
+  const top = r * graph.height;
+  if (graph.height < 16) return tinyHtml(row, r, top);
   const style = `style="top:${top}px;height:${graph.height}px"`;
   if (row.at !== undefined) {
     const at = row.at, cost = costOf(at);
     const mark = at === picked ? "pick" : neighbours.sources.has(at) ? "source" : neighbours.users.has(at) ? "user" : "";
-    return `<div class="row node indent${row.indent} ${mark} ${small} ${found.set.has(at) ? "hit" : ""}" data-r="${r}" ${style}><span></span>
+    return `<div class="row node indent${row.indent} ${mark} ${found.set.has(at) ? "hit" : ""}" data-r="${r}" ${style}><span></span>
       <span class="op"><span class="swatch" style="background:${colourOf(at)}"></span>${esc(opName(at))}<span class="id">${nodeName(at)}</span></span>
       <span class="layer" title="${esc(layersOf(at).join(", "))}">${esc(shortLayer(at))}</span><span class="type" title="${esc(resultType(at))}">${esc(resultType(at))}</span>
       <span class="kernel">${esc(kernelOf(at))}</span><span class="right">${cost[0] ? showCount(cost[0]) : ""}</span>
@@ -115,7 +126,7 @@ function rowHtml(row, r) {
     indent = 0;
     extra = "group";
   }
-  return `<div class="row fold ${extra} ${small}" data-r="${r}" ${style}><span></span>
+  return `<div class="row fold ${extra}" data-r="${r}" ${style}><span></span>
     <span class="name indent${indent}" style="grid-column:2/6;padding-left:${indent * 16}px">${open ? "▾" : "▸"} ${esc(name)} <span class="dim">· ${what}</span></span>
     <span class="right dim">${showCount(cost.flops)}</span><span class="right dim">${showBytes(cost.bytes)}</span><span class="time dim">${showTime(cost.time)}</span></div>`;
 }
@@ -126,6 +137,7 @@ function draw() {
   let html = "";
   for (let r = first; r < last; r++) html += rowHtml(graph.rows[r], r);
   rowsBox.innerHTML = html;
+  $("columns").style.paddingRight = 6 + scroller.offsetWidth - scroller.clientWidth + "px";
   drawEdges(first, last);
 }
 

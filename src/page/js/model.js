@@ -4,6 +4,24 @@ const D = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
 const S = n => D.strings[n];
 const N = D.nodes, COUNT = N.id.length;
+// Breaks long dotted names at their dots.
+const dotted = text => esc(text).replace(/([.+])/g, "$1<wbr>");
+// Element types with repetitions counted.
+function runs(list) {
+  const out = [];
+  list.forEach(t => { const last = out[out.length - 1]; if (last && last[0] === t) last[1]++; else out.push([t, 1]); });
+  return out.map(([t, n]) => n > 1 ? `${t} × ${n}` : t).join(", ");
+}
+// `a.b.c+a.b.d.pack8` as `a.b.{c + d}.pack8`.
+function shortWeight(name) {
+  const parts = name.split("+");
+  if (parts.length < 2) return name;
+  const tail = (parts[parts.length - 1].match(/\.pack\d.*$/) || [""])[0];
+  parts[parts.length - 1] = parts[parts.length - 1].slice(0, parts[parts.length - 1].length - tail.length);
+  let prefix = 0;
+  for (let n = 0; parts.every(p => p[n] !== undefined && p[n] === parts[0][n]); n++) if (parts[0][n] === ".") prefix = n + 1;
+  return `${parts[0].slice(0, prefix)}{${parts.map(p => p.slice(prefix)).join(" + ")}}${tail}`;
+}
 const state = { bindings: 0, flops: D.rates.flops, bytes: D.rates.bytes };
 
 function esc(text) {
@@ -101,6 +119,8 @@ function kindOf(op) {
   return kindCache.get(op);
 }
 const colourOf = at => kindOf(opName(at))[1];
+
+const generalLayer = name => name.replace(/(\.)\d+(?=\.|$)/, "$1*");
 
 // What other parts of the page do when shapes, rates or the picked node change.
 const listeners = { costs: [], pick: [] };

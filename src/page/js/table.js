@@ -3,7 +3,7 @@
 function makeTable(parent, columns, rows, options) {
   const height = 28;
   parent.innerHTML = `<div class="bar"><div class="search"><input type="search" placeholder="${esc(options.placeholder)}" spellcheck="false"><span class="dim"></span></div><span class="grow"></span><span class="hint">${options.note || ""}</span></div>
-    <div class="table"><div class="thead"></div><div class="tbody" tabindex="0"><div></div></div></div>`;
+    <div class="table"><div class="thead"></div><div class="tbody" tabindex="0"><div></div></div></div>${rows.length ? "" : `<p class="dim">${esc(options.empty || "Nothing to show.")}</p>`}`;
   const input = parent.querySelector("input"), shownCount = parent.querySelector(".search span");
   const head = parent.querySelector(".thead"), body = parent.querySelector(".tbody"), space = body.firstChild;
   const grid = columns.map(c => c.width).join(" ");
@@ -20,7 +20,8 @@ function makeTable(parent, columns, rows, options) {
     head.style.gridTemplateColumns = grid;
     head.innerHTML = columns.map((c, n) => `<span data-n="${n}" class="${c.right ? "right" : ""} ${n === sort ? "on" : ""}">${esc(c.title)}${n === sort ? (down ? " ▾" : " ▴") : ""}</span>`).join("");
     shownCount.textContent = view.length === rows.length ? `${rows.length} rows` : `${view.length} of ${rows.length}`;
-    space.style.height = view.length * height + "px";
+    space.style.height = body.style.height = view.length * height + "px";
+    if (!view.length) space.innerHTML = "";
     draw();
   }
   function draw() {
@@ -32,6 +33,7 @@ function makeTable(parent, columns, rows, options) {
       html += `<div class="trow ${options.open ? "go" : ""}" data-n="${n}" style="top:${n * height}px;grid-template-columns:${grid}">${cells}</div>`;
     }
     space.innerHTML = html;
+    head.style.paddingRight = 12 + body.offsetWidth - body.clientWidth + "px";
   }
   head.addEventListener("click", e => {
     const n = e.target.dataset.n;

@@ -2,7 +2,7 @@
 const tables = {};
 
 function kernelRows() {
-  const rows = D.kernels.map(([id, name, dtypes]) => ({ id, name, dtypes: dtypes.join(", "), nodes: [], layers: new Map(), flops: 0, bytes: 0, time: 0 }));
+  const rows = D.kernels.map(([id, name, dtypes]) => ({ id, name, dtypes: runs(dtypes), nodes: [], layers: new Map(), flops: 0, bytes: 0, time: 0 }));
   for (let at = 0; at < COUNT; at++) {
     const row = rows[N.kernel[at]];
     if (!row) continue;
@@ -12,7 +12,7 @@ function kernelRows() {
     row.bytes += read + written;
     row.time += timeOf(at);
     layersOf(at).forEach(l => {
-      const general = l.replace(/(\.)\d+(?=\.|$)/, "$1*");
+      const general = generalLayer(l);
       row.layers.set(general, (row.layers.get(general) || 0) + 1);
     });
   }
@@ -41,7 +41,7 @@ function makeKernels() {
 function makeWeights() {
   const shape = r => S(r[2]);
   tables.weights = makeTable($("weights"), [
-    { title: "name", width: "minmax(260px, 3fr)", key: r => r[1], html: r => `<span class="mono" title="${esc(r[1])}">${esc(r[1])}</span>` },
+    { title: "name", width: "minmax(260px, 3fr)", key: r => r[1], html: r => `<span class="mono" title="${esc(r[1])}">${esc(shortWeight(r[1]))}</span>` },
     { title: "dtype", width: "60px", key: r => shape(r).split("[")[0], html: r => `<span class="mono">${esc(shape(r).split("[")[0])}</span>` },
     { title: "shape", width: "140px", key: shape, html: r => `<span class="mono">[${esc(shape(r).split("[")[1] || "")}</span>` },
     { title: "bytes", width: "86px", right: true, key: r => r[3], html: r => showBytes(r[3]) },
@@ -104,7 +104,7 @@ function makeRemarks() {
     { title: "times", width: "60px", right: true, key: r => r.count, html: r => r.count },
     { title: "remark", width: "minmax(300px, 2.4fr)", key: r => r.message, html: r => `<span title="${esc(r.message)}">${esc(r.message)}</span>` },
     { title: "first node", width: "90px", key: r => r.node, html: r => `<span class="mono dim">${esc(r.node)}</span>` },
-  ], list, { placeholder: "Search remarks", note: "nodes as they were called in that pass", search: r => `${r.pass} ${r.loc} ${r.message}` });
+  ], list, { placeholder: "Search remarks", empty: "No remarks: every fusion that was looked at applied.", note: "nodes as they were called in that pass", search: r => `${r.pass} ${r.loc} ${r.message}` });
 }
 
 function makeAbout() {
