@@ -82,6 +82,9 @@ fn the_page_tells_what_the_engine_is() {
     assert_eq!(count("/groups"), 1);
     assert_eq!(data["groups"][0][0], "model.layers");
     assert_eq!(count("/groups/0/2"), 6);
+    let dot = millrace::ir::dag::dot(module);
+    assert_eq!(dot.matches("model.layers.0..5 × 6").count(), 1);
+    assert_eq!(dot.matches("label=\"paged_attention\"").count(), 1);
     // No buffer reaches beyond the arena.
     for buffer in data["buffers"].as_array().unwrap() {
         let end = buffer[0].as_u64().unwrap() + buffer[1].as_u64().unwrap();

@@ -289,6 +289,17 @@ mod tests {
     }
 
     #[test]
+    fn dot_draws_repeated_layers_once() {
+        let text = crate::dag::dot(&stack());
+        assert_eq!(text.matches("× 3").count(), 1);
+        let boxes = |op: &str| text.matches(&format!("shape=box, label=\"{op}\"")).count();
+        assert_eq!(["tanh", "neg", "exp", "abs", "add", "silu"].map(boxes), [1; 6]);
+        // From the addition of one layer to `exp` of the next, and to the addition of the next.
+        assert_eq!(text.matches("style=dashed").count(), 2);
+        assert!(text.contains("\"n7\" -> \"n5\" [label=\"%5\", style=dashed, constraint=false];"));
+    }
+
+    #[test]
     fn names_without_a_number_are_no_layers() {
         assert_eq!(layer("0.weight"), None);
         assert_eq!(layer("a.1x.b"), None);

@@ -42,7 +42,7 @@ pub struct Args {
     /// Write a page about the engine and what the passes did
     #[arg(long, value_name = "PAGE")]
     html: Option<PathBuf>,
-    /// Plan everything, write nothing
+    /// Plan everything, write no engine
     #[arg(long)]
     dry_run: bool,
     /// Report as JSON
@@ -243,10 +243,13 @@ pub fn main(args: &Args) -> Result<()> {
         }));
     }
     print(&format!("plan: {}\n", plan_line(&compiled)))?;
+    if let Some(path) = &args.html {
+        print(&format!("wrote {}\n", path.display()))?;
+    }
     match (&args.output, bytes) {
         (Some(output), Some(bytes)) => {
             print(&format!("wrote {} ({}) in {seconds:.2} s\n", output.display(), size::show(bytes)))
         }
-        _ => print(&format!("dry run in {seconds:.2} s: nothing written\n")),
+        _ => print(&format!("dry run in {seconds:.2} s: no engine written\n")),
     }
 }

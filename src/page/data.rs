@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use millrace_ir::cost::{Cost, Rates, node_cost};
-use millrace_ir::weights::WeightReader;
+use millrace_ir::weights::{WeightReader, needs_source};
 use millrace_ir::{
     Bindings, Def, Id, Module, Operand, Place, ValueId, Weight, WeightExpr, WeightId, fold, plan,
 };
@@ -153,7 +153,7 @@ fn memory(module: &Module) -> Value {
     })
 }
 
-/// Per weight: id, name, type, bytes, first use (position or -1), stream facts, tensors of the checkpoint, stored.
+/// Per weight: id, name, type, bytes, first use (position or -1), stream facts, tensors of the checkpoint, how kept.
 fn weights(module: &Module, stored: bool, strings: &mut Strings) -> Vec<Value> {
     let reader = WeightReader::new(module);
     let used = module.used_weights();
@@ -163,7 +163,9 @@ fn weights(module: &Module, stored: bool, strings: &mut Strings) -> Vec<Value> {
         let bytes = reader.len(*id).unwrap_or(0);
         let from: Vec<usize> = sources(module, *id).into_iter().map(|s| strings.number(s)).collect();
         let ty = strings.number(ty.to_string());
-        Some(json!([id.index(), name, ty, bytes, stream, from, u8::from(stored)]))
+        // 0 bound at load, 1 stored, 2 generated at load because no checkpoint is needed.
+        let kept = if needs_source(module, *id) { u8::from(stored) } else { 2 };
+        Some(json!([id.index(), name, ty, bytes, stream, from, kept]))
     };
     used.iter().filter_map(describe).collect()
 }

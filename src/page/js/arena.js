@@ -84,8 +84,9 @@ function drawArena() {
   paint.strokeStyle = colour("--text");
   paint.lineWidth = 1.5;
   paint.beginPath();
-  for (let at = Math.max(0, Math.floor(arena.from)); at <= Math.min(COUNT - 1, Math.ceil(arena.to)); at++) {
-    paint.moveTo(s.x(at), s.y(LIVE[at]));
+  // A step narrower than a few pixels would only add noise.
+  if (s.x(1) - s.x(0) >= 4) for (let at = Math.max(0, Math.floor(arena.from)); at <= Math.min(COUNT - 1, Math.ceil(arena.to)); at++) {
+    paint.lineTo(s.x(at), s.y(LIVE[at]));
     paint.lineTo(s.x(at + 1), s.y(LIVE[at]));
   }
   paint.stroke();
@@ -162,9 +163,9 @@ map.addEventListener("pointerdown", e => {
 });
 $("arena-reset").onclick = () => arenaWindow(0, COUNT);
 $("arena-title").innerHTML = D.buffers.length
-  ? `arena <b>${showBytes(PEAK)}</b> at the upper bounds <code>${esc(D.memory.arenas.map(a => `${a[0]} = ${a[1]}`).join("; "))}</code> · ${D.buffers.length} buffers · lower bound <b>${showBytes(LOWER)}</b>${LOWER ? ` · ${((PEAK / LOWER - 1) * 100).toFixed(1)} % above it` : ""}` : "no activation plan";
+  ? `arena <b>${showBytes(PEAK)}</b> at the upper bounds · lower bound <b>${showBytes(LOWER)}</b>${LOWER && PEAK > LOWER ? `, ${((PEAK / LOWER - 1) * 100).toFixed(2)} % below` : ""} · ${D.buffers.length} buffers · <code>${esc(D.memory.arenas.map(a => `${a[0]} = ${a[1]}`).join("; "))}</code>` : "no activation plan";
 {
   const used = new Set(D.buffers.map(b => DEF[b[4][0]]).filter(at => at >= 0).map(at => kindOf(opName(at))));
   $("legend").innerHTML = KINDS.filter(k => used.has(k)).map(k => `<span><span class="swatch" style="background:${k[1]}"></span>${k[0]}</span>`).join("")
-    + `<span><b style="color:var(--text)">—</b> bytes alive</span><span><b style="color:var(--accent)">╌</b> lower bound: most bytes alive at once</span><span><b style="color:var(--del-text)">—</b> arena</span><span class="grow"></span><span>x: position in the schedule, y: offset</span>`;
+    + `<span><b style="color:var(--text)">—</b> bytes alive (zoomed in)</span><span><b style="color:var(--accent)">╌</b> lower bound: most bytes alive at once</span><span><b style="color:var(--del-text)">—</b> arena</span><span class="grow"></span><span>x: position in the schedule, y: offset</span>`;
 }

@@ -70,7 +70,10 @@ function shortLayer(at) {
   const short = names.map(n => n.startsWith(prefix) ? n.slice(prefix.length) : n);
   // The layer itself says nothing beside its parts.
   const parts = short.filter(n => n + "." !== prefix);
-  return (parts.length ? parts : short).join(", ");
+  const list = parts.length ? parts : short;
+  let common = 0;
+  if (list.length > 1) for (let n = 0; list.every(p => p[n] !== undefined && p[n] === list[0][n]); n++) if (list[0][n] === ".") common = n + 1;
+  return common ? `${list[0].slice(0, common)}{${list.map(p => p.slice(common)).join(", ")}}` : list.join(", ");
 }
 
 function timeCell(seconds, most) {
@@ -221,11 +224,11 @@ function expandAll(open) {
 
 // Opens what hides a node and scrolls to it.
 function reveal(at) {
-  if (GROUP_OF[at] >= 0) {
+  if (graph.rows[graph.rowOf[at]].at !== at) {
     graph.openGroups.add(GROUP_OF[at]);
     graph.openBlocks.add(GROUP_OF[at] + ":" + BLOCK_OF[at]);
+    buildRows();
   }
-  buildRows();
   const top = graph.rowOf[at] * graph.height, view = scroller.clientHeight;
   if (top < scroller.scrollTop + 40 || top > scroller.scrollTop + view - 60) scroller.scrollTop = top - view / 3;
   draw();

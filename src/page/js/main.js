@@ -44,7 +44,7 @@ function fromAddress() {
 
 {
   const m = D.manifest;
-  $("title").textContent = `${m.family} · ${m.kind}`;
+  $("title").textContent = m.family === m.kind ? m.family : `${m.family} · ${m.kind}`;
   $("subtitle").textContent = `for ${m.target}, ${m.dtype}, ${m.weight_streaming ? "weights streamable" : "weights resident"}`;
   const bound = D.symbols.map(([s, , max, , hint]) => `${s} = ${hint ?? max}`).join(", ");
   $("bindings").title = bound ? `typical: ${bound}` : "no symbols";
@@ -58,7 +58,7 @@ function fromAddress() {
   });
   rate("rate-flops", "flops");
   rate("rate-bytes", "bytes");
-  $("tabs").innerHTML = TABS.map(([id, name, count]) => `<button role="tab" data-tab="${id}">${name}<small>${count}</small></button>`).join("");
+  $("tabs").innerHTML = TABS.map(([id, name, count]) => `<button role="tab" data-tab="${id}">${name}<small>${count.toLocaleString("en")}</small></button>`).join("");
   $("tabs").addEventListener("click", e => { const b = e.target.closest("button"); if (b) showTab(b.dataset.tab); });
   document.addEventListener("keydown", e => {
     if (e.key === "/" && !/INPUT|SELECT/.test(document.activeElement.tagName)) { e.preventDefault(); showTab("graph"); $("search").focus(); }

@@ -46,7 +46,7 @@ function makeWeights() {
     { title: "shape", width: "140px", key: shape, html: r => `<span class="mono">[${esc(shape(r).split("[")[1] || "")}</span>` },
     { title: "bytes", width: "86px", right: true, key: r => r[3], html: r => showBytes(r[3]) },
     { title: "made of", width: "minmax(120px, 1.6fr)", key: r => r[5].length, html: r => `<span class="mono dim" title="${esc(r[5].map(S).join("\n"))}">${esc(r[5].length > 1 ? `${r[5].length} tensors: ` : "")}${esc(r[5].map(S).join(", "))}</span>` },
-    { title: "stored", width: "60px", key: r => r[6], html: r => r[6] ? "yes" : "no" },
+    { title: "stored", width: "60px", key: r => r[6], html: r => ["no", "yes", "made"][r[6]] },
     { title: "first use", width: "74px", right: true, key: r => (WEIGHT_USES.get(r[0]) || [0])[0], html: r => { const at = (WEIGHT_USES.get(r[0]) || [])[0]; return at === undefined ? "" : `<span class="mono">${nodeName(at)}</span>`; } },
     { title: "streamable", width: "150px", key: r => r[4] ? r[4][2] : -1, html: r => r[4] ? `tiles ${showBytes(r[4][2])}, axis ${r[4][1]}` : `<span class="dim">no</span>` },
   ], D.weights, {
@@ -104,7 +104,14 @@ function makeRemarks() {
     { title: "times", width: "60px", right: true, key: r => r.count, html: r => r.count },
     { title: "remark", width: "minmax(300px, 2.4fr)", key: r => r.message, html: r => `<span title="${esc(r.message)}">${esc(r.message)}</span>` },
     { title: "first node", width: "90px", key: r => r.node, html: r => `<span class="mono dim">${esc(r.node)}</span>` },
-  ], list, { placeholder: "Search remarks", empty: "No remarks: every fusion that was looked at applied.", note: "nodes as they were called in that pass", search: r => `${r.pass} ${r.loc} ${r.message}` });
+  ], list, { placeholder: "Search remarks", empty: "No pass left a remark.", note: "nodes as they were called in that pass", search: r => `${r.pass} ${r.loc} ${r.message}` });
+}
+
+function weightsKept() {
+  const bytes = [0, 0, 0];
+  D.weights.forEach(w => { bytes[w[6]] += w[3]; });
+  const words = ["left out, bound at load", "stored in the engine", "generated at load"];
+  return bytes.map((b, n) => b ? `${showBytes(b)} ${words[n]}` : "").filter(Boolean).join("<br>") || "none";
 }
 
 function makeAbout() {
@@ -113,7 +120,7 @@ function makeAbout() {
   const types = list => list.map(([n, t]) => `<tr><td>${esc(n)}</td><td class="mono">${esc(t)}</td></tr>`).join("");
   $("about").innerHTML = `
     <div class="card"><h2>Model</h2><table>${pairs([["family", esc(m.family)], ["kind", esc(m.kind)], ["target", esc(m.target)], ["dtype", esc(m.dtype)], ["phase", esc(D.phase)],
-    ["weights", D.weights.length && D.weights[0][6] ? "stored in the engine" : "not stored: bound at load"], ["streaming", m.weight_streaming ? "weights may be streamed" : "off"],
+    ["weights", weightsKept()], ["streaming", m.weight_streaming ? "weights may be streamed" : "off"],
     ...(m.model ? Object.entries(m.model).map(([k, v]) => [k, esc(Array.isArray(v) ? v.join(", ") : v)]) : [])])}</table></div>
     <div class="card"><h2>Symbols</h2><table><tr><th>symbol</th><th>range</th><th>multiple of</th><th>typical</th></tr>${D.symbols.map(([s, min, max, multiple, hint]) => `<tr><td class="mono">${esc(s)}</td><td>${min} … ${max}</td><td>${multiple}</td><td>${hint ?? `<span class="dim">largest</span>`}</td></tr>`).join("")}</table>
     <h2>Inputs</h2><table>${types(D.inputs)}</table><h2>Outputs</h2><table>${types(D.outputs)}</table></div>
