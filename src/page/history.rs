@@ -42,7 +42,7 @@ pub struct History {
 #[derive(Default)]
 pub struct Recorder {
     passes: Vec<PassStep>,
-    before: Option<(usize, String)>,
+    before: Option<(usize, Printed)>,
 }
 
 impl Recorder {
@@ -50,10 +50,14 @@ impl Recorder {
     pub fn observe(&mut self, pass: &'static str, module: &Module, changed: bool) {
         let nodes_after = module.graph.nodes.len();
         let nodes_before = self.before.as_ref().map_or(nodes_after, |(nodes, _)| *nodes);
-        // The phase may move without a change; its line belongs to no later diff.
-        let after = folded_text(module);
+        // Printed even without a change: the phase may move, and its line belongs to no later diff.
+        let after = Printed::of(module);
         let diff = match &self.before {
-            Some((_, before)) if changed => Some(diff(before, &after)),
+            Some((_, before)) if changed => {
+                // A layer that either side shows is shown on both, or it would look like new.
+                let shown = before.layers().chain(after.layers()).collect();
+                Some(diff(&before.folded(&shown), &after.folded(&shown)))
+            }
             _ => None,
         };
         self.passes.push(PassStep { name: pass, changed, nodes_before, nodes_after, diff });
@@ -66,66 +70,83 @@ impl Recorder {
     }
 }
 
-/// The module as text with one block of each variant of a repeated layer, and one weight and state of each kind.
-pub(super) fn folded_text(module: &Module) -> String {
-    let whole = text::print(module);
-    let groups = fold::groups(module);
-    let first_weight = 1 + module.dims.len();
-    let first_state = first_weight + module.weights.len();
-    let first_arena = first_state + module.states.len();
-    let first_node = first_arena + module.arenas.len() + module.kernels.len() + 1;
-    let mut hidden = vec![false; whole.lines().count()];
-    let mut hide = |line: usize| {
-        if let Some(slot) = hidden.get_mut(line) {
-            *slot = true;
-        }
-    };
-    let mut seen = BTreeSet::new();
-    for (at, (_, weight)) in module.weights.iter().enumerate() {
-        let kind = match &weight.expr {
-            WeightExpr::File { .. } => "file",
-            WeightExpr::Splat(_) => "splat",
-            WeightExpr::Random { .. } => "random",
-            WeightExpr::Dense(_) => "dense",
-            WeightExpr::Concat { .. } => "concat",
-            WeightExpr::Transpose { .. } => "transpose",
-            WeightExpr::Reshape { .. } => "reshape",
-            WeightExpr::Cast { .. } => "cast",
-            WeightExpr::Pack { .. } => "pack",
-        };
-        let key = (fold::generalise(&weight.name), weight.ty.clone(), kind, weight.stream.is_some());
-        if !seen.insert(key) {
-            hide(first_weight + at);
-        }
-    }
-    let mut seen = BTreeSet::new();
-    for (at, (_, state)) in module.states.iter().enumerate() {
-        if !seen.insert((fold::generalise(&state.name), state.ty.clone())) {
-            hide(first_state + at);
-        }
-    }
-    for group in &groups {
+/// A module as text, and what of it may be left out.
+struct Printed {
+    text: String,
+    /// Lines of weights and states that repeat an earlier one.
+    repeated: BTreeSet<usize>,
+    groups: Vec<fold::Group>,
+    /// Line of the first node.
+    first_node: usize,
+}
+
+impl Printed {
+    fn of(module: &Module) -> Self {
+        let first_weight = 1 + module.dims.len();
+        let first_state = first_weight + module.weights.len();
+        let first_arena = first_state + module.states.len();
+        let first_node = first_arena + module.arenas.len() + module.kernels.len() + 1;
+        let mut repeated = BTreeSet::new();
         let mut seen = BTreeSet::new();
-        for block in &group.blocks {
-            if !seen.insert(block.variant) {
-                block.nodes.clone().for_each(|at| hide(first_node + at));
+        for (at, (_, weight)) in module.weights.iter().enumerate() {
+            let kind = match &weight.expr {
+                WeightExpr::File { .. } => "file",
+                WeightExpr::Splat(_) => "splat",
+                WeightExpr::Random { .. } => "random",
+                WeightExpr::Dense(_) => "dense",
+                WeightExpr::Concat { .. } => "concat",
+                WeightExpr::Transpose { .. } => "transpose",
+                WeightExpr::Reshape { .. } => "reshape",
+                WeightExpr::Cast { .. } => "cast",
+                WeightExpr::Pack { .. } => "pack",
+            };
+            let key = (fold::generalise(&weight.name), weight.ty.clone(), kind, weight.stream.is_some());
+            if !seen.insert(key) {
+                repeated.insert(first_weight + at);
             }
         }
-    }
-    let mut out = String::with_capacity(whole.len());
-    let mut skipped = 0;
-    for (line, hidden) in whole.lines().zip(hidden) {
-        if hidden {
-            skipped += 1;
-            continue;
+        let mut seen = BTreeSet::new();
+        for (at, (_, state)) in module.states.iter().enumerate() {
+            if !seen.insert((fold::generalise(&state.name), state.ty.clone())) {
+                repeated.insert(first_state + at);
+            }
         }
-        if std::mem::take(&mut skipped) > 0 {
-            out.push_str("    // … as before, for the other layers\n");
-        }
-        out.push_str(line);
-        out.push('\n');
+        Printed { text: text::print(module), repeated, groups: fold::groups(module), first_node }
     }
-    out
+
+    /// One layer of each variant.
+    fn layers(&self) -> impl Iterator<Item = (String, u64)> + '_ {
+        self.groups.iter().flat_map(|group| {
+            let variants: BTreeSet<usize> = group.blocks.iter().map(|b| b.variant).collect();
+            variants.into_iter().filter_map(|v| Some((group.stem.clone(), group.first_of(v)?.index)))
+        })
+    }
+
+    /// The text with the layers in `shown`, and one weight and state of each kind.
+    fn folded(&self, shown: &BTreeSet<(String, u64)>) -> String {
+        let mut hidden = self.repeated.clone();
+        for group in &self.groups {
+            for block in &group.blocks {
+                if !shown.contains(&(group.stem.clone(), block.index)) {
+                    hidden.extend(block.nodes.clone().map(|at| self.first_node + at));
+                }
+            }
+        }
+        let mut out = String::new();
+        let mut skipped = false;
+        for (number, line) in self.text.lines().enumerate() {
+            if hidden.contains(&number) {
+                skipped = true;
+                continue;
+            }
+            if std::mem::take(&mut skipped) {
+                out.push_str("    // … likewise for the other layers\n");
+            }
+            out.push_str(line);
+            out.push('\n');
+        }
+        out
+    }
 }
 
 fn diff(before: &str, after: &str) -> String {
