@@ -65,6 +65,31 @@ function noHistory() {
 }
 const pipelineChips = () => D.manifest.pipeline.split(/,(?![^{]*\})/).map(p => `<code>${esc(p)}</code>`).join("");
 
+// Lines of a unified diff; where as many lines go as come, the part that differs is marked.
+function diffHtml(lines) {
+  const html = lines.map(l => esc(l) || " ");
+  for (let at = 0; at < lines.length; at++) {
+    let gone = at;
+    while (gone < lines.length && lines[gone][0] === "-") gone++;
+    let come = gone;
+    while (come < lines.length && lines[come][0] === "+") come++;
+    if (gone > at && come - gone === gone - at) for (let n = 0; n < gone - at; n++) {
+      const a = lines[at + n], b = lines[gone + n], word = /[\w.@%$]/;
+      let first = 1, last = 0;
+      while (first < a.length && first < b.length && a[first] === b[first]) first++;
+      while (last < a.length - first && last < b.length - first && a[a.length - 1 - last] === b[b.length - 1 - last]) last++;
+      while (first > 1 && word.test(a[first - 1])) first--;
+      while (last > 0 && word.test(a[a.length - last])) last--;
+      [[at + n, a], [gone + n, b]].forEach(([row, l]) => {
+        html[row] = `${esc(l.slice(0, first))}<mark>${esc(l.slice(first, l.length - last))}</mark>${esc(l.slice(l.length - last))}`;
+      });
+    }
+    at = Math.max(at, come - 1);
+  }
+  const kind = l => l[0] === "+" ? "add" : l[0] === "-" ? "del" : l.startsWith("@@") ? "at" : "";
+  return html.map((h, at) => `<div class="${kind(lines[at])}">${h}</div>`).join("");
+}
+
 function makePasses() {
   const box = $("passes");
   if (!D.history) { box.innerHTML = noHistory(); return; }
@@ -77,7 +102,7 @@ function makePasses() {
   const show = n => {
     box.querySelectorAll(".step").forEach(s => s.classList.toggle("on", +s.dataset.n === n));
     const diff = passes[n] && passes[n].diff;
-    $("diff").innerHTML = diff ? diff.replace(/\n$/, "").split("\n").map(l => `<div class="${l[0] === "+" ? "add" : l[0] === "-" ? "del" : l.startsWith("@@") ? "at" : ""}">${esc(l) || " "}</div>`).join("")
+    $("diff").innerHTML = diff ? diffHtml(diff.replace(/\n$/, "").split("\n"))
       : `<div class="dim">No pass changed the module.</div>`;
     $("diff").scrollTop = 0;
   };
