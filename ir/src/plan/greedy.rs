@@ -151,7 +151,12 @@ pub(super) fn best_fit(items: &[Item]) -> (Vec<u64>, u64) {
 
 /// First fit again and again: items that ended above `goal` move towards the front of the order by a drawn step.
 /// Returns the lowest packing of `rounds`, or of fewer after looking at `work` neighbours.
-pub(super) fn squeaky_wheel(items: &[Item], goal: u64, rounds: usize, work: usize) -> Option<(Vec<u64>, u64)> {
+pub(super) fn squeaky_wheel(
+    items: &[Item],
+    goal: u64,
+    rounds: usize,
+    work: usize,
+) -> Option<(Vec<u64>, u64)> {
     let span = items.iter().map(|i| i.end).max().unwrap_or(0).max(1) as f64;
     let most = items.iter().map(|i| i.size).max().unwrap_or(0).max(1) as f64;
     let mut seed = 0x9e37_79b9_7f4a_7c15u64;

@@ -60,7 +60,8 @@ impl<'a> Sections<'a> {
                 totals[s as usize] = totals[s as usize].saturating_add(items[index].size);
             }
         }
-        let mut by_start: Vec<u32> = (0..items.len() as u32).filter(|i| spans[*i as usize].0 < spans[*i as usize].1).collect();
+        let mut by_start: Vec<u32> =
+            (0..items.len() as u32).filter(|i| spans[*i as usize].0 < spans[*i as usize].1).collect();
         by_start.sort_by_key(|i| (spans[*i as usize].0, *i));
         let mut meets: Vec<Vec<u32>> = vec![Vec::new(); items.len()];
         for (n, &a) in by_start.iter().enumerate() {

@@ -89,7 +89,10 @@ fn stacked(
         skyline.insert(item.start, Some(i));
         skyline.insert(item.end, after);
     }
-    (offsets.into_iter().map(|id| dims.list[id as usize].clone()).collect(), dims.list[total as usize].clone())
+    (
+        offsets.into_iter().map(|id| dims.list[id as usize].clone()).collect(),
+        dims.list[total as usize].clone(),
+    )
 }
 
 /// Dims by number, so that repeated layers cost one computation each.
@@ -124,7 +127,11 @@ impl Interned {
         if let Some(known) = self.maxima.get(&key) {
             return *known;
         }
-        let dim = bounded(self.list[key.0 as usize].max_of(&self.list[key.1 as usize]), self.align, self.most_arguments);
+        let dim = bounded(
+            self.list[key.0 as usize].max_of(&self.list[key.1 as usize]),
+            self.align,
+            self.most_arguments,
+        );
         let id = self.id(dim);
         self.maxima.insert(key, id);
         id
@@ -134,7 +141,11 @@ impl Interned {
         if let Some(known) = self.sums.get(&(a, b)) {
             return *known;
         }
-        let id = self.id(bounded(self.list[a as usize].add(&self.list[b as usize]), self.align, self.most_arguments));
+        let id = self.id(bounded(
+            self.list[a as usize].add(&self.list[b as usize]),
+            self.align,
+            self.most_arguments,
+        ));
         self.sums.insert((a, b), id);
         id
     }
