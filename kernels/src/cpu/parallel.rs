@@ -12,6 +12,7 @@ pub struct Pool {
     /// Instruction set of every kernel call.
     pub isa: Isa,
     threads: usize,
+    worth_it: usize,
     pool: Option<Arc<rayon::ThreadPool>>,
 }
 
@@ -29,7 +30,15 @@ impl Pool {
         let pool = (threads > 1)
             .then(|| rayon::ThreadPoolBuilder::new().num_threads(threads).build().ok().map(Arc::new))
             .flatten();
-        Pool { isa, threads: if pool.is_some() { threads } else { 1 }, pool }
+        let threads = if pool.is_some() { threads } else { 1 };
+        Pool { isa, threads, worth_it: 1 << 19, pool }
+    }
+
+    /// The pool, but running in parallel what is hardly worth it: for tests on small tensors.
+    #[must_use]
+    pub fn eager(mut self) -> Self {
+        self.worth_it = 0;
+        self
     }
 
     /// Number of threads.
@@ -39,9 +48,8 @@ impl Pool {
 
     /// Runs `task(0..tasks)`, in parallel if `work` (a rough count of operations) is worth it.
     pub fn run(&self, tasks: usize, work: usize, task: impl Fn(usize) + Send + Sync) {
-        const WORTH_IT: usize = 1 << 19;
         match &self.pool {
-            Some(pool) if tasks > 1 && work >= WORTH_IT => {
+            Some(pool) if tasks > 1 && work >= self.worth_it => {
                 let next = AtomicUsize::new(0);
                 pool.broadcast(|_| {
                     loop {
