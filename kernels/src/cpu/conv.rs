@@ -55,7 +55,7 @@ impl Conv2d {
     /// `out [n, o, oh, ow]` from `x [n, c, h, w]`, `weight [o, c / groups, kh, kw]` and `bias [o]`.
     ///
     /// # Errors
-    /// `run/failed` for sizes that do not fit.
+    /// `run/no-kernel` for sizes that do not fit.
     pub fn run<T: Element>(
         &self,
         pool: &Pool,

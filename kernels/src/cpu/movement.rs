@@ -20,7 +20,7 @@ macro_rules! by_size {
                 const $n: usize = $bytes;
                 $call
             })*
-            size => Err(Error::new(Kind::Internal, "run/failed", format!("no element has {size} bytes"))),
+            size => Err(Error::new(Kind::Internal, "run/no-kernel", format!("no element has {size} bytes"))),
         }
     };
 }
@@ -28,11 +28,11 @@ macro_rules! by_size {
 /// Size in bytes of the elements that these kernels move.
 ///
 /// # Errors
-/// `run/failed` for elements smaller than a byte.
+/// `run/no-kernel` for elements smaller than a byte.
 pub fn element_size(dtype: DType) -> Result<usize> {
     dtype
         .size_bytes()
-        .ok_or_else(|| Error::new(Kind::Internal, "run/failed", format!("no kernel moves {dtype}")))
+        .ok_or_else(|| Error::new(Kind::Internal, "run/no-kernel", format!("no kernel moves {dtype}")))
 }
 
 fn need(what: &str, found: usize, shape: &[usize], size: usize) -> Result<()> {
@@ -42,7 +42,7 @@ fn need(what: &str, found: usize, shape: &[usize], size: usize) -> Result<()> {
 /// `out[i] = x[view(i)]` for elements of `size` bytes.
 ///
 /// # Errors
-/// `run/failed` if the view reaches beyond `x`, or `out` has another size.
+/// `run/no-kernel` if the view reaches beyond `x`, or `out` has another size.
 pub fn copy(pool: &Pool, size: usize, x: &[u8], view: &View, out: &mut [u8]) -> Result<()> {
     if view.len().checked_mul(size) != Some(out.len()) {
         return Err(misfit("the result"));
@@ -167,7 +167,7 @@ impl Plain<'_> {
 /// Axis `i` of the result is axis `perm[i]` of `x [shape]`.
 ///
 /// # Errors
-/// `run/failed` for sizes that do not fit.
+/// `run/no-kernel` for sizes that do not fit.
 pub fn transpose(
     pool: &Pool,
     size: usize,
@@ -186,7 +186,7 @@ pub fn transpose(
 /// Repeats `x [from]` to `out [shape]`.
 ///
 /// # Errors
-/// `run/failed` for shapes or sizes that do not fit.
+/// `run/no-kernel` for shapes or sizes that do not fit.
 pub fn broadcast(
     pool: &Pool,
     size: usize,
@@ -204,7 +204,7 @@ pub fn broadcast(
 /// Elements `start, start + step, ..` before `end` along `axis` of `x [shape]`.
 ///
 /// # Errors
-/// `run/failed` for a range outside the axis or sizes that do not fit.
+/// `run/failed` for a range outside the axis, `run/no-kernel` for sizes that do not fit.
 #[allow(clippy::too_many_arguments)]
 pub fn slice(
     pool: &Pool,
@@ -235,7 +235,7 @@ pub fn slice(
 /// Joins parts, each with its bytes in one row: row `i` of the result is row `i` of every part.
 ///
 /// # Errors
-/// `run/failed` for sizes that do not fit.
+/// `run/no-kernel` for sizes that do not fit.
 pub fn concat(pool: &Pool, rows: usize, parts: &[(&[u8], usize)], out: &mut [u8]) -> Result<()> {
     let mut starts = Vec::with_capacity(parts.len());
     let mut width = 0usize;
@@ -290,7 +290,7 @@ pub fn places<I: Copy + TryInto<usize> + std::fmt::Display>(
 /// Slices `places` of `x [outer, extent, inner]` along the middle axis; `inner` counts bytes.
 ///
 /// # Errors
-/// `run/failed` for sizes that do not fit.
+/// `run/no-kernel` for sizes that do not fit.
 pub fn gather(
     pool: &Pool,
     x: &[u8],
@@ -338,7 +338,7 @@ fn take<E: Copy + Send + Sync>(
 /// `inner` counts bytes.
 ///
 /// # Errors
-/// `run/failed` for sizes that do not fit.
+/// `run/no-kernel` for sizes that do not fit.
 pub fn scatter(
     pool: &Pool,
     x: &mut [u8],
@@ -367,7 +367,7 @@ pub type Repeated<'a> = (&'a [u8], &'a [usize]);
 /// `a` where `condition` holds, else `b`, all broadcast to `shape`.
 ///
 /// # Errors
-/// `run/failed` for shapes or sizes that do not fit.
+/// `run/no-kernel` for shapes or sizes that do not fit.
 pub fn select(
     pool: &Pool,
     size: usize,
@@ -418,7 +418,7 @@ fn select_elements<const N: usize>(
 /// Coordinates along `axis` of `shape`.
 ///
 /// # Errors
-/// `run/failed` for sizes that do not fit.
+/// `run/no-kernel` for sizes that do not fit.
 pub fn iota(pool: &Pool, dtype: DType, shape: &[usize], axis: usize, out: &mut [u8]) -> Result<()> {
     let size = element_size(dtype)?;
     need("the result", out.len(), shape, size)?;

@@ -33,7 +33,7 @@ pub struct Output<'a> {
 /// Runs `body` over `len` elements; result `i` is `out[i]`, rounded to its element type.
 ///
 /// # Errors
-/// `run/failed` for sizes that do not fit.
+/// `run/no-kernel` for sizes that do not fit.
 pub fn run(
     pool: &Pool,
     body: &[Step],
@@ -97,7 +97,7 @@ pub fn run(
 
 fn size_of_element(dtype: DType) -> Result<usize> {
     dtype.size_bytes().ok_or_else(|| {
-        Error::new(Kind::Internal, "run/failed", format!("no kernel computes with elements of {dtype}"))
+        Error::new(Kind::Internal, "run/no-kernel", format!("no kernel computes with elements of {dtype}"))
     })
 }
 

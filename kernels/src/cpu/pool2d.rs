@@ -41,7 +41,7 @@ impl Pool2d {
     /// `out [planes, oh, ow]` from `x [planes, h, w]`; sums run over rows, then columns, in rising order.
     ///
     /// # Errors
-    /// `run/failed` for sizes that do not fit.
+    /// `run/no-kernel` for sizes that do not fit.
     pub fn run<T: Element>(&self, pool: &Pool, x: &[T], out: &mut [T]) -> Result<()> {
         let [planes, h, w] = self.x;
         let [oh, ow] = self.out;

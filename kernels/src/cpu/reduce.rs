@@ -95,7 +95,7 @@ fn wide<'a, T: Element>(x: &'a [T], buffer: &'a mut [f32]) -> &'a [f32] {
 /// Combines `x [shape]` along `axes` (rising) into `out`, row-major over the other axes.
 ///
 /// # Errors
-/// `run/failed` for sizes that do not fit.
+/// `run/no-kernel` for sizes that do not fit.
 pub fn reduce<T: Element>(
     pool: &Pool,
     f: ReduceFn,

@@ -14,13 +14,13 @@ pub struct View {
 
 /// The error of an operand that does not fit its shape.
 pub(crate) fn misfit(what: &str) -> Error {
-    Error::new(Kind::Internal, "run/failed", format!("{what} has another size than its shape"))
+    Error::new(Kind::Internal, "run/no-kernel", format!("{what} does not have the size of its shape"))
 }
 
 /// Number of elements of a shape.
 ///
 /// # Errors
-/// `run/failed` beyond the address space.
+/// `run/no-kernel` beyond the address space.
 pub fn elements(shape: &[usize]) -> Result<usize> {
     if shape.contains(&0) {
         return Ok(0);

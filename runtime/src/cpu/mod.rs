@@ -3,8 +3,6 @@
 //! Before a node runs, its results are checked to overlap no operand, except the one it may replace in place. So
 //! even an engine with a forged plan cannot make two references to the same bytes.
 
-#[cfg(test)]
-mod differential_tests;
 #[allow(unsafe_code)]
 mod execute;
 mod numeric;
@@ -145,3 +143,6 @@ fn disjoint(op: &Op, operands: &[Region], results: &[Region], id: NodeId) -> Res
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod differential_tests;

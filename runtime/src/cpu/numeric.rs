@@ -17,6 +17,9 @@ use millrace_kernels::cpu::view::{View, elements};
 use super::execute::{Node, internal};
 use crate::memory::Plain;
 
+/// Steps and results of a pointwise region.
+type Program<'a> = (Cow<'a, [Step]>, Cow<'a, [Source]>);
+
 /// Four extents of an image operand.
 fn four(shape: &[usize]) -> Result<[usize; 4]> {
     shape.try_into().map_err(|_| internal("an image has four axes"))
@@ -24,7 +27,7 @@ fn four(shape: &[usize]) -> Result<[usize; 4]> {
 
 impl Node<'_> {
     /// The program of an elementwise node.
-    fn program(&self) -> Result<(Cow<'_, [Step]>, Cow<'_, [Source]>)> {
+    fn program(&self) -> Result<Program<'_>> {
         let one = |step: Step| (Cow::Owned(vec![step]), Cow::Owned(vec![Source::Step(0)]));
         Ok(match &self.node.op {
             Op::Unary(op) => one(Step::Unary(op.function, Source::Input(0))),
