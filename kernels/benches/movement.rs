@@ -45,7 +45,8 @@ fn moves(pool: &Pool, size: usize) {
     let bytes = 2 * size;
     println!("{} MiB, {} thread(s); bytes read and written", size >> 20, pool.threads());
     report("memcpy", bytes, copy, copy);
-    let side = (size / 4).isqrt();
+    // No power of two: neighbouring rows would share cache sets.
+    let side = (size / 4).isqrt() - 20;
     let mut transpose = |name: &str, element: usize, shape: &[usize], perm: &[usize]| {
         let n = shape.iter().product::<usize>() * element;
         let seconds = time(15, || {

@@ -9,7 +9,7 @@ use std::ops::Range;
 use millrace_ir::Result;
 
 use super::element::Element;
-use super::parallel::{Pool, Shared, for_chunks};
+use super::parallel::{Grid, Pool, for_chunks, for_rectangles};
 use super::simd::{PANEL, TILE_ROWS, dispatch, tile};
 use super::view::{elements, misfit};
 
@@ -95,7 +95,14 @@ impl Conv2d {
                 &widened
             }
         };
-        let job = Job { conv: *self, k: c * kh * kw, pixels: oh * ow, x, weight, bias: &first };
+        let meet = |axis: usize| -> Vec<Range<usize>> {
+            let (count, extent) = (self.out[axis], self.x[axis + 2]);
+            let offsets = (0..self.weight[axis + 2]).map(|k| k * self.dilation[axis]);
+            offsets.map(|at| inside(count, self.stride[axis], at, self.pad[axis], extent)).collect()
+        };
+        let (rows, columns) = (meet(0), meet(1));
+        let (k, pixels) = (c * kh * kw, oh * ow);
+        let job = Job { conv: *self, k, pixels, x, weight, bias: &first, rows, columns };
         if o / self.groups < FEW {
             job.direct(pool, out)
         } else {
@@ -114,6 +121,25 @@ struct Job<'a, T> {
     x: &'a [T],
     weight: &'a [f32],
     bias: &'a [f32],
+    /// Output rows that a kernel row meets inside the image.
+    rows: Vec<Range<usize>>,
+    /// Output columns that a kernel column meets inside the image.
+    columns: Vec<Range<usize>>,
+}
+
+/// Every `stride`-th element of `x`.
+#[inline(always)]
+fn gather<T: Element>(x: &[T], stride: usize, out: &mut [f32]) {
+    match (stride, <&mut [f32; PANEL]>::try_from(&mut *out)) {
+        // Constant lengths spare the call of a general copy.
+        (1, Ok(whole)) => whole.iter_mut().zip(&x[..PANEL]).for_each(|(o, v)| *o = v.to_f32()),
+        (1, Err(_)) => out.iter_mut().zip(x).for_each(|(o, v)| *o = v.to_f32()),
+        (2, Ok(whole)) => {
+            let x = &x[..2 * PANEL - 1];
+            (0..PANEL).for_each(|i| whole[i] = x[2 * i].to_f32());
+        }
+        _ => out.iter_mut().zip(x.iter().step_by(stride)).for_each(|(o, v)| *o = v.to_f32()),
+    }
 }
 
 /// Part of a panel: columns that lie in one output row.
@@ -145,14 +171,14 @@ impl<T: Element> Job<'_, T> {
     fn patches(&self, pool: &Pool, out: &mut [T]) {
         let Conv2d { x: [_, channels, h, w], weight: [o, c, ..], groups, .. } = self.conv;
         let rows_of_group = o / groups;
-        let all_panels = self.pixels.div_ceil(PANEL);
         let images = out.len() / (o * self.pixels);
         // Smaller tasks repeat more of the work on patches or weights; they are taken where threads would idle.
         let (mut rows, mut panels) = (ROWS.min(rows_of_group), PANELS);
-        let tasks = |rows: usize, panels: usize| {
-            images * groups * rows_of_group.div_ceil(rows) * all_panels.div_ceil(panels)
+        let grid = |tall: usize, panels: usize| {
+            let (outer, width) = (images * groups, self.pixels);
+            Grid { outer, rows: rows_of_group, width, tall, wide: panels * PANEL }
         };
-        while tasks(rows, panels) < 4 * pool.threads() && pool.threads() > 1 {
+        while grid(rows, panels).tasks() < 4 * pool.threads() && pool.threads() > 1 {
             if panels > 1 {
                 panels /= 2;
             } else if rows > 8 * TILE_ROWS {
@@ -161,18 +187,15 @@ impl<T: Element> Job<'_, T> {
                 break;
             }
         }
-        let (row_blocks, pixel_blocks) = (rows_of_group.div_ceil(rows), all_panels.div_ceil(panels));
         let work = self.work(out.len());
-        let shared = Shared::new(out);
-        pool.run(tasks(rows, panels), work, |task| {
-            let (pixel_block, rest) = (task % pixel_blocks, task / pixel_blocks);
-            let (row_block, rest) = (rest % row_blocks, rest / row_blocks);
-            let (group, image) = (rest % groups, rest / groups);
-            let first_row = group * rows_of_group + row_block * rows;
-            let own_rows = rows.min(rows_of_group - row_block * rows);
-            let own_panels = pixel_block * panels..all_panels.min((pixel_block + 1) * panels);
+        for_rectangles(pool, out, grid(rows, panels), work, |mut rectangle| {
+            let (image, group) = (rectangle.outer / groups, rectangle.outer % groups);
+            let first_row = group * rows_of_group + rectangle.rows.start;
+            let own_rows = rectangle.rows.len();
+            let pixels = rectangle.columns.clone();
             let planes = &self.x[(image * channels + group * c) * h * w..][..c * h * w];
-            let segments: Vec<Vec<Segment>> = own_panels.clone().map(|p| self.segments(p * PANEL)).collect();
+            let segments: Vec<Vec<Segment>> =
+                pixels.clone().step_by(PANEL).map(|p| self.segments(p)).collect();
             let panel_size = own_rows * PANEL;
             let mut acc = vec![0f32; segments.len() * panel_size];
             for acc in acc.chunks_exact_mut(panel_size) {
@@ -196,13 +219,10 @@ impl<T: Element> Job<'_, T> {
                     }
                 }
             }
-            for (panel, acc) in own_panels.zip(acc.chunks_exact(panel_size)) {
-                let width = PANEL.min(self.pixels - panel * PANEL);
+            for (panel, acc) in acc.chunks_exact(panel_size).enumerate() {
+                let columns = panel * PANEL..pixels.len().min((panel + 1) * PANEL);
                 for (r, row) in acc.chunks_exact(PANEL).enumerate() {
-                    let at = (image * o + first_row + r) * self.pixels + panel * PANEL;
-                    // SAFETY: tasks own disjoint blocks of output channels and pixels.
-                    #[allow(unsafe_code)]
-                    T::narrow(&row[..width], unsafe { shared.range(at, width) });
+                    T::narrow(&row[..columns.len()], &mut rectangle.row(r)[columns.clone()]);
                 }
             }
         });
@@ -223,14 +243,12 @@ impl<T: Element> Job<'_, T> {
         segments
     }
 
-    /// Rows `start..` of the patches of one panel, 32 columns each; columns beyond the segments hold anything finite.
+    /// Rows `start..` of the patches of one panel, 32 columns each; columns beyond the segments stay as they are.
     fn fill(&self, planes: &[T], segments: &[Segment], start: usize, patches: &mut [f32]) {
-        let Conv2d { x: [_, _, h, w], weight: [_, _, kh, kw], out: [oh, ow], .. } = self.conv;
-        let Conv2d { stride, pad, dilation, .. } = self.conv;
-        for (i, row) in patches.chunks_exact_mut(PANEL).enumerate() {
-            let (channel, ky, kx) = ((start + i) / (kh * kw), (start + i) / kw % kh, (start + i) % kw);
-            let ys = inside(oh, stride[0], ky * dilation[0], pad[0], h);
-            let zs = inside(ow, stride[1], kx * dilation[1], pad[1], w);
+        let Conv2d { x: [_, _, h, w], weight: [_, _, kh, kw], stride, pad, dilation, .. } = self.conv;
+        let (mut channel, mut ky, mut kx) = (start / (kh * kw), start / kw % kh, start % kw);
+        for row in patches.chunks_exact_mut(PANEL) {
+            let (ys, zs) = (&self.rows[ky], &self.columns[kx]);
             for segment in segments {
                 let part = &mut row[segment.at..segment.at + segment.z.len()];
                 let (first, end) = (zs.start.max(segment.z.start), zs.end.min(segment.z.end));
@@ -238,24 +256,26 @@ impl<T: Element> Job<'_, T> {
                     part.fill(0.0);
                     continue;
                 }
-                part[..first - segment.z.start].fill(0.0);
-                part[end - segment.z.start..].fill(0.0);
-                let part = &mut part[first - segment.z.start..end - segment.z.start];
                 let source = segment.y * stride[0] + ky * dilation[0] - pad[0];
                 let from = (channel * h + source) * w + first * stride[1] + kx * dilation[1] - pad[1];
-                if stride[1] == 1 {
-                    T::widen(&planes[from..from + part.len()], part);
-                } else {
-                    let source = planes[from..].iter().step_by(stride[1]);
-                    part.iter_mut().zip(source).for_each(|(p, v)| *p = v.to_f32());
-                }
+                let (before, count) = (first - segment.z.start, end - first);
+                part[..before].fill(0.0);
+                part[before + count..].fill(0.0);
+                gather(&planes[from..], stride[1], &mut part[before..before + count]);
+            }
+            kx += 1;
+            if kx == kw {
+                (kx, ky) = (0, ky + 1);
+            }
+            if ky == kh {
+                (ky, channel) = (0, channel + 1);
             }
         }
     }
 
     /// One output row at a time, for groups with few output channels.
     fn direct(&self, pool: &Pool, out: &mut [T]) {
-        let Conv2d { x: [_, channels, h, w], weight: [o, c, kh, kw], out: [oh, ow], .. } = self.conv;
+        let Conv2d { x: [_, channels, h, w], weight: [o, c, kh, kw], out: [_, ow], .. } = self.conv;
         let Conv2d { stride, pad, dilation, groups, .. } = self.conv;
         let work = self.work(out.len());
         for_chunks(pool, out, self.pixels, work, |plane, out| {
@@ -268,7 +288,7 @@ impl<T: Element> Job<'_, T> {
             for (y, out) in out.chunks_exact_mut(ow).enumerate() {
                 sums.fill(self.bias[channel]);
                 for (ic, ky) in (0..c).flat_map(|ic| (0..kh).map(move |ky| (ic, ky))) {
-                    if !inside(oh, stride[0], ky * dilation[0], pad[0], h).contains(&y) {
+                    if !self.rows[ky].contains(&y) {
                         continue;
                     }
                     let row = (ic * h + y * stride[0] + ky * dilation[0] - pad[0]) * w;
@@ -280,12 +300,11 @@ impl<T: Element> Job<'_, T> {
                             &source
                         }
                     };
-                    for kx in 0..kw {
-                        let zs = inside(ow, stride[1], kx * dilation[1], pad[1], w);
+                    for (kx, zs) in self.columns.iter().enumerate() {
                         if !zs.is_empty() {
                             let from = zs.start * stride[1] + kx * dilation[1] - pad[1];
                             let weight = weight[(ic * kh + ky) * kw + kx];
-                            add_scaled(pool.isa, &mut sums[zs], &row[from..], stride[1], weight);
+                            add_scaled(pool.isa, &mut sums[zs.clone()], &row[from..], stride[1], weight);
                         }
                     }
                 }

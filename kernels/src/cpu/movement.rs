@@ -1,9 +1,11 @@
 //! Moving elements without looking at them, on bytes: strided copies (transpose, broadcast, slice), concat, gather,
 //! scatter, select, iota. Elements have 1, 2, 4 or 8 bytes.
 
+use std::ops::Range;
+
 use millrace_ir::{DType, Error, Kind, Result};
 
-use super::parallel::{Pool, Shared, for_chunks};
+use super::parallel::{Grid, Pool, for_chunks, for_rectangles};
 use super::view::{View, dense_strides, elements, misfit};
 
 /// Bytes of one task.
@@ -105,63 +107,37 @@ fn turn<const N: usize, const SIDE: usize>(
     unit: usize,
     out: &mut [[u8; N]],
 ) {
-    const BLOCKS: usize = 4;
     let last = view.extents.len() - 1;
     let (rows, columns, column_stride) = (view.extents[unit], view.extents[last], view.strides[last]);
-    let row_stride: usize = view.extents[unit + 1..].iter().product();
-    // The other axes, in the operand and in the result.
-    let out_strides = dense_strides(&view.extents);
-    let other = |of: &[usize]| -> Vec<usize> {
-        (0..last).filter(|axis| *axis != unit).map(|axis| of[axis]).collect()
+    // The axes around the contiguous one; those behind it lie side by side in a row of the result.
+    let around = |axes: Range<usize>| View {
+        extents: view.extents[axes.clone()].to_vec(),
+        strides: view.strides[axes].to_vec(),
     };
-    let extents = other(&view.extents);
-    let (from, to) = (
-        Plain { strides: other(&view.strides), extents: &extents },
-        Plain { strides: other(&out_strides), extents: &extents },
-    );
-    let height = SIDE * BLOCKS;
-    let stripes = rows.div_ceil(height);
-    let tasks = stripes * extents.iter().product::<usize>();
+    let (before, behind) = (around(0..unit), around(unit + 1..last));
+    let (outer, width) = (before.len(), behind.len() * columns);
     let bytes = size_of_val(out);
-    let shared = Shared::new(out);
-    pool.run(tasks, bytes, |task| {
-        let (block, first) = (task / stripes, task % stripes * height);
-        let (source, target) = (from.offset(block), to.offset(block));
+    let grid = Grid { outer, rows, width, tall: SIDE * 4, wide: columns };
+    for_rectangles(pool, out, grid, bytes, |mut rectangle| {
+        let source = before.cursor(rectangle.outer).offset()
+            + behind.cursor(rectangle.columns.start / columns).offset()
+            + rectangle.rows.start;
         let mut buffer = [[[0u8; N]; SIDE]; SIDE];
         for left in (0..columns).step_by(SIDE) {
             let width = SIDE.min(columns - left);
-            for top in (first..rows.min(first + height)).step_by(SIDE) {
-                let tall = SIDE.min(rows - top);
+            for top in (0..rectangle.rows.len()).step_by(SIDE) {
+                let tall = SIDE.min(rectangle.rows.len() - top);
                 for (j, line) in buffer[..width].iter_mut().enumerate() {
                     let at = source + top + (left + j) * column_stride;
                     line[..tall].copy_from_slice(&x[at..at + tall]);
                 }
                 for i in 0..tall {
-                    // SAFETY: tasks own disjoint stripes of disjoint blocks, and each place is written once.
-                    #[allow(unsafe_code)]
-                    let row = unsafe { shared.range(target + (top + i) * row_stride + left, width) };
+                    let row = &mut rectangle.row(top + i)[left..left + width];
                     row.iter_mut().zip(&buffer).for_each(|(o, line)| *o = line[i]);
                 }
             }
         }
     });
-}
-
-/// Offsets of the row-major elements of a shape with other strides.
-struct Plain<'a> {
-    extents: &'a [usize],
-    strides: Vec<usize>,
-}
-
-impl Plain<'_> {
-    fn offset(&self, at: usize) -> usize {
-        let (mut rest, mut offset) = (at, 0);
-        for (n, stride) in self.extents.iter().zip(&self.strides).rev() {
-            offset += rest % n * stride;
-            rest /= n;
-        }
-        offset
-    }
 }
 
 /// Axis `i` of the result is axis `perm[i]` of `x [shape]`.

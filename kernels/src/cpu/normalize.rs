@@ -2,7 +2,7 @@
 
 use super::element::Element;
 use super::math::exp;
-use super::parallel::{Pool, Shared, for_chunks, for_chunks2};
+use super::parallel::{Grid, Pool, for_chunks, for_chunks2, for_rectangles};
 use super::simd::dispatch;
 
 /// Which normalisation, and what is added to the mean square or variance.
@@ -171,24 +171,18 @@ pub fn softmax_axis<T: Element>(pool: &Pool, x: &mut [T], n: usize, inner: usize
     }
     // Columns of one task, whose f32 copy stays in cache unless lines are very long.
     let width = (65536 / n).clamp(1, 64).min(inner);
-    let tiles = inner.div_ceil(width);
-    let (len, work) = (x.len(), x.len() * 16);
-    let shared = Shared::new(x);
-    pool.run(len / (n * inner) * tiles, work, |task| {
-        let (first, count) = (task % tiles * width, width.min(inner - task % tiles * width));
-        let start = task / tiles * n * inner + first;
+    let work = x.len() * 16;
+    let grid = Grid { outer: x.len() / (n * inner), rows: n, width: inner, tall: n, wide: width };
+    for_rectangles(pool, x, grid, work, |mut rectangle| {
+        let count = rectangle.columns.len();
         let mut columns = vec![0f32; n * count];
         let (mut top, mut total) = (vec![0f32; count], vec![0f32; count]);
         for (j, row) in columns.chunks_exact_mut(count).enumerate() {
-            // SAFETY: tasks own disjoint columns, and the range lives for this statement only.
-            #[allow(unsafe_code)]
-            T::widen(unsafe { shared.range(start + j * inner, count) }, row);
+            T::widen(rectangle.row(j), row);
         }
         softmax_columns(pool.isa, &mut columns, count, &mut top, &mut total);
         for (j, row) in columns.chunks_exact(count).enumerate() {
-            // SAFETY: as above.
-            #[allow(unsafe_code)]
-            T::narrow(row, unsafe { shared.range(start + j * inner, count) });
+            T::narrow(row, rectangle.row(j));
         }
     });
 }

@@ -6,7 +6,7 @@ use millrace_ir::ops::pointwise::{Source, Step};
 use millrace_ir::tensor::{decode, encode, round_to};
 use millrace_ir::{DType, Error, Kind, Result};
 
-use super::parallel::{Pool, Shared};
+use super::parallel::{Pool, for_chunks_all};
 use super::view::{View, misfit};
 
 /// Elements of one tile.
@@ -53,11 +53,11 @@ pub fn run(
             return Err(misfit("a result"));
         }
     }
-    let shared: Vec<(DType, Shared<'_, u8>)> =
-        outputs.iter_mut().map(|o| (o.dtype, Shared::new(&mut *o.bytes))).collect();
     const TILES: usize = 16;
     let chunk = TILE * TILES;
-    pool.run(len.div_ceil(chunk), len.saturating_mul(body.len() + 2) * 8, |task| {
+    let sizes: Vec<(DType, usize)> = outputs.iter().map(|o| (o.dtype, o.dtype.bits() / 8)).collect();
+    let slices = outputs.iter_mut().zip(&sizes).map(|(o, (_, size))| (&mut *o.bytes, chunk * size)).collect();
+    for_chunks_all(pool, slices, len.saturating_mul(body.len() + 2) * 8, |task, outputs| {
         let mut cursors: Vec<_> = operands.iter().map(|o| o.view.cursor(task * chunk)).collect();
         let mut loaded = vec![[0f64; TILE]; operands.len()];
         let mut steps = vec![[0f64; TILE]; body.len()];
@@ -79,11 +79,9 @@ pub fn run(
                 let (before, here) = steps.split_at_mut(at);
                 apply(step, &loaded, before, &mut here[0]);
             }
-            for (source, (dtype, shared)) in out.iter().zip(&shared) {
-                let size = dtype.bits() / 8;
-                // SAFETY: each task owns its tiles of every output, and the range lives for this statement only.
-                #[allow(unsafe_code)]
-                let bytes = unsafe { shared.range(start * size, count * size) };
+            for ((source, (dtype, size)), output) in out.iter().zip(&sizes).zip(outputs.iter_mut()) {
+                let at = start - task * chunk;
+                let bytes = &mut output[at * size..(at + count) * size];
                 match source {
                     Source::Input(i) => narrow(*dtype, &loaded[*i][..count], bytes),
                     Source::Step(t) => narrow(*dtype, &steps[*t][..count], bytes),

@@ -7,7 +7,7 @@ use millrace_ir::Result;
 use millrace_ir::ops::reduce::ReduceFn;
 
 use super::element::Element;
-use super::parallel::{Pool, Shared, for_chunks};
+use super::parallel::{Grid, Pool, for_chunks, for_rectangles};
 use super::simd::dispatch;
 use super::view::{View, dense_strides, elements, misfit};
 
@@ -18,7 +18,7 @@ const UNIT: usize = 4096;
 const UNIT_ROWS: usize = 256;
 
 /// Columns of one task, where the last axis stays.
-const TILE: usize = 512;
+const TILE: usize = 4096;
 
 /// Elements worth a task.
 const TASK: usize = 1 << 15;
@@ -92,6 +92,11 @@ fn wide<'a, T: Element>(x: &'a [T], buffer: &'a mut [f32]) -> &'a [f32] {
     }
 }
 
+/// Room for [`wide`].
+fn buffer<T: Element>(n: usize) -> Vec<f32> {
+    vec![0f32; if T::as_f32(&[]).is_some() { 0 } else { n }]
+}
+
 /// Combines `x [shape]` along `axes` (rising) into `out`, row-major over the other axes.
 ///
 /// # Errors
@@ -160,7 +165,7 @@ impl<T: Element> Job<'_, T> {
         let mut partial = vec![neutral(self.f); out.len() * units];
         let per_task = (TASK / (self.reduced.len() / units).max(1)).max(1);
         for_chunks(pool, &mut partial, per_task, self.work(), |index, partial| {
-            let mut buffer = [0f32; UNIT];
+            let mut buffer = buffer::<T>(UNIT);
             for (i, value) in partial.iter_mut().enumerate() {
                 let at = index * per_task + i;
                 let base = self.kept.cursor(at / units).offset();
@@ -189,19 +194,15 @@ impl<T: Element> Job<'_, T> {
     fn columns(&self, pool: &Pool, out: &mut [T]) {
         let n = self.kept.extents.last().copied().unwrap_or(1);
         let rows = self.reduced.len();
-        let (units, tiles) = (rows.div_ceil(UNIT_ROWS), n.div_ceil(TILE));
-        let outer = out.len() / n;
+        let units = rows.div_ceil(UNIT_ROWS);
         let mut partial = vec![neutral(self.f); out.len() * units];
-        let shared = Shared::new(&mut partial);
-        pool.run(outer * units * tiles, self.work(), |task| {
-            let (block, unit, tile) = (task / tiles / units, task / tiles % units, task % tiles);
-            let columns = tile * TILE..n.min((tile + 1) * TILE);
-            let base = self.kept.cursor(block * n).offset() + columns.start;
-            // SAFETY: tasks own disjoint tiles of the partial rows.
-            #[allow(unsafe_code)]
-            let into = unsafe { shared.range((block * units + unit) * n + columns.start, columns.len()) };
-            let mut buffer = [0f32; TILE];
-            let first = unit * UNIT_ROWS;
+        let grid = Grid { outer: out.len() / n, rows: units, width: n, tall: 1, wide: TILE };
+        for_rectangles(pool, &mut partial, grid, self.work(), |mut rectangle| {
+            let columns = rectangle.columns.clone();
+            let base = self.kept.cursor(rectangle.outer * n).offset() + columns.start;
+            let mut buffer = buffer::<T>(columns.len());
+            let first = rectangle.rows.start * UNIT_ROWS;
+            let into = rectangle.row(0);
             let mut cursor = self.reduced.cursor(first);
             for row in first..rows.min(first + UNIT_ROWS) {
                 if row > first {

@@ -162,7 +162,9 @@ fn check(op: impl Into<Op>, operands: &[Spec], seed: u64) {
     let types: Vec<TensorType> = node.results.iter().map(|r| module.graph.values[*r].ty.clone()).collect();
     let bindings = Bindings::new();
     let mut expected = op.eval(&EvalCtx { operands: &refs, results: &types, bindings: &bindings }).unwrap();
-    expected.iter_mut().for_each(Tensor::round);
+    for tensor in &mut expected {
+        *tensor = Tensor::from_bytes(tensor.dtype, &tensor.shape, &tensor.to_bytes()).unwrap();
+    }
     let found = execute(&module, &tensors, &POOLS[0], false);
     let exact = op.traits().numerics == Numerics::Exact;
     for (bytes, expected) in found.iter().zip(&expected) {
@@ -326,7 +328,7 @@ proptest! {
 
     #[test]
     fn convolutions(
-        dtype in floats(), n in 0usize..3, groups in 1usize..4, c in 1usize..4, o in 1usize..15, image in [1usize..13, 1usize..40],
+        dtype in floats(), n in 0usize..3, groups in 1usize..4, c in 1usize..4, o in 1usize..15, image in [0usize..13, 0usize..40],
         kernel in [1usize..4, 1usize..4], stride in [1usize..4, 1usize..4], pad in [0usize..3, 0usize..3, 0usize..3, 0usize..3],
         dilation in [1usize..3, 1usize..3], bias: bool, seed: u64,
     ) {
@@ -343,7 +345,7 @@ proptest! {
 
     #[test]
     fn pools(
-        dtype in floats(), planes in [0usize..3, 1usize..4], image in [1usize..13, 1usize..40], kernel in [1usize..4, 1usize..4],
+        dtype in floats(), planes in [0usize..3, 1usize..4], image in [0usize..13, 0usize..40], kernel in [1usize..4, 1usize..4],
         stride in [1usize..4, 1usize..4], pads: [usize; 4], average: bool, count_include_pad: bool, seed: u64,
     ) {
         let pad = [0, 1, 2, 3].map(|i| pads[i] % kernel[i % 2]);
