@@ -4,14 +4,16 @@
 use std::sync::LazyLock;
 
 use millrace_ir::builder::Builder;
+use millrace_ir::ops::attention::Mask;
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::fused_matmul::{Epilogue, FusedMatmul};
 use millrace_ir::ops::pointwise::{Source, Step};
 use millrace_ir::ops::reduce::ReduceFn;
+use millrace_ir::ops::rope::{RopeLayout, RopeScaling};
 use millrace_ir::ops::unary::UnaryFn;
 use millrace_ir::ops::{
-    Binary, Broadcast, Cast, Concat, Conv2d, Embedding, EvalCtx, Gather, Iota, Matmul, Numerics, Pointwise,
-    Pool2d, Reduce, Scatter, Select, Slice, Softmax, Transpose, Unary,
+    Attention, Binary, Broadcast, Cast, Concat, Conv2d, Embedding, EvalCtx, Gather, Iota, Matmul, MeanPool,
+    Numerics, Pointwise, Pool2d, Reduce, Rope, Scatter, Select, Slice, Softmax, Transpose, Unary,
 };
 use millrace_ir::tensor::Tensor;
 use millrace_ir::{Bindings, DType, Dim, Id, Kernel, KernelId, Module, Op, Operand, Place, TensorType};
@@ -33,6 +35,8 @@ enum Fill {
     Tame,
     /// Indices below.
     Below(usize),
+    /// From 0 to this in equal steps.
+    Rising(usize),
 }
 
 /// An operand: element type, shape, values.
@@ -45,10 +49,11 @@ fn noise(state: &mut u64) -> u64 {
 
 fn tensor((dtype, shape, fill): &Spec, seed: u64) -> Tensor {
     let mut state = seed;
-    let n = shape.iter().product();
-    let value = |state: &mut u64| {
+    let n: usize = shape.iter().product();
+    let value = |at: usize, state: &mut u64| {
         let r = noise(state);
         match fill {
+            Fill::Rising(end) => (at * end / (n - 1)) as f64,
             Fill::Below(extent) => (r % *extent as u64) as f64,
             Fill::Tame => (r % 33) as f64 / 8.0 - 2.0,
             Fill::Any if dtype.is_float() => match r % 97 {
@@ -63,7 +68,8 @@ fn tensor((dtype, shape, fill): &Spec, seed: u64) -> Tensor {
             Fill::Any => (noise(state) as f64) * 4.0 - (1u64 << 32) as f64,
         }
     };
-    let values = Tensor::from_values(*dtype, shape, (0..n).map(|_| value(&mut state)).collect()).unwrap();
+    let values =
+        Tensor::from_values(*dtype, shape, (0..n).map(|at| value(at, &mut state)).collect()).unwrap();
     Tensor::from_bytes(*dtype, shape, &values.to_bytes()).unwrap()
 }
 
@@ -213,7 +219,7 @@ fn dims(shape: &[usize]) -> Vec<Dim> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
     fn transposes(
@@ -232,7 +238,10 @@ proptest! {
     }
 
     #[test]
-    fn slices(dtype in bytes(), shape in shape(0..9, 1..5), axis: usize, from: usize, to: usize, step in 1usize..4, seed: u64) {
+    fn slices(
+        dtype in bytes(), shape in shape(0..9, 1..5), axis: usize, from: usize, to: usize,
+        step in 1usize..4, seed: u64,
+    ) {
         let axis = axis % shape.len();
         let (a, b) = (from % (shape[axis] + 1), to % (shape[axis] + 1));
         let op = Slice { axis, start: Dim::from(a.min(b)), end: Dim::from(a.max(b)), step };
@@ -240,7 +249,10 @@ proptest! {
     }
 
     #[test]
-    fn concats(dtype in bytes(), shape in shape(0..7, 1..4), axis: usize, extents in proptest::collection::vec(0usize..6, 1..5), seed: u64) {
+    fn concats(
+        dtype in bytes(), shape in shape(0..7, 1..4), axis: usize,
+        extents in proptest::collection::vec(0usize..6, 1..5), seed: u64,
+    ) {
         let axis = axis % shape.len();
         let part = |extent: &usize| {
             let mut own = shape.clone();
@@ -251,7 +263,10 @@ proptest! {
     }
 
     #[test]
-    fn gathers_and_embeddings(dtype in bytes(), ids in ids(), shape in shape(1..7, 1..4), axis: usize, idx in shape(0..5, 0..3), width in 0usize..9, float in floats(), seed: u64) {
+    fn gathers_and_embeddings(
+        dtype in bytes(), ids in ids(), shape in shape(1..7, 1..4), axis: usize, idx in shape(0..5, 0..3),
+        width in 0usize..9, float in floats(), seed: u64,
+    ) {
         let axis = axis % shape.len();
         let indices = (ids, idx, Fill::Below(shape[axis]));
         check(Gather { axis }, &[(dtype, shape, Fill::Any), indices.clone()], seed);
@@ -260,7 +275,10 @@ proptest! {
     }
 
     #[test]
-    fn scatters(dtype in bytes(), ids in ids(), shape in shape(1..6, 1..4), axis: usize, count in 0usize..9, seed: u64) {
+    fn scatters(
+        dtype in bytes(), ids in ids(), shape in shape(1..6, 1..4), axis: usize, count in 0usize..9,
+        seed: u64,
+    ) {
         let axis = axis % shape.len();
         let mut updates = shape.clone();
         updates[axis] = count;
@@ -285,12 +303,18 @@ proptest! {
     }
 
     #[test]
-    fn unary_functions(dtype in numbers().prop_filter("floats", |d| d.is_float()), shape in shape(0..30, 0..3), f in proptest::sample::select(UnaryFn::ALL.to_vec()), seed: u64) {
+    fn unary_functions(
+        dtype in numbers().prop_filter("floats", |d| d.is_float()), shape in shape(0..30, 0..3),
+        f in proptest::sample::select(UnaryFn::ALL.to_vec()), seed: u64,
+    ) {
         check(Unary { function: f }, &[(dtype, shape, Fill::Tame)], seed);
     }
 
     #[test]
-    fn binary_functions(dtype in bytes(), shape in shape(0..9, 0..4), f in proptest::sample::select(BinaryFn::ALL.to_vec()), masks: [u64; 2], seed: u64) {
+    fn binary_functions(
+        dtype in bytes(), shape in shape(0..9, 0..4), f in proptest::sample::select(BinaryFn::ALL.to_vec()),
+        masks: [u64; 2], seed: u64,
+    ) {
         prop_assume!(dtype != DType::Bool || f.compares());
         prop_assume!(dtype.is_float() || !matches!(f, BinaryFn::Div | BinaryFn::Pow));
         let [a, b] = masks.map(|m| repeated(&shape, m));
@@ -299,20 +323,28 @@ proptest! {
     }
 
     #[test]
-    fn regions(types in proptest::collection::vec(bytes(), 4), shape in shape(0..9, 0..4), masks: [u64; 3], seed: u64) {
+    fn regions(
+        types in proptest::collection::vec(bytes(), 4), shape in shape(0..9, 0..4), masks: [u64; 3],
+        seed: u64,
+    ) {
         let body = vec![
             Step::Binary(BinaryFn::Mul, Source::Input(0), Source::Const(0.5)),
             Step::Binary(BinaryFn::Le, Source::Input(1), Source::Step(0)),
             Step::Select(Source::Step(1), Source::Input(2), Source::Step(0)),
             Step::Cast(types[3], Source::Step(2)),
         ];
-        let op = Pointwise { body, out: vec![Source::Step(3), Source::Step(1)], dtypes: vec![types[0], DType::Bool] };
+        let out = vec![Source::Step(3), Source::Step(1)];
+        let op = Pointwise { body, out, dtypes: vec![types[0], DType::Bool] };
         let operands: Vec<Spec> = (0..3).map(|i| (types[i], repeated(&shape, masks[i]), Fill::Tame)).collect();
         check(op, &operands, seed);
     }
 
     #[test]
-    fn reductions(dtype in floats(), shape in shape(0..12, 1..5), mask: u8, keep: bool, f in proptest::sample::select(vec![ReduceFn::Sum, ReduceFn::Mean, ReduceFn::Max, ReduceFn::Min]), seed: u64) {
+    fn reductions(
+        dtype in floats(), shape in shape(0..12, 1..5), mask: u8, keep: bool,
+        f in proptest::sample::select(vec![ReduceFn::Sum, ReduceFn::Mean, ReduceFn::Max, ReduceFn::Min]),
+        seed: u64,
+    ) {
         let mut axes: Vec<usize> = (0..shape.len()).filter(|a| mask >> a & 1 == 1).collect();
         if axes.is_empty() {
             axes.push(shape.len() - 1);
@@ -328,8 +360,10 @@ proptest! {
 
     #[test]
     fn convolutions(
-        dtype in floats(), n in 0usize..3, groups in 1usize..4, c in 1usize..4, o in 1usize..15, image in [0usize..13, 0usize..40],
-        kernel in [1usize..4, 1usize..4], stride in [1usize..4, 1usize..4], pad in [0usize..3, 0usize..3, 0usize..3, 0usize..3],
+        dtype in floats(), n in 0usize..3, groups in 1usize..4, c in 1usize..4, o in 1usize..15,
+        image in [0usize..13, 0usize..40],
+        kernel in [1usize..4, 1usize..4], stride in [1usize..4, 1usize..4],
+        pad in [0usize..3, 0usize..3, 0usize..3, 0usize..3],
         dilation in [1usize..3, 1usize..3], bias: bool, seed: u64,
     ) {
         prop_assume!((0..2).all(|i| dilation[i] * (kernel[i] - 1) < image[i] + pad[i] + pad[i + 2]));
@@ -345,7 +379,8 @@ proptest! {
 
     #[test]
     fn pools(
-        dtype in floats(), planes in [0usize..3, 1usize..4], image in [0usize..13, 0usize..40], kernel in [1usize..4, 1usize..4],
+        dtype in floats(), planes in [0usize..3, 1usize..4], image in [0usize..13, 0usize..40],
+        kernel in [1usize..4, 1usize..4],
         stride in [1usize..4, 1usize..4], pads: [usize; 4], average: bool, count_include_pad: bool, seed: u64,
     ) {
         let pad = [0, 1, 2, 3].map(|i| pads[i] % kernel[i % 2]);
@@ -356,7 +391,8 @@ proptest! {
 
     #[test]
     fn unpacked_products(
-        dtype in floats(), out in proptest::option::of(floats()), m in 1usize..14, k in 1usize..70, segments in proptest::collection::vec(1usize..40, 1..3),
+        dtype in floats(), out in proptest::option::of(floats()), m in 1usize..14, k in 1usize..70,
+        segments in proptest::collection::vec(1usize..40, 1..3),
         panel in proptest::sample::select(vec![0usize, 0, 5, 16, 32]), bias: bool, seed: u64,
     ) {
         let n: usize = segments.iter().sum();
@@ -374,11 +410,25 @@ proptest! {
     }
 
     #[test]
-    fn batched_products(dtype in floats(), a in shape(1..4, 0..3), mask: u64, m in 1usize..9, k in 1usize..40, n in 1usize..40, transpose_b: bool, seed: u64) {
+    fn batched_products(
+        dtype in floats(), a in shape(1..4, 0..3), mask: u64, m in 1usize..9, k in 1usize..40,
+        n in 1usize..40, transpose_b: bool, seed: u64,
+    ) {
         let mut right = repeated(&a, mask);
         right.extend(if transpose_b { [n, k] } else { [k, n] });
         let left = [a, vec![m, k]].concat();
-        check(Matmul { transpose_b, out: None }, &[(dtype, left, Fill::Tame), (dtype, right, Fill::Tame)], seed);
+        let operands = [(dtype, left, Fill::Tame), (dtype, right, Fill::Tame)];
+        check(Matmul { transpose_b, out: None }, &operands, seed);
+    }
+
+    #[test]
+    fn index_operands_have_either_width(dtype in floats(), ids in ids(), t in 1usize..9, seed: u64) {
+        let rope = Rope { base: 10000.0, layout: RopeLayout::Half, scaling: RopeScaling::Default, rotary: 0 };
+        check(rope, &[(dtype, vec![t, 2, 8], Fill::Tame), (ids, vec![t], Fill::Below(20))], seed);
+        check(MeanPool, &[(dtype, vec![t, 5], Fill::Tame), (ids, vec![3], Fill::Rising(t))], seed);
+        let heads = |n: usize| (dtype, vec![t, n, 8], Fill::Tame);
+        let mask = Mask { scale: 0.25, causal: true, window: 0 };
+        check(Attention { mask }, &[heads(4), heads(2), heads(2), (ids, vec![3], Fill::Rising(t))], seed);
     }
 }
 
