@@ -51,6 +51,7 @@ pub mod fold;
 pub mod graph;
 pub mod manifest;
 pub mod module;
+pub mod names;
 pub mod nearest;
 pub mod ops;
 pub mod plan;

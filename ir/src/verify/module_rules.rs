@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::Report;
+use super::distinct::{Ops, Types};
 use crate::arena::Id;
 use crate::attr::Quoted;
 use crate::dim::{Bindings, Dim, MAX_EXTENT, MAX_NESTING, MAX_SIZE, SymDecl};
@@ -70,16 +71,39 @@ pub(super) fn symbols(module: &Module, report: &mut Report) {
             }
         }
     };
+    // Ops, types and offsets that were found good need no second look.
+    let mut ops: Ops<'_, ()> = Ops::new();
     for (id, node) in module.graph.nodes.iter() {
+        if ops.find(&node.op, |()| true).is_some() {
+            continue;
+        }
+        let before = report.found.len();
         for (_, attr) in &node.op.attrs().0 {
             attr.visit_dims(&mut |dim| declared(dim, report, Some(id)));
         }
+        if report.found.len() == before {
+            ops.remember(&node.op, ());
+        }
     }
+    let mut types: HashSet<&TensorType> = HashSet::new();
+    let mut offsets: HashSet<&Dim> = HashSet::new();
     for (_, value) in module.graph.values.iter() {
         let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
-        value.ty.shape.iter().for_each(|d| declared(d, report, node));
-        if let Some(Place::Arena { offset, .. }) = &value.place {
+        let before = report.found.len();
+        if !types.contains(&value.ty) {
+            value.ty.shape.iter().for_each(|d| declared(d, report, node));
+            if report.found.len() == before {
+                types.insert(&value.ty);
+            }
+        }
+        if let Some(Place::Arena { offset, .. }) = &value.place
+            && !offsets.contains(offset)
+        {
+            let before = report.found.len();
             declared(offset, report, node);
+            if report.found.len() == before {
+                offsets.insert(offset);
+            }
         }
     }
     module.states.iter().for_each(|(_, s)| s.ty.shape.iter().for_each(|d| declared(d, report, None)));
@@ -232,7 +256,7 @@ pub(super) fn simple(dim: &Dim) -> bool {
 }
 
 /// V3 and V9 over everything that has a size.
-pub(super) fn sizes(module: &Module, report: &mut Report) {
+pub(super) fn sizes(module: &Module, types: &Types<'_>, report: &mut Report) {
     let (minima, maxima) = (Bindings::minima(&module.dims), Bindings::maxima(&module.dims));
     let mut check = |what: String, ty: &TensorType, node: Option<NodeId>| {
         let constant = ty.shape.iter().all(|d| d.as_const().is_some_and(|c| c >= 0));
@@ -259,11 +283,19 @@ pub(super) fn sizes(module: &Module, report: &mut Report) {
             report.add(9, node, format!("the size {bytes} of {what} does not grow with every symbol"));
         }
     };
+    // Each distinct type is named by the first value that has it.
+    let mut seen = vec![false; types.list.len()];
     for (id, value) in module.graph.values.iter() {
-        let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
-        check(id.to_string(), &value.ty, node);
+        if !std::mem::replace(&mut seen[types.value(id) as usize], true) {
+            let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
+            check(id.to_string(), &value.ty, node);
+        }
     }
-    module.states.iter().for_each(|(_, s)| check(format!("@{}", s.name), &s.ty, None));
+    for (id, state) in module.states.iter() {
+        if !std::mem::replace(&mut seen[types.operand(Operand::State(id)) as usize], true) {
+            check(format!("@{}", state.name), &state.ty, None);
+        }
+    }
     for (_, arena) in module.arenas.iter() {
         if !simple(&arena.size) {
             report.add(3, None, format!("the size of arena {} is too complex", arena.name));
