@@ -10,13 +10,15 @@
 //! fusion does. Run `canonicalize` before, which brings shapes and constants into one spelling.
 
 mod activations;
+mod attention;
+mod mask;
 mod narrow;
 mod norms;
 mod reductions;
 mod softmax;
 
 use millrace_ir::ops::{Cast, Op};
-use millrace_ir::{DType, Dim, NodeId, Operand};
+use millrace_ir::{DType, Dim, NodeId, Operand, ValueId};
 
 use super::{BEFORE_FUSION, rule_pass};
 use crate::pattern::Match;
@@ -34,7 +36,8 @@ rule_pass!(
 /// What looks at a node for one family of ops.
 type Family = fn(&View<'_>, NodeId) -> Outcome;
 
-const FAMILIES: [Family; 5] = [norms::look, activations::look, softmax::look, reductions::look, narrow::look];
+const FAMILIES: [Family; 6] =
+    [norms::look, activations::look, softmax::look, reductions::look, attention::look, narrow::look];
 
 impl Rule for Recover {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
@@ -96,4 +99,12 @@ fn other_operand(view: &View<'_>, user: NodeId, value: Operand) -> Option<Operan
 fn is_float_cast(view: &View<'_>, id: NodeId) -> bool {
     let node = view.node(id);
     matches!(&node.op, Op::Cast(cast) if cast.to.is_float()) && view.ty(node.operands[0]).dtype.is_float()
+}
+
+/// The cast to `dtype`, with its result, that alone reads `value`, which is wider.
+fn cast_after(view: &View<'_>, value: ValueId, dtype: DType) -> Option<(NodeId, ValueId)> {
+    let [user] = view.users(value)[..] else { return None };
+    let wider = view.ty(Operand::Value(value)).dtype.bits() > dtype.bits();
+    let casts = matches!(&view.node(user).op, Op::Cast(cast) if cast.to == dtype);
+    (wider && casts && view.used_once(value)).then(|| (user, view.node(user).results[0]))
 }

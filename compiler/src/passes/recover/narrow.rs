@@ -20,7 +20,13 @@ pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
     let inner = view.node(source);
     let computes_wide = matches!(
         inner.op,
-        Op::RmsNorm(_) | Op::LayerNorm(_) | Op::L2Normalize(_) | Op::Softmax(_) | Op::Unary(_)
+        Op::RmsNorm(_)
+            | Op::LayerNorm(_)
+            | Op::L2Normalize(_)
+            | Op::Softmax(_)
+            | Op::Unary(_)
+            | Op::Attention(_)
+            | Op::Rope(_)
     );
     if !computes_wide || to.bits() >= view.ty(wide).dtype.bits() {
         return Outcome::NoMatch;
@@ -31,6 +37,10 @@ pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
     for (index, wide) in inner.operands.iter().enumerate() {
         let (below, _) = below_casts(view, *wide);
         let ty = view.ty(*wide);
+        if !ty.dtype.is_float() {
+            operands.push(From::Old(*wide));
+            continue;
+        }
         if view.ty(below).dtype == to {
             operands.push(From::Old(below));
             continue;
