@@ -240,19 +240,26 @@ impl Pattern {
         if !matches(view, self, Operand::Value(result), &mut found, &mut |_| true) {
             return Found::Nothing;
         }
-        let nodes = found.nodes();
-        for inner in nodes.iter().filter(|n| **n != root && !found.shared.contains(n)) {
-            for value in view.node(*inner).results.iter().copied() {
-                if view.is_output(value) {
-                    return Found::Read(format!("{value} is also an output"));
-                }
-                if let Some(reader) = view.users(value).iter().find(|user| !nodes.contains(user)) {
-                    return Found::Read(format!("{value} is also read by {reader}"));
-                }
+        match read_outside(view, &found.nodes(), root, &found.shared) {
+            Some(reason) => Found::Read(reason),
+            None => Found::Match(found),
+        }
+    }
+}
+
+/// Who reads a result of `nodes` besides themselves, if anybody does; results of `root` and of `shared` may be read.
+pub fn read_outside(view: &View<'_>, nodes: &[NodeId], root: NodeId, shared: &[NodeId]) -> Option<String> {
+    for inner in nodes.iter().filter(|n| **n != root && !shared.contains(n)) {
+        for value in view.node(*inner).results.iter().copied() {
+            if view.is_output(value) {
+                return Some(format!("{value} is also an output"));
+            }
+            if let Some(reader) = view.users(value).iter().find(|user| !nodes.contains(user)) {
+                return Some(format!("{value} is also read by {reader}"));
             }
         }
-        Found::Match(found)
     }
+    None
 }
 
 /// The one value of all elements of a weight, if its expression says so.

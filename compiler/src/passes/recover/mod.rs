@@ -15,6 +15,8 @@ mod mask;
 mod narrow;
 mod norms;
 mod reductions;
+mod rope;
+mod rope_angles;
 mod softmax;
 
 use millrace_ir::ops::{Cast, Op};
@@ -36,8 +38,15 @@ rule_pass!(
 /// What looks at a node for one family of ops.
 type Family = fn(&View<'_>, NodeId) -> Outcome;
 
-const FAMILIES: [Family; 6] =
-    [norms::look, activations::look, softmax::look, reductions::look, attention::look, narrow::look];
+const FAMILIES: [Family; 7] = [
+    norms::look,
+    activations::look,
+    softmax::look,
+    reductions::look,
+    rope::look,
+    attention::look,
+    narrow::look,
+];
 
 impl Rule for Recover {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
