@@ -95,6 +95,9 @@ fn slice_of(view: &View<'_>, id: NodeId, slice: &Slice) -> Option<Patch> {
     }
 }
 
+/// What a slice reads: source, start and end.
+type Range = (Operand, Dim, Dim);
+
 fn concat_of(view: &View<'_>, id: NodeId, axis: usize) -> Option<Patch> {
     let parts = &view.node(id).operands;
     let nested = |part: &Operand| match producer(view, *part) {
@@ -120,7 +123,7 @@ fn concat_of(view: &View<'_>, id: NodeId, axis: usize) -> Option<Patch> {
         }
         _ => None,
     };
-    let mut runs: Vec<(Operand, Option<(Operand, Dim, Dim)>)> = Vec::new();
+    let mut runs: Vec<(Operand, Option<Range>)> = Vec::new();
     for part in parts {
         match (runs.last_mut(), range(part)) {
             (Some((_, Some((source, _, end)))), Some((next, from, to)))

@@ -181,6 +181,10 @@ fn linear(view: &View<'_>, operand: Operand, depth: usize) -> Option<Linear> {
     let node = view.node(node);
     let next = depth.checked_sub(1)?;
     match &node.op {
+        // The only coordinate along an extent of 1 is 0.
+        Op::Iota(Iota { shape, axis, .. }) if shape[*axis].as_const() == Some(1) => {
+            Some(Linear { row: 0.0, column: 0.0, constant: 0.0 })
+        }
         Op::Iota(Iota { shape, axis, .. }) => match shape.len() - axis {
             1 => Some(Linear { row: 0.0, column: 1.0, constant: 0.0 }),
             2 => Some(Linear { row: 1.0, column: 0.0, constant: 0.0 }),
@@ -261,6 +265,10 @@ fn table(
     }
     let values = WeightReader::new(view.module).tensor(weight).map_err(|_| unknown())?;
     let sees = values.data.iter().map(|v| visible(*v)).collect::<Result<Vec<bool>, Reason>>()?;
+    if n == 1 {
+        // It repeats over all rows and columns.
+        return if sees[0] { Ok(open()) } else { Err(format!("the mask @{name} hides everything")) };
+    }
     let causal = (0..n).all(|i| (i + 1..n).all(|j| !sees[i * n + j]));
     let reach = (0..n).flat_map(|i| (0..=i).map(move |j| (i, j))).filter(|(i, j)| sees[i * n + j]);
     let reach = reach.map(|(i, j)| i - j + 1).max().unwrap_or(0);

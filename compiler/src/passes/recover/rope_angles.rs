@@ -107,6 +107,10 @@ pub(super) fn angles(view: &View<'_>, operand: Operand, function: UnaryFn) -> Re
                     (other, Operand::Weight(weight)) | (Operand::Weight(weight), other) => (weight, other),
                     _ => return Err("the frequencies are not constant".into()),
                 };
+                let elements = &view.module.weights[weight].ty.elements();
+                if &view.ty(Operand::Weight(weight)).last() != elements {
+                    return Err("the frequencies do not stand along the last axis".into());
+                }
                 return product(view, weight, other, &expansions);
             }
             Op::Matmul(_) if applied => {
@@ -170,6 +174,9 @@ fn product(
             Op::Iota(Iota { shape, axis, .. }) => {
                 let one_axis =
                     (0..shape.len()).all(|other| other == *axis || shape[other].as_const() == Some(1));
+                if shape[*axis].as_const() == Some(1) {
+                    return Err("there is only one position".into());
+                }
                 if !one_axis {
                     return Err("the positions are coordinates of several axes".into());
                 }
