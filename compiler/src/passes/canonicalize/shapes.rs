@@ -5,13 +5,15 @@
 //! slice(concat(.., a, ..))             ->  slice(a), or a                if it lies within a
 //! concat(x[..n], x[n..])               ->  x[..]
 //! concat(concat(a, b), c)              ->  concat(a, b, c)
+//! reshape(slice(reshape(x)))           ->  slice(x) {step}               element i of each group of k
 //! reshape(reduce(x))                   ->  reduce(x) {keep}              if it only brings the axes back
 //! broadcast(broadcast(x))              ->  broadcast(x)
 //! f(broadcast(x))                      ->  broadcast(f(x))               f has one operand
 //! f(broadcast(x), y)                   ->  f(x, y)                       if y alone gives the shape
 //! reshape, broadcast of iota           ->  iota
 //! transpose(f(transpose(x)))           ->  f(transpose(x))               likewise with reshape
-//! f(reshape(matmul(..)), @w)           ->  reshape(f(matmul(..), @w))    @w is a vector along the last axis
+//! f(reshape(matmul(..)), y)            ->  reshape(f(matmul(..), y'))     y' is y, or reshaped likewise
+//! norm(reshape(add(..)))               ->  reshape(norm(add(..)))        if the last axis stays
 //! matmul(x, transpose(y))              ->  matmul(x, y) {transpose_b}    if it swaps the last axes, and back
 //! matmul(x, @w)                        ->  matmul(x, @wᵀ) {transpose_b}  as linear layers store their weights
 //! ```
@@ -36,6 +38,7 @@ pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
         Op::Binary(_) => drop_broadcast(view, id).or_else(|| lower_reshape(view, id)),
         Op::Select(_) => drop_broadcast(view, id),
         Op::Matmul(matmul) => matmul_of(view, id, matmul),
+        Op::RmsNorm(_) | Op::LayerNorm(_) => lower_reshape_of_norm(view, id),
         _ => None,
     };
     found.map_or(Outcome::NoMatch, Outcome::Rewrite)
@@ -181,6 +184,26 @@ fn reshape_of(view: &View<'_>, id: NodeId, shape: &Shape) -> Option<Patch> {
             }
             one_node(view, id, [id], Iota { shape: shape.clone(), axis, dtype: iota.dtype }, [])
         }
+        Op::Slice(slice) if slice.axis + 1 == view.ty(operand).rank() => {
+            let grouped = view.node(inner).operands[0];
+            let (outer, Op::Reshape(_)) = producer(view, grouped)? else { return None };
+            let x = view.node(outer).operands[0];
+            // [.., n * k] -> [.., n, k] -> [.., n, 1] -> [.., n]
+            let [lead @ .., n, k] = &view.ty(grouped).shape[..] else { return None };
+            let (n, k, start) = (n.as_const()?, k.as_const()?, slice.start.as_const()?);
+            let (own, x_lead) = view.ty(x).shape.split_last()?;
+            let fits = own.as_const() == n.checked_mul(k)
+                && x_lead == lead
+                && slice.end.as_const() == Some(start + 1)
+                && shape.split_last() == Some((&Dim::from(n), lead));
+            let op = Slice {
+                axis: lead.len(),
+                start: slice.start.clone(),
+                end: own.clone(),
+                step: usize::try_from(k).ok()?,
+            };
+            fits.then(|| one_node(view, id, [id], op, [x]))?
+        }
         _ => across(view, id, operand),
     }
 }
@@ -310,18 +333,44 @@ fn lower_reshape(view: &View<'_>, id: NodeId) -> Option<Patch> {
     })?;
     let n = view.ty(x).last();
     let result = &view.module.graph.values[node.results[0]].ty;
-    let fits = node.operands.iter().enumerate().all(|(i, operand)| {
-        let ty = view.ty(*operand);
-        let vector = ty.rank() == 1 && ty.shape[0] == n && matches!(operand, Operand::Weight(_));
-        i == at || vector || (ty.elements().as_const() == Some(1) && ty.rank() <= 1)
-    });
-    if !fits || result.last() != n || view.ty(node.operands[at]).shape != result.shape {
+    if result.last() != n || view.ty(node.operands[at]).shape != result.shape {
         return None;
     }
     let mut patch = Patch::new([id, inner]);
-    let operands: Vec<From> =
-        node.operands.iter().enumerate().map(|(i, o)| From::Old(if i == at { x } else { *o })).collect();
+    let mut operands = Vec::new();
+    for (i, operand) in node.operands.iter().enumerate() {
+        let ty = view.ty(*operand);
+        let vector = ty.rank() == 1 && ty.shape[0] == n && matches!(operand, Operand::Weight(_));
+        if i == at {
+            operands.push(From::Old(x));
+        } else if vector || (ty.rank() <= 1 && ty.elements().as_const() == Some(1)) {
+            operands.push(From::Old(*operand));
+        } else if ty.shape == result.shape && matches!(operand, Operand::Value(_)) {
+            let shape = view.ty(x).shape.clone();
+            operands.push(From::New(patch.node(Reshape { shape }, [From::Old(*operand)]), 0));
+        } else {
+            return None;
+        }
+    }
     let new = patch.node(node.op.clone(), operands);
+    let shaped = patch.node(Reshape { shape: result.shape.clone() }, [From::New(new, 0)]);
+    patch.replace(node.results[0], From::New(shaped, 0));
+    Some(patch)
+}
+
+/// A norm of a reshaped sum normalises the sum, where fusion finds it, if the reshape keeps the last axis.
+fn lower_reshape_of_norm(view: &View<'_>, id: NodeId) -> Option<Patch> {
+    let node = view.node(id);
+    let (inner, Op::Reshape(_)) = producer(view, node.operands[0])? else { return None };
+    let x = view.node(inner).operands[0];
+    let sum = matches!(producer(view, x)?.1, Op::Binary(_));
+    let result = &view.module.graph.values[node.results[0]].ty;
+    if !sum || view.ty(x).last() != result.last() {
+        return None;
+    }
+    let mut patch = Patch::new([id, inner]);
+    let operands = std::iter::once(x).chain(node.operands[1..].iter().copied()).map(From::Old);
+    let new = patch.node(node.op.clone(), operands.collect::<Vec<_>>());
     let shaped = patch.node(Reshape { shape: result.shape.clone() }, [From::New(new, 0)]);
     patch.replace(node.results[0], From::New(shaped, 0));
     Some(patch)

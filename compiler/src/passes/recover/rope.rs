@@ -8,14 +8,15 @@
 //! ```
 //!
 //! `cos` and `sin` must be known to be those of positions times powers of a base (see `rope_angles`). `x [.., d]` may
-//! have any rank: it becomes `[t, heads, d]`, where t counts sequences and positions.
+//! have any rank: it becomes `[t, heads, d]`, where t counts sequences and positions. Where only the first elements are
+//! rotated and the rest is joined to them, the op rotates that many.
 
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::rope::RopeLayout;
 use millrace_ir::ops::unary::UnaryFn;
-use millrace_ir::ops::{Binary, Broadcast, Concat, Iota, Op, Reshape, Slice, Transpose, Unary};
+use millrace_ir::ops::{Binary, Broadcast, Cast, Concat, Iota, Op, Reshape, Rope, Slice, Transpose, Unary};
 use millrace_ir::types::{Shape, product};
-use millrace_ir::{DType, Dim, NodeId, Operand};
+use millrace_ir::{DType, Dim, NodeId, Operand, ValueId};
 
 use super::rope_angles::{Positions, angles, rope};
 use super::{cast_after, cast_result, widest};
@@ -25,6 +26,10 @@ use crate::rewrite::{From, Outcome, Patch, View};
 /// A rotation whose angles are not looked at yet.
 struct Rotation {
     x: Operand,
+    /// How many elements of x are rotated, from the first on.
+    width: i64,
+    /// Whether the rest of x is joined to them by the node itself.
+    joined: bool,
     cos: Operand,
     sin: Operand,
     layout: RopeLayout,
@@ -74,30 +79,58 @@ fn negated(view: &View<'_>, operand: Operand, nodes: &mut Vec<NodeId>) -> Option
     }
 }
 
-/// One element of every pair of x: x, which element, and the layout.
-fn half(view: &View<'_>, operand: Operand, nodes: &mut Vec<NodeId>) -> Option<(Operand, usize, RopeLayout)> {
+/// One element of every pair of the first elements of x.
+#[derive(Clone, Copy, PartialEq)]
+struct Half {
+    x: Operand,
+    /// 0 for the first elements of pairs, 1 for the second.
+    index: usize,
+    layout: RopeLayout,
+    /// How many elements of x the pairs cover.
+    width: i64,
+}
+
+fn half(view: &View<'_>, operand: Operand, nodes: &mut Vec<NodeId>) -> Option<Half> {
     let (id, op) = producer(view, operand, nodes)?;
     let Op::Slice(Slice { axis, start, end, step }) = op else { return None };
-    let x = view.node(id).operands[0];
-    let ty = view.ty(x);
-    let d = ty.last().as_const().filter(|d| d % 2 == 0)?;
+    let source = view.node(id).operands[0];
+    let ty = view.ty(source);
+    let d = ty.last().as_const()?;
     if axis + 1 != ty.rank() {
         return None;
     }
-    let x = below_casts(view, x).0;
-    match (start.as_const()?, end.as_const()?, step) {
-        (0, end, 1) if end == d / 2 => Some((x, 0, RopeLayout::Half)),
-        (start, end, 1) if start == d / 2 && end == d => Some((x, 1, RopeLayout::Half)),
-        (0, end, 2) if end >= d - 1 => Some((x, 0, RopeLayout::Interleaved)),
-        (1, end, 2) if end == d => Some((x, 1, RopeLayout::Interleaved)),
-        _ => None,
+    let x = below_casts(view, source).0;
+    let (index, layout, width) = match (start.as_const()?, end.as_const()?, step) {
+        (0, end, 1) => (0, RopeLayout::Half, 2 * end),
+        (start, end, 1) if end == 2 * start => (1, RopeLayout::Half, end),
+        (0, end, 2) => (0, RopeLayout::Interleaved, end + end % 2),
+        (1, end, 2) if end % 2 == 0 => (1, RopeLayout::Interleaved, end),
+        _ => return None,
+    };
+    (width > 0 && width <= d).then_some(Half { x, index, layout, width })
+}
+
+/// Whether the operand is the first `width` elements of x.
+fn is_start(view: &View<'_>, operand: Operand, of: Half, nodes: &mut Vec<NodeId>) -> bool {
+    let below = below_casts(view, operand).0;
+    if view.ty(of.x).last().as_const() == Some(of.width) {
+        return below == of.x;
     }
+    let Some((id, Op::Slice(slice))) = producer(view, operand, nodes) else { return false };
+    slice.axis + 1 == view.ty(of.x).rank()
+        && slice.step == 1
+        && (slice.start.as_const(), slice.end.as_const()) == (Some(0), Some(of.width))
+        && below_casts(view, view.node(id).operands[0]).0 == of.x
 }
 
 /// Two tensors joined as the first and second elements of pairs, in which layout.
 fn joined(view: &View<'_>, operand: Operand, nodes: &mut Vec<NodeId>) -> Option<([Operand; 2], RopeLayout)> {
     let (id, op) = producer(view, operand, nodes)?;
-    let parts = |id: NodeId| -> Option<[Operand; 2]> { view.node(id).operands[..].try_into().ok() };
+    let parts = |id: NodeId| match view.node(id).operands[..] {
+        // What is not rotated may follow in the same node.
+        [a, b] | [a, b, _] => Some([a, b]),
+        _ => None,
+    };
     match op {
         Op::Concat(Concat { axis }) if axis + 1 == view.ty(operand).rank() => {
             Some((parts(id)?, RopeLayout::Half))
@@ -141,16 +174,24 @@ fn whole(view: &View<'_>, id: NodeId) -> Option<Rotation> {
             let (Some(hi), Some(lo)) = (half(view, minus, &mut inner), half(view, second, &mut inner)) else {
                 continue;
             };
-            if hi != (lo.0, 1, layout) || lo.1 != 0 || lo.2 != layout {
+            if lo.index != 0 || lo.layout != layout || hi != (Half { index: 1, ..lo }) {
                 continue;
             }
-            let is_x = |o: Operand| below_casts(view, o).0 == lo.0;
+            let mut is_x = |o: Operand| is_start(view, o, lo, &mut inner);
             let cos = match plain {
                 [x, cos] if is_x(x) => cos,
                 [cos, x] if is_x(x) => cos,
                 _ => continue,
             };
-            return Some(Rotation { x: lo.0, cos, sin, layout, nodes: inner });
+            return Some(Rotation {
+                x: lo.x,
+                width: lo.width,
+                joined: false,
+                cos,
+                sin,
+                layout,
+                nodes: inner,
+            });
         }
     }
     None
@@ -165,10 +206,10 @@ fn halves(view: &View<'_>, id: NodeId) -> Option<Rotation> {
         let [a, b] = factors(view, operand, nodes)?;
         [(a, b), (b, a)].into_iter().find_map(|(part, factor)| {
             let mut inner = Vec::new();
-            let (x, index, found) = half(view, part, &mut inner)?;
-            (found == layout).then(|| {
+            let half = half(view, part, &mut inner)?;
+            (half.layout == layout).then(|| {
                 nodes.extend(inner);
-                (x, index, factor)
+                (half, factor)
             })
         })
     };
@@ -178,25 +219,76 @@ fn halves(view: &View<'_>, id: NodeId) -> Option<Rotation> {
         (*function == wanted).then_some(())?;
         Some([turned(a, &mut nodes)?, turned(b, &mut nodes)?])
     };
-    let [(x, 0, cos), (y, 1, sin)] = terms(first, BinaryFn::Sub)? else { return None };
+    let [(lo, cos), (hi, sin)] = terms(first, BinaryFn::Sub)?;
     let sum = terms(second, BinaryFn::Add)?;
-    let fits = sum == [(x, 1, cos), (x, 0, sin)] || sum == [(x, 0, sin), (x, 1, cos)];
-    (x == y && fits).then_some(Rotation { x, cos, sin, layout, nodes })
+    let fits = lo.index == 0
+        && hi == (Half { index: 1, ..lo })
+        && (sum == [(hi, cos), (lo, sin)] || sum == [(lo, sin), (hi, cos)]);
+    let rest = match (&view.node(id).op, &view.node(id).operands[..]) {
+        (Op::Concat(_), [_, _, rest]) => Some(is_rest(view, *rest, lo.x, lo.width)?),
+        _ => None,
+    };
+    nodes.extend(rest);
+    fits.then_some(Rotation { x: lo.x, width: lo.width, joined: rest.is_some(), cos, sin, layout, nodes })
+}
+
+/// The node that makes `operand`, if it is all of x but the first `width` elements.
+fn is_rest(view: &View<'_>, operand: Operand, x: Operand, width: i64) -> Option<NodeId> {
+    let (id, 0) = view.def(operand)? else { return None };
+    let Op::Slice(slice) = &view.node(id).op else { return None };
+    let ty = view.ty(x);
+    let fits = slice.axis + 1 == ty.rank()
+        && slice.step == 1
+        && slice.start.as_const() == Some(width)
+        && slice.end == ty.last()
+        && view.node(id).operands[0] == x;
+    fits.then_some(id)
+}
+
+/// Where the rest of x is joined to the rotated elements: the nodes that do it, and the result.
+fn joined_rest(view: &View<'_>, result: ValueId, x: Operand, width: i64) -> Option<([NodeId; 2], ValueId)> {
+    let [user] = view.users(result)[..] else { return None };
+    let node = view.node(user);
+    let Op::Concat(Concat { axis }) = node.op else { return None };
+    let [first, rest] = node.operands[..] else { return None };
+    let slice = is_rest(view, rest, x, width)?;
+    let fits = first == Operand::Value(result) && view.used_once(result) && axis + 1 == view.ty(x).rank();
+    fits.then(|| ([user, slice], node.results[0]))
 }
 
 fn rewrite(view: &View<'_>, id: NodeId, rotation: Rotation) -> Result<Outcome, String> {
-    let Rotation { x, cos, sin, layout, mut nodes } = rotation;
-    let result = view.node(id).results[0];
+    let Rotation { x, width, joined, cos, sin, layout, mut nodes } = rotation;
+    let own = view.node(id).results[0];
+    let rotated = &view.module.graph.values[own].ty;
+    let x_ty = view.ty(x);
+    let all = x_ty.last().as_const() == Some(width);
+    let last = if joined { x_ty.last() } else { Dim::from(width) };
+    if rotated.last() != last || rotated.shape[..rotated.rank() - 1] != x_ty.shape[..x_ty.rank() - 1] {
+        return Ok(Outcome::NoMatch);
+    }
+    // Elements that are not rotated are part of the op if they are joined to the others right afterwards.
+    let mut joins = Vec::new();
+    let (result, rotary) = match joined_rest(view, own, x, width) {
+        _ if all => (own, 0),
+        _ if joined => (own, width as usize),
+        Some((nodes, result)) => {
+            joins.extend(nodes);
+            (result, width as usize)
+        }
+        None => (own, 0),
+    };
     let ty = &view.module.graph.values[result].ty;
     let shape = &ty.shape;
-    let (Some(d), true) = (ty.last().as_const(), &view.ty(x).shape == shape) else {
-        return Ok(Outcome::NoMatch);
-    };
     let rank = shape.len();
     let found = [angles(view, cos, UnaryFn::Cos)?, angles(view, sin, UnaryFn::Sin)?];
-    let (op, positions) = rope(&found[0], &found[1], d as usize, layout)?;
-    let shared: Vec<NodeId> =
-        nodes.iter().copied().filter(|n| matches!(view.node(*n).op, Op::Cast(_) | Op::Slice(_))).collect();
+    let (op, positions) = rope(&found[0], &found[1], width as usize, layout)?;
+    let op = Rope { rotary, ..op };
+    nodes.extend(&joins);
+    let shared: Vec<NodeId> = nodes
+        .iter()
+        .copied()
+        .filter(|n| joins.contains(n) || matches!(view.node(*n).op, Op::Cast(_) | Op::Slice(_)))
+        .collect();
     if let Some(reason) = read_outside(view, &nodes, id, &shared) {
         return Err(reason);
     }
@@ -238,8 +330,12 @@ fn rewrite(view: &View<'_>, id: NodeId, rotation: Rotation) -> Result<Outcome, S
     let dtype = widest([narrow, target]);
     let mut patch = Patch::new(nodes);
     let mut at = From::Old(x);
+    if view.ty(x).last() != ty.last() {
+        let first = Slice { axis: rank - 1, start: Dim::from(0i64), end: ty.last(), step: 1 };
+        at = From::New(patch.node(first, [at]), 0);
+    }
     if narrow != dtype {
-        at = From::New(patch.node(millrace_ir::ops::Cast { to: dtype }, [at]), 0);
+        at = From::New(patch.node(Cast { to: dtype }, [at]), 0);
     }
     let perm: Vec<usize> = rows.iter().chain(&heads).copied().chain([rank - 1]).collect();
     let turned = perm.iter().enumerate().any(|(i, p)| i != *p);
