@@ -12,6 +12,7 @@
 //! f(broadcast(x), y)                   ->  f(x, y)                       if y alone gives the shape
 //! reshape, broadcast of iota           ->  iota
 //! transpose(f(transpose(x)))           ->  f(transpose(x))               likewise with reshape
+//! cast(reshape(x)), cast(transpose(x)) ->  the cast first, if it narrows, else last
 //! f(reshape(matmul(..)), y)            ->  reshape(f(matmul(..), y'))     y' is y, or reshaped likewise
 //! norm(reshape(add(..)))               ->  reshape(norm(add(..)))        if the last axis stays
 //! matmul(x, transpose(y))              ->  matmul(x, y) {transpose_b}    if it swaps the last axes, and back
@@ -34,7 +35,8 @@ pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
         Op::Reshape(Reshape { shape }) => reshape_of(view, id, shape),
         Op::Broadcast(Broadcast { shape }) => broadcast_of(view, id, shape),
         Op::Transpose(Transpose { perm }) => transpose_of(view, id, perm),
-        Op::Unary(_) | Op::Cast(_) => raise_broadcast(view, id).or_else(|| lower_reshape(view, id)),
+        Op::Unary(_) => raise_broadcast(view, id).or_else(|| lower_reshape(view, id)),
+        Op::Cast(_) => raise_broadcast(view, id).or_else(|| narrow_first(view, id)),
         Op::Binary(_) => drop_broadcast(view, id).or_else(|| lower_reshape(view, id)),
         Op::Select(_) => drop_broadcast(view, id),
         Op::Matmul(matmul) => matmul_of(view, id, matmul),
@@ -204,7 +206,7 @@ fn reshape_of(view: &View<'_>, id: NodeId, shape: &Shape) -> Option<Patch> {
             };
             fits.then(|| one_node(view, id, [id], op, [x]))?
         }
-        _ => across(view, id, operand),
+        _ => across(view, id, operand).or_else(|| widen_last(view, id)),
     }
 }
 
@@ -232,7 +234,7 @@ fn transpose_of(view: &View<'_>, id: NodeId, perm: &[usize]) -> Option<Patch> {
         let axis = perm.iter().position(|p| *p == iota.axis)?;
         return one_node(view, id, [id], Iota { shape, axis, dtype: iota.dtype }, []);
     }
-    across(view, id, operand)
+    across(view, id, operand).or_else(|| widen_last(view, id))
 }
 
 /// Most elementwise nodes between two movements.
@@ -289,6 +291,40 @@ fn meets(view: &View<'_>, movement: &Op, operand: Operand, depth: usize) -> bool
         }
         _ => false,
     }
+}
+
+/// A cast that makes elements smaller comes before the movement.
+fn narrow_first(view: &View<'_>, id: NodeId) -> Option<Patch> {
+    let operand = view.node(id).operands[0];
+    let (inner, movement) = producer(view, operand)?;
+    let result = &view.module.graph.values[view.node(id).results[0]].ty;
+    let narrows =
+        is_float_change(view, operand, result) && result.dtype.bits() < view.ty(operand).dtype.bits();
+    let moves = matches!(movement, Op::Reshape(_) | Op::Transpose(_));
+    (narrows && moves && alone(view, operand)).then(|| swap(view, id, inner))
+}
+
+/// A cast that makes elements larger comes after the movement.
+fn widen_last(view: &View<'_>, id: NodeId) -> Option<Patch> {
+    let operand = view.node(id).operands[0];
+    let (inner, Op::Cast(_)) = producer(view, operand)? else { return None };
+    let below = view.node(inner).operands[0];
+    let widens = is_float_change(view, below, view.ty(operand))
+        && view.ty(operand).dtype.bits() > view.ty(below).dtype.bits();
+    (widens && alone(view, operand)).then(|| swap(view, id, inner))
+}
+
+fn is_float_change(view: &View<'_>, from: Operand, to: &TensorType) -> bool {
+    view.ty(from).dtype.is_float() && to.dtype.is_float()
+}
+
+/// `outer(inner(x))` as `inner(outer(x))`.
+fn swap(view: &View<'_>, outer: NodeId, inner: NodeId) -> Patch {
+    let mut patch = Patch::new([outer, inner]);
+    let first = patch.node(view.node(outer).op.clone(), [From::Old(view.node(inner).operands[0])]);
+    let second = patch.node(view.node(inner).op.clone(), [From::New(first, 0)]);
+    patch.replace(view.node(outer).results[0], From::New(second, 0));
+    patch
 }
 
 /// A function of one broadcast operand computes before the broadcast.

@@ -11,7 +11,7 @@
 
 use millrace_ir::ops::attention::Mask;
 use millrace_ir::ops::binary::BinaryFn;
-use millrace_ir::ops::{Attention, Binary, Cast, Iota, Matmul, Op, Reshape, Slice, Transpose};
+use millrace_ir::ops::{Attention, Binary, Cast, Concat, Iota, Matmul, Op, Reshape, Slice, Transpose};
 use millrace_ir::types::{Shape, product};
 use millrace_ir::{DType, Dim, Id, NodeId, Operand, TensorType, WeightExpr};
 
@@ -153,18 +153,17 @@ struct Source {
 
 /// `operand` as `[lead.., s, d]`; `turned` if it stands as `[lead.., d, s]`. Repeated heads are undone if `group`.
 fn source(view: &View<'_>, operand: Operand, turned: bool, group: bool) -> Source {
-    let ty = view.ty(operand);
-    let rank = ty.rank();
+    let mut at = below_casts(view, operand).0;
+    let rank = view.ty(operand).rank();
     let mut perm: Vec<usize> = (0..rank).collect();
     if turned {
         perm.swap(rank - 2, rank - 1);
     }
-    let mut at = operand;
     if let Some((id, _)) = view.def(at)
         && let Op::Transpose(transpose) = &view.node(id).op
     {
         perm = perm.iter().map(|p| transpose.perm[*p]).collect();
-        at = view.node(id).operands[0];
+        at = below_casts(view, view.node(id).operands[0]).0;
     }
     let plain = |at: Operand, perm: Vec<usize>| {
         let from = &view.ty(at).shape;
@@ -177,7 +176,7 @@ fn source(view: &View<'_>, operand: Operand, turned: bool, group: bool) -> Sourc
         return plain(at, perm);
     }
     let result = perm.iter().map(|p| shape[*p].clone()).collect();
-    Source { operand: base, reshape: Some(shape), perm, shape: result, grouped: true }
+    Source { operand: below_casts(view, base).0, reshape: Some(shape), perm, shape: result, grouped: true }
 }
 
 /// If each slice along an axis of `operand` is repeated some times in a row: the axis, what is repeated, and the
@@ -248,8 +247,7 @@ fn rewrite(
     let Op::Matmul(Matmul { transpose_b, .. }) = inner.op else { return Ok(Outcome::NoMatch) };
     let (q, q_scale) = unscaled(view, inner.operands[0]);
     let (k, k_scale) = unscaled(view, inner.operands[1]);
-    let (q, k, v) =
-        (below_casts(view, q).0, below_casts(view, k).0, below_casts(view, view.node(id).operands[1]).0);
+    let v = view.node(id).operands[1];
     let rank = ty.rank();
     let lead = &ty.shape[..rank - 2];
     // Leading axes are sequences up to `split`, heads from there on.
@@ -258,7 +256,7 @@ fn rewrite(
         [only] => usize::from(only.as_const().is_none()),
         _ => 1,
     };
-    let queries = source_of_queries(view, q);
+    let queries = source(view, q, false, false);
     let sources = |group| [source(view, k, !transpose_b, group), source(view, v, outer.transpose_b, group)];
     let [mut keys, mut values] = sources(lead.len() == split + 1);
     if keys.grouped != values.grouped || keys.shape != values.shape {
@@ -298,7 +296,7 @@ fn rewrite(
         return Err("keys are shared by heads that are not neighbours".into());
     }
     // A result that is only cast to the operands' type is computed in it at once.
-    let narrow = widest([q, k, v].map(|o| view.ty(o).dtype));
+    let narrow = widest([&queries, &keys, &values].map(|s| view.ty(s.operand).dtype));
     let (target, replaced) = match cast_after(view, result, narrow) {
         Some((cast, value)) => {
             nodes.push(cast);
@@ -338,12 +336,6 @@ fn is_identity(perm: &[usize]) -> bool {
     perm.iter().enumerate().all(|(i, p)| i == *p)
 }
 
-/// Queries as they stand.
-fn source_of_queries(view: &View<'_>, q: Operand) -> Source {
-    let shape = view.ty(q).shape.clone();
-    Source { operand: q, reshape: None, perm: (0..shape.len()).collect(), shape, grouped: false }
-}
-
 /// `[batch.., heads.., s, d]` as rows `[batch * s, heads, d]`.
 fn pack(
     view: &View<'_>,
@@ -378,19 +370,21 @@ fn pack(
 }
 
 /// `[0, s, 2 s, ..]` for `b` sequences of `s` rows.
-fn seq_starts(patch: &mut Patch, b: &Dim, s: &Dim) -> From {
+pub(super) fn seq_starts(patch: &mut Patch, b: &Dim, s: &Dim) -> From {
     let one = Dim::from(1i64);
     let ends = b.add(&one);
-    if let (Some(count), Some(rows)) = (b.as_const(), s.as_const())
-        && (0..WeightExpr::DENSE_LIMIT as i64).contains(&count)
-        && let Some(total) = count.checked_mul(rows).filter(|t| *t <= i64::from(i32::MAX))
+    let count = b.as_const().filter(|count| (0..WeightExpr::DENSE_LIMIT as i64).contains(count));
+    let multiples = |patch: &mut Patch, count: i64, rows: i64| {
+        let values = (0..=count).map(|i| (i * rows) as f64).collect();
+        let ty = TensorType::new(DType::I32, [Dim::from(count + 1)]);
+        patch.weight(format!("seq_starts.{count}x{rows}"), ty, WeightExpr::Dense(values))
+    };
+    if let (Some(count), Some(rows)) = (count, s.as_const())
+        && count.checked_mul(rows).is_some_and(|total| total <= i64::from(i32::MAX))
     {
-        let values = (0..=count).map(|i| (i * total / count.max(1)) as f64).collect();
-        let ty = TensorType::new(DType::I32, [ends]);
-        return patch.weight(format!("seq_starts.{count}x{rows}"), ty, WeightExpr::Dense(values));
+        return multiples(patch, count, rows);
     }
     let iota = |shape: Dim| Iota { shape: vec![shape], axis: 0, dtype: DType::I32 };
-    let index = patch.node(iota(ends), []);
     let length = match s.as_const() {
         Some(rows) => {
             let ty = TensorType::new(DType::I32, [one]);
@@ -403,5 +397,14 @@ fn seq_starts(patch: &mut Patch, b: &Dim, s: &Dim) -> From {
             From::New(patch.node(Slice { axis: 0, start: s.clone(), end, step: 1 }, [From::New(all, 0)]), 0)
         }
     };
-    From::New(patch.node(Binary { function: BinaryFn::Mul }, [From::New(index, 0), length]), 0)
+    if count == Some(1) {
+        let ty = TensorType::new(DType::I32, [Dim::from(1i64)]);
+        let zero = patch.weight("seq_starts.0", ty, WeightExpr::Splat(0.0));
+        return From::New(patch.node(Concat { axis: 0 }, [zero, length]), 0);
+    }
+    let index = match count {
+        Some(count) => multiples(patch, count, 1),
+        None => From::New(patch.node(iota(ends), []), 0),
+    };
+    From::New(patch.node(Binary { function: BinaryFn::Mul }, [index, length]), 0)
 }

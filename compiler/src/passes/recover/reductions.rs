@@ -2,19 +2,24 @@
 //!
 //! ```text
 //! mul(reduce_sum(x), 1/n), div(reduce_sum(x), n)  ->  reduce_mean(x)      n elements are summed
+//! reduce_mean(x [b, s, h]) {axes = [1]}               ->  mean_pool(x', seq_starts)
 //! ```
 
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::reduce::ReduceFn;
-use millrace_ir::ops::{Binary, Op, Reduce};
+use millrace_ir::ops::{Binary, MeanPool, Op, Reduce, Reshape};
 use millrace_ir::{Dim, NodeId, Operand};
 
+use super::attention::seq_starts;
 use crate::pattern::{close, constant};
 use crate::rewrite::{From, Outcome, Patch, View};
 
 /// Looks for a mean that ends in this node.
 pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
     let node = view.node(id);
+    if let Op::Reduce(reduce) = &node.op {
+        return pool(view, id, reduce);
+    }
     let Op::Binary(Binary { function }) = node.op else { return Outcome::NoMatch };
     let (a, b) = (node.operands[0], node.operands[1]);
     let summed = |sum: Operand, factor: Operand, divides: bool| {
@@ -48,5 +53,21 @@ pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
     let mut patch = Patch::new([source, id]);
     let new = patch.node(Reduce { function: ReduceFn::Mean, axes, keep }, [From::Old(x)]);
     patch.replace(result, From::New(new, 0));
+    Outcome::Rewrite(patch)
+}
+
+/// The mean over the rows of sequences of equal length.
+fn pool(view: &View<'_>, id: NodeId, reduce: &Reduce) -> Outcome {
+    let node = view.node(id);
+    let x = node.operands[0];
+    let [sequences, rows, width] = &view.ty(x).shape[..] else { return Outcome::NoMatch };
+    if reduce.function != ReduceFn::Mean || reduce.axes[..] != [1] || reduce.keep {
+        return Outcome::NoMatch;
+    }
+    let mut patch = Patch::new([id]);
+    let packed = patch.node(Reshape { shape: vec![sequences.mul(rows), width.clone()] }, [From::Old(x)]);
+    let starts = seq_starts(&mut patch, sequences, rows);
+    let new = patch.node(MeanPool, [From::New(packed, 0), starts]);
+    patch.replace(node.results[0], From::New(new, 0));
     Outcome::Rewrite(patch)
 }
