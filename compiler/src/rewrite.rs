@@ -1,9 +1,12 @@
 //! Rewrites as patches: a rule looks at the graph and says what should change; [`rewrite`] is the only place that
 //! changes it, checks types and joins source names.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use millrace_ir::{Def, Id, Loc, Module, Node, NodeId, Op, Operand, Result, ValueId};
+use millrace_ir::{
+    Def, Id, Loc, Module, Node, NodeId, Op, Operand, Result, TensorType, ValueId, Weight, WeightExpr,
+    WeightId,
+};
 
 use crate::pass::{Context, Remark};
 
@@ -21,6 +24,7 @@ pub enum Outcome {
 #[derive(Default)]
 pub struct Patch {
     nodes: Vec<(Op, Vec<From>)>,
+    weights: Vec<(String, TensorType, WeightExpr)>,
     replace: Vec<(ValueId, From)>,
     sources: Vec<NodeId>,
 }
@@ -32,6 +36,8 @@ pub enum From {
     Old(Operand),
     /// Result `.1` of the patch's node `.0`.
     New(usize, usize),
+    /// Weight number `.0` of the patch.
+    Made(usize),
 }
 
 impl Patch {
@@ -44,6 +50,13 @@ impl Patch {
     pub fn node(&mut self, op: impl Into<Op>, operands: impl IntoIterator<Item = From>) -> usize {
         self.nodes.push((op.into(), operands.into_iter().collect()));
         self.nodes.len() - 1
+    }
+
+    /// Adds a weight called `name`, or one with a number after it where another weight has the name; a weight of
+    /// this name, type and expression is used again.
+    pub fn weight(&mut self, name: impl Into<String>, ty: TensorType, expr: WeightExpr) -> From {
+        self.weights.push((name.into(), ty, expr));
+        From::Made(self.weights.len() - 1)
     }
 
     /// Replaces every use of `value`.
@@ -86,13 +99,18 @@ impl View<'_> {
         self.uses[value.index()].len() == 1 && !self.outputs[value.index()]
     }
 
+    /// Whether the value is an output of the graph.
+    pub fn is_output(&self, value: ValueId) -> bool {
+        self.outputs[value.index()]
+    }
+
     /// Whether the node stands before the one being looked at. What a patch makes comes after it.
     pub fn passed(&self, id: NodeId) -> bool {
         self.passed.get(id.index()).copied().unwrap_or(false)
     }
 
     /// The type of an operand.
-    pub fn ty(&self, operand: Operand) -> &millrace_ir::TensorType {
+    pub fn ty(&self, operand: Operand) -> &TensorType {
         self.module.operand_type(operand)
     }
 }
@@ -138,6 +156,7 @@ pub fn rewrite(
     let mut new_order: Vec<NodeId> = Vec::with_capacity(order.len());
     let mut applied = 0;
     let mut passed = vec![false; module.graph.nodes.bound()];
+    let mut names: Option<Names> = None;
     let mut blocked: BTreeSet<(NodeId, String)> = BTreeSet::new();
     // A stack of nodes to look at: patches push their nodes, which come before what follows.
     let mut work: Vec<NodeId> = order.into_iter().rev().collect();
@@ -170,7 +189,7 @@ pub fn rewrite(
             Outcome::Rewrite(patch) => {
                 let patch = rule.prepare(module, patch)?;
                 let sources = patch.sources.clone();
-                let made = apply(module, &mut uses, &mut outputs, patch)?;
+                let made = apply(module, &mut uses, &mut outputs, &mut names, patch)?;
                 applied += 1;
                 // The anchor stays (dead, unless it still has users); its replacement is looked at next.
                 if is_live(module, &uses, &outputs, id) {
@@ -193,6 +212,34 @@ pub fn rewrite(
     }
     context.count(&format!("{pass}.rewrites"), applied as u64);
     Ok(applied)
+}
+
+/// Names in use by weights and states, collected once per rewrite.
+struct Names(BTreeMap<String, Option<WeightId>>);
+
+impl Names {
+    fn of(module: &Module) -> Self {
+        let weights = module.weights.iter().map(|(id, w)| (w.name.clone(), Some(id)));
+        Names(weights.chain(module.states.iter().map(|(_, s)| (s.name.clone(), None))).collect())
+    }
+
+    fn weight(&mut self, module: &mut Module, base: String, ty: TensorType, expr: WeightExpr) -> WeightId {
+        let mut name = base.clone();
+        let mut number = 1;
+        while let Some(taken) = self.0.get(&name) {
+            if let Some(id) = taken
+                && module.weights[*id].ty == ty
+                && module.weights[*id].expr == expr
+            {
+                return *id;
+            }
+            number += 1;
+            name = format!("{base}.{number}");
+        }
+        let id = module.weights.push(Weight { name: name.clone(), ty, expr, stream: None });
+        self.0.insert(name, Some(id));
+        id
+    }
 }
 
 fn is_live(module: &Module, uses: &[Vec<NodeId>], outputs: &[bool], id: NodeId) -> bool {
@@ -223,8 +270,13 @@ fn apply(
     module: &mut Module,
     uses: &mut Vec<Vec<NodeId>>,
     outputs: &mut Vec<bool>,
+    names: &mut Option<Names>,
     patch: Patch,
 ) -> Result<Vec<NodeId>> {
+    let mut weights = Vec::with_capacity(patch.weights.len());
+    for (name, ty, expr) in patch.weights {
+        weights.push(names.get_or_insert_with(|| Names::of(module)).weight(module, name, ty, expr));
+    }
     let mut loc: Vec<Loc> = patch.sources.iter().flat_map(|n| module.graph.nodes[*n].loc.clone()).collect();
     loc.sort();
     loc.dedup();
@@ -232,6 +284,7 @@ fn apply(
     let find = |module: &Module, made: &[NodeId], from: From| match from {
         From::Old(operand) => operand,
         From::New(node, result) => Operand::Value(module.graph.nodes[made[node]].results[result]),
+        From::Made(weight) => Operand::Weight(weights[weight]),
     };
     for (op, operands) in patch.nodes {
         let operands = operands.into_iter().map(|f| find(module, &made, f)).collect();
