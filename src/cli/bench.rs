@@ -11,7 +11,7 @@ use millrace::ir::manifest::ModelKind;
 use millrace::ir::weights::normal;
 use millrace::kernels::cpu::Isa;
 use millrace::{Class, Decoder, Encoder, Engine, Profile, Result, Session};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::compile::ModelOptions;
 use super::run::{MemoryOptions, open};
@@ -138,7 +138,7 @@ impl Sweep<'_> {
     }
 
     /// The row's cells by column, and the profile if one was asked for.
-    fn row(&self, work: Work, profiled: bool) -> Result<(Vec<(&'static str, Value)>, Option<Profile>)> {
+    fn row(&self, work: Work, profiled: bool) -> Result<(report::Cells, Option<Profile>)> {
         let mut session = self.engine.session(self.args.memory.resolve()?)?;
         let (mut first, mut decode) = (Vec::new(), Vec::new());
         for run in 0..=self.args.runs {

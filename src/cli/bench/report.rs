@@ -37,12 +37,15 @@ impl Form {
     }
 }
 
+/// Value by column.
+pub type Cells = Vec<(&'static str, Value)>;
+
 /// One row of the sweep.
 pub struct Row {
     /// What was run.
     pub title: String,
-    /// Value by column; every row has the same columns.
-    pub cells: Vec<(&'static str, Value)>,
+    /// Every row has the same columns.
+    pub cells: Cells,
     /// Where the time went.
     pub profile: Option<Summary>,
 }

@@ -58,11 +58,8 @@ impl Peer for Millrace {
     }
 
     fn step(&mut self, step: &mut Step) -> Fallible<()> {
-        let inputs: Vec<TensorRef<'_>> = step
-            .tensors
-            .iter()
-            .map(|(shape, bytes)| TensorRef { dtype: DType::I32, shape, bytes })
-            .collect();
+        let inputs: Vec<TensorRef<'_>> =
+            step.tensors.iter().map(|(shape, bytes)| TensorRef { dtype: DType::I32, shape, bytes }).collect();
         Ok(self.sessions.get_mut(&step.model).ok_or("no session")?.run(&inputs)?)
     }
 
