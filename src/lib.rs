@@ -17,6 +17,8 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod page;
+
 pub use millrace_compiler as compiler;
 pub use millrace_ir as ir;
 pub use millrace_kernels as kernels;

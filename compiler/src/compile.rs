@@ -57,14 +57,15 @@ pub struct Compiled {
     source_hash: [u8; 32],
 }
 
-/// Reads the model at `path` (a folder or an `.ir` file) and runs the pipeline.
+/// Reads the model at `path` (a folder or an `.ir` file) and runs the pipeline. The observer is called once before
+/// the first pass, with the name `import`, and after each pass.
 ///
 /// # Errors
 /// Everything that can be wrong with the model, the options or the pipeline.
 pub fn compile<'a>(
     path: &Path,
     options: &CompileOptions,
-    observer: Option<&'a mut Observer<'a>>,
+    mut observer: Option<&'a mut Observer<'a>>,
 ) -> Result<Compiled> {
     let (mut module, folder, limits, source_hash) = if path.is_dir() {
         let folder = SourceFolder::open(path, &options.import)?;
@@ -90,6 +91,9 @@ pub fn compile<'a>(
             module.phase
         );
         return Err(Error::new(Kind::BadInput, "compile/phase", message).at(path.display()));
+    }
+    if let Some(observer) = &mut observer {
+        observer("import", &module, true);
     }
     let mut context = Context::cpu();
     let mut manager = Manager { verify_each: options.verify_each, observer, runs: Vec::new() };

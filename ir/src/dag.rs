@@ -4,6 +4,8 @@
 //! [`Graph`] and borrow or copy what they need; an edit makes them stale. They tolerate broken graphs: what does not
 //! exist has no edges. No algorithm here recurses, so a chain of a million nodes is fine.
 
+use std::collections::BTreeSet;
+
 use petgraph::Direction;
 use petgraph::algo::dominators::{self, Dominators};
 use petgraph::algo::{kosaraju_scc, toposort};
@@ -14,6 +16,7 @@ use petgraph::visit::{
 
 use crate::arena::Id;
 use crate::attr::Quoted;
+use crate::fold;
 use crate::graph::*;
 
 /// One place where a value is read.
@@ -285,9 +288,12 @@ impl IntoNodeIdentifiers for &Dag<'_> {
     }
 }
 
-/// The graph in the DOT language: boxes are nodes, ellipses are inputs and outputs, edges carry values.
+/// The graph in the DOT language: boxes are nodes, ellipses are inputs and outputs, edges carry values. Repeated layers
+/// (see [`crate::fold`]) are one box with a count; a dashed edge leads from one layer to the next.
 pub fn dot(module: &Module) -> String {
     let Graph { name, inputs, outputs, nodes: _, values, order } = &module.graph;
+    let groups = fold::groups(module);
+    let stands = fold::representatives(module, &groups);
     let mut text = String::new();
     let mut line = |content: std::fmt::Arguments<'_>| {
         text.push_str(&content.to_string());
@@ -300,16 +306,51 @@ pub fn dot(module: &Module) -> String {
             line(format_args!("  \"{id}\" [shape=ellipse, label={}];", Quoted(&label)));
         }
     }
+    let shown = |id: NodeId| stands.get(id.index()).copied().unwrap_or(id);
+    let mut positions = vec![0; module.graph.nodes.bound()];
+    order.iter().enumerate().for_each(|(at, id)| positions[id.index()] = at);
+    let draw = |id: NodeId| {
+        let node = module.graph.nodes.get(id).filter(|_| shown(id) == id)?;
+        Some(format!("\"{id}\" [shape=box, label={}];", Quoted(node.op.name())))
+    };
+    let mut at = 0;
+    for (number, group) in groups.iter().enumerate() {
+        order[at..group.nodes().start]
+            .iter()
+            .filter_map(|id| draw(*id))
+            .for_each(|d| line(format_args!("  {d}")));
+        at = group.nodes().end;
+        let common = group.first_of(group.common_variant());
+        let inside = common.map_or(0..0, |block| block.nodes.clone());
+        line(format_args!("  subgraph \"cluster{number}\" {{"));
+        line(format_args!("    label={};", Quoted(&group.label())));
+        order[inside.clone()].iter().filter_map(|id| draw(*id)).for_each(|d| line(format_args!("    {d}")));
+        line(format_args!("  }}"));
+        let outside = group.nodes().filter(|position| !inside.contains(position));
+        outside.filter_map(|position| draw(order[position])).for_each(|d| line(format_args!("  {d}")));
+    }
+    order[at..].iter().filter_map(|id| draw(*id)).for_each(|d| line(format_args!("  {d}")));
     let source = |value: ValueId| match module.graph.def_node(value) {
-        Some(node) => node.to_string(),
+        Some(node) => shown(node).to_string(),
         None => value.to_string(),
     };
-    for id in order {
-        let Some(node) = module.graph.nodes.get(*id) else { continue };
-        line(format_args!("  \"{id}\" [shape=box, label={}];", Quoted(node.op.name())));
-        for operand in &node.operands {
-            if let Operand::Value(value) = operand {
-                line(format_args!("  \"{}\" -> \"{id}\" [label=\"{value}\"];", source(*value)));
+    // First the edges between nodes that stand for themselves, then those that others add.
+    let mut drawn = BTreeSet::new();
+    for folded in [false, true] {
+        for id in order {
+            let Some(node) = module.graph.nodes.get(*id) else { continue };
+            for operand in &node.operands {
+                let Operand::Value(value) = operand else { continue };
+                let def = module.graph.def_node(*value);
+                let own = shown(*id) == *id && def.is_none_or(|def| shown(def) == def);
+                let (from, to) = (source(*value), shown(*id));
+                if own == folded || (!drawn.insert((from.clone(), to)) && folded) {
+                    continue;
+                }
+                let back =
+                    folded && def.is_some_and(|d| positions[shown(d).index()] >= positions[to.index()]);
+                let style = if back { ", style=dashed, constraint=false" } else { "" };
+                line(format_args!("  \"{from}\" -> \"{to}\" [label=\"{value}\"{style}];"));
             }
         }
     }

@@ -47,6 +47,7 @@ pub mod dtype;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod fold;
 pub mod graph;
 pub mod manifest;
 pub mod module;

@@ -8,7 +8,8 @@ use millrace::compiler::import::{Options, Precision};
 use millrace::compiler::pipeline::Pipeline;
 use millrace::compiler::target::Target;
 use millrace::ir::{DType, Module, text};
-use millrace::{CompileOptions, Compiled, Result, compile};
+use millrace::page::{Facts, Recorder, page};
+use millrace::{CompileOptions, Compiled, Error, Result, compile};
 use serde_json::json;
 
 use super::{print, print_json, size, usage};
@@ -26,7 +27,7 @@ pub struct Args {
     /// Leave weights out; loading binds them to the model folder by name and hash
     #[arg(long)]
     strip_weights: bool,
-    /// Print the module after this pass to standard error (`all`, `changed` or a pass)
+    /// Print the module after this pass to standard error (`all`, `changed`, `import` or a pass)
     #[arg(long, value_name = "PASS")]
     dump_after: Option<String>,
     /// Verify after every pass
@@ -38,7 +39,10 @@ pub struct Args {
     /// Print the time of every pass
     #[arg(long)]
     time_passes: bool,
-    /// Plan everything, write nothing
+    /// Write a page about the engine and what the passes did
+    #[arg(long, value_name = "PAGE")]
+    html: Option<PathBuf>,
+    /// Plan everything, write no engine
     #[arg(long)]
     dry_run: bool,
     /// Report as JSON
@@ -168,6 +172,11 @@ pub fn write_with_progress(compiled: &Compiled, path: &std::path::Path) -> Resul
     Ok(written?.len)
 }
 
+/// Writes a page; an existing file is replaced.
+pub fn write_page(path: &std::path::Path, page: &str) -> Result<()> {
+    std::fs::write(path, page).map_err(|e| Error::io("write", path, &e))
+}
+
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
     let mut options = args.model_options.resolve()?;
@@ -176,7 +185,11 @@ pub fn main(args: &Args) -> Result<()> {
         options.weights = WeightMode::Stripped;
     }
     let dump = args.dump_after.clone();
+    let mut recorder = args.html.as_ref().map(|_| Recorder::default());
     let mut observer = |pass: &'static str, module: &Module, changed: bool| {
+        if let Some(recorder) = &mut recorder {
+            recorder.observe(pass, module, changed);
+        }
         let wanted = match dump.as_deref() {
             Some("all") => true,
             Some("changed") => changed,
@@ -203,6 +216,11 @@ pub fn main(args: &Args) -> Result<()> {
         Some(output) if !args.dry_run => Some(write_with_progress(&compiled, output)?),
         _ => None,
     };
+    if let Some(path) = &args.html {
+        let facts = Facts { manifest: &compiled.manifest, stored: !args.strip_weights, file: None };
+        let history = recorder.unwrap_or_default().finish(&compiled.context);
+        write_page(path, &page(&compiled.module, &facts, Some(&history)))?;
+    }
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
         let plan = compiled.plan();
@@ -225,10 +243,13 @@ pub fn main(args: &Args) -> Result<()> {
         }));
     }
     print(&format!("plan: {}\n", plan_line(&compiled)))?;
+    if let Some(path) = &args.html {
+        print(&format!("wrote {}\n", path.display()))?;
+    }
     match (&args.output, bytes) {
         (Some(output), Some(bytes)) => {
             print(&format!("wrote {} ({}) in {seconds:.2} s\n", output.display(), size::show(bytes)))
         }
-        _ => print(&format!("dry run in {seconds:.2} s: nothing written\n")),
+        _ => print(&format!("dry run in {seconds:.2} s: no engine written\n")),
     }
 }

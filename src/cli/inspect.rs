@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use millrace::ir::{Bindings, Module, text};
+use millrace::page::{Facts, FileFacts, page};
 use millrace::{Engine, Result};
 use serde_json::{Value, json};
 
-use super::compile::weight_bytes;
+use super::compile::{weight_bytes, write_page};
 use super::{print, print_json, size};
 
 /// Show what an engine is made of.
@@ -20,9 +21,12 @@ pub struct Args {
     /// Print the lowered graph as IR text
     #[arg(long)]
     ir: bool,
-    /// Print the graph in the DOT language
+    /// Print the graph in the DOT language, repeated layers once
     #[arg(long)]
     dot: bool,
+    /// Write everything as one self-contained HTML page
+    #[arg(long, value_name = "PAGE", conflicts_with_all = ["json", "ir", "dot", "memory", "weights", "kernels"])]
+    html: Option<PathBuf>,
     /// Print the memory plan, one line a buffer
     #[arg(long)]
     memory: bool,
@@ -109,10 +113,30 @@ fn weights(engine: &Engine) -> Value {
     json!(list.collect::<Vec<_>>())
 }
 
+/// What a page shows besides the module.
+fn facts(engine: &Engine) -> Facts<'_> {
+    let file = engine.file();
+    Facts {
+        manifest: engine.manifest(),
+        stored: !file.is_stripped(),
+        file: Some(FileFacts {
+            bytes: file.file_len(),
+            identity: millrace::compiler::compile::hex(&file.identity()),
+            producer: file.producer().to_string(),
+            sections: file.sections().iter().map(|s| (s.label(), s.len)).collect(),
+        }),
+    }
+}
+
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
     let engine = Engine::open(&args.engine)?;
     let module = engine.module();
+    if let Some(path) = &args.html {
+        let text = page(module, &facts(&engine), None);
+        write_page(path, &text)?;
+        return print(&format!("wrote {} ({})\n", path.display(), size::show(text.len() as u64)));
+    }
     if args.ir {
         return print(&text::print(module));
     }

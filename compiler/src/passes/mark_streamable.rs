@@ -33,7 +33,8 @@ impl Pass for MarkStreamable {
                 ) else {
                     continue;
                 };
-                let slices = shape.first().copied().unwrap_or(1).max(1);
+                // A scalar has no axis to cut and stays with the engine.
+                let Some(slices) = shape.first().map(|s| (*s).max(1)) else { continue };
                 weight.stream =
                     Some(Stream { first_use: at, tile_axis: 0, tile_bytes: total.div_ceil(slices) });
                 bytes += total;

@@ -29,7 +29,7 @@ impl Pass for MergeMatmuls {
         let mut by_operand: Vec<Vec<NodeId>> = vec![Vec::new(); module.graph.values.bound()];
         for id in &module.graph.order {
             let node = &module.graph.nodes[*id];
-            if let (Op::FusedMatmul(f), Operand::Value(x)) = (&node.op, node.operands[0])
+            if let (Op::FusedMatmul(f), Some(Operand::Value(x))) = (&node.op, node.operands.first())
                 && f.panel == 0
                 && f.segments.len() == 1
                 && f.epilogue.iter().all(|e| *e == Epilogue::Bias)

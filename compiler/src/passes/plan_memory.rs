@@ -1,7 +1,7 @@
 //! Gives every value its place: states in themselves, outputs with the caller, the rest in one arena.
 
 use millrace_ir::plan::{Item, Packing, aligned_size, check, liveness, lower_bound, pack, symbolic};
-use millrace_ir::{ArenaDecl, Bindings, Dim, Error, Kind, Module, Operand, Phase, Place, Result};
+use millrace_ir::{ArenaDecl, Bindings, Dim, Error, Id, Kind, Module, Operand, Phase, Place, Result};
 
 use crate::pass::{Context, Pass};
 
@@ -16,7 +16,7 @@ pub(super) struct PlanMemory;
 pub struct PlanReport {
     /// Bytes of the arena.
     pub peak_bytes: u64,
-    /// Largest sum of unpadded sizes alive at one instant.
+    /// Largest sum of sizes alive at one instant, each padded to the arena's alignment: no plan is smaller.
     pub lower_bound_bytes: u64,
     /// Number of buffers.
     pub buffers: usize,
@@ -25,9 +25,10 @@ pub struct PlanReport {
 /// The plan of a planned module at `bindings`, against the bound.
 pub fn plan_report(module: &Module, bindings: &Bindings) -> Option<PlanReport> {
     let buffers = liveness(module, true).buffers;
+    let align = module.arenas.iter().map(|(_, a)| a.align).max().unwrap_or(1).max(1);
     let items: Option<Vec<Item>> = buffers
         .iter()
-        .map(|b| Some(Item { size: b.bytes.extent(bindings)?, start: b.start, end: b.end }))
+        .map(|b| Some(Item::new(b.bytes.extent(bindings)?.checked_next_multiple_of(align)?, b.start, b.end)))
         .collect();
     let peak_bytes = module.arenas.iter().map(|(_, a)| a.size.extent(bindings)).sum::<Option<u64>>()?;
     Some(PlanReport { peak_bytes, lower_bound_bytes: lower_bound(&items?), buffers: buffers.len() })
@@ -58,16 +59,18 @@ impl Pass for PlanMemory {
         let items: Vec<Item> = buffers
             .iter()
             .zip(&sizes)
-            .map(|(b, size)| Some(Item { size: size.extent(&maxima)?, start: b.start, end: b.end }))
+            .map(|(b, size)| Some(Item::new(size.extent(&maxima)?, b.start, b.end)))
             .collect::<Option<_>>()
             .ok_or_else(too_large)?;
         let packing: Packing = pack(&items);
-        let (offsets, total) = symbolic(&items, &sizes, &packing, align);
+        let (offsets, total) = symbolic(&items, &sizes, &packing, align, &maxima);
+        let mut output = vec![None; module.graph.values.bound()];
+        module.graph.outputs.iter().enumerate().rev().for_each(|(n, o)| output[o.value.index()] = Some(n));
         for id in module.graph.order.clone() {
             for result in module.graph.nodes[id].results.clone() {
                 if let Some(state) = module.state_of(Operand::Value(result)) {
                     module.graph.values[result].place = Some(Place::State(state));
-                } else if let Some(n) = module.graph.outputs.iter().position(|o| o.value == result) {
+                } else if let Some(n) = output[result.index()] {
                     module.graph.values[result].place = Some(Place::Output(n));
                 }
             }

@@ -63,10 +63,9 @@ fn peak(module: &Module, align: u64) -> u64 {
     let items: Vec<Item> = liveness(module, true)
         .buffers
         .iter()
-        .map(|b| Item {
-            size: b.bytes.extent(&maxima).unwrap_or(u64::MAX / 4).next_multiple_of(align.max(1)),
-            start: b.start,
-            end: b.end,
+        .map(|b| {
+            let bytes = b.bytes.extent(&maxima).unwrap_or(u64::MAX / 4);
+            Item::new(bytes.next_multiple_of(align.max(1)), b.start, b.end)
         })
         .collect();
     lower_bound(&items)

@@ -1,5 +1,7 @@
-//! The plan checker: recomputes lifetimes on its own and compares every pair of values. Shares no code with the
+//! The plan checker: recomputes lifetimes on its own and sweeps over the values that are alive together. Shares no code with the
 //! planner, so that a mistake there cannot hide here.
+
+use std::collections::BTreeMap;
 
 use crate::arena::Id;
 use crate::dim::Bindings;
@@ -88,22 +90,42 @@ pub fn check(module: &Module, bindings: &Bindings) -> Result<(), Overlap> {
         }
         value
     };
-    for (i, a) in placed.iter().enumerate() {
-        for b in &placed[i + 1..] {
-            let apart = a.arena != b.arena || a.high <= b.low || b.high <= a.low;
-            let together = a.born < b.dies && b.born < a.dies;
-            if apart || !together || shares(a, b) || shares(b, a) {
-                continue;
-            }
-            if a.low == b.low && root(a) == root(b) {
-                continue;
-            }
-            let message = format!(
-                "{} at {}..{} and {} at {}..{} are alive together",
-                a.value, a.low, a.high, b.value, b.low, b.high
-            );
-            return Err(Overlap { first: a.value, second: b.value, message });
+    let fits = |a: &Placed, b: &Placed| -> Result<(), Overlap> {
+        let apart = a.arena != b.arena || a.high <= b.low || b.high <= a.low;
+        let together = a.born < b.dies && b.born < a.dies;
+        if apart || !together || shares(a, b) || shares(b, a) || (a.low == b.low && root(a) == root(b)) {
+            return Ok(());
         }
+        let message = format!(
+            "{} at {}..{} and {} at {}..{} are alive together",
+            a.value, a.low, a.high, b.value, b.low, b.high
+        );
+        Err(Overlap { first: a.value, second: b.value, message })
+    };
+    // A sweep over time. What is alive lies in groups of one offset, and groups are disjoint but for the exceptions
+    // above; so a newcomer is compared with the groups that begin inside it and with the last one that begins below.
+    let mut deaths: Vec<usize> = (0..placed.len()).collect();
+    deaths.sort_by_key(|i| placed[*i].dies);
+    let mut next_death = 0;
+    let mut alive: BTreeMap<(ArenaId, u64, usize), u64> = BTreeMap::new();
+    for (i, new) in placed.iter().enumerate() {
+        while deaths.get(next_death).is_some_and(|d| placed[*d].dies <= new.born) {
+            let dead = &placed[deaths[next_death]];
+            alive.remove(&(dead.arena, dead.low, deaths[next_death]));
+            next_death += 1;
+        }
+        let mut group = None;
+        for ((arena, low, other), high) in alive.range(..(new.arena, new.high.max(new.low + 1), 0)).rev() {
+            if *arena != new.arena || group.is_some_and(|g| g != *low) {
+                break;
+            }
+            fits(&placed[*other], new)?;
+            // Below the newcomer only groups that may reach into it matter; an empty one says nothing.
+            if *low < new.low && *high > *low {
+                group = Some(*low);
+            }
+        }
+        alive.insert((new.arena, new.low, i), new.high);
     }
     Ok(())
 }

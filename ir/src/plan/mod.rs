@@ -5,11 +5,15 @@
 //! Such offsets are right for every binding, so a dynamic session evaluates the same plan at the real shape.
 
 mod check;
+mod greedy;
+mod item;
 mod liveness;
 mod pack;
+mod search;
 mod symbolic;
 
 pub use check::{Overlap, check};
+pub use item::{Item, Packing, check_packing, lower_bound};
 pub use liveness::{Buffer, Liveness, liveness};
-pub use pack::{Item, Packing, lower_bound, pack};
+pub use pack::{Effort, pack, pack_with};
 pub use symbolic::{aligned_size, symbolic};
