@@ -8,6 +8,7 @@
 PEER is `onnxruntime`, `transformers` (eager) or `torch` (the same module through torch.compile). The line protocol is
 described in rust/protocol/src/lib.rs. Needs the packages of requirements.txt.
 """
+import json
 import os
 import pathlib
 import shutil
@@ -73,6 +74,11 @@ def prepare(folder, minilm):
                 shutil.copy(item, target)
         export_onnx(target)
     target = folder / "bert-base"
+    target.mkdir(parents=True, exist_ok=True)
+    # Mean pooling without normalisation: differences stay as large as they are.
+    kinds = ["Transformer", "Pooling"]
+    modules = [{"idx": i, "name": str(i), "path": "", "type": f"sentence_transformers.models.{k}"} for i, k in enumerate(kinds)]
+    (target / "modules.json").write_text(json.dumps(modules))
     if not (target / "model.onnx").exists():
         torch.manual_seed(SEED)
         # Dropout is off in all peers; candle wants the field.
@@ -190,7 +196,6 @@ def serve(kind, folder, threads):
 
 def versions():
     import importlib.metadata
-    import json
 
     names = ["onnxruntime", "torch", "transformers", "onnx", "onnxscript", "numpy"]
     print(json.dumps({name: importlib.metadata.version(name) for name in names}))

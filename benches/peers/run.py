@@ -309,7 +309,7 @@ def main():
         build = ["cargo", "build", "--release", "--locked", "--workspace", "--keep-going"]
         subprocess.run(build, cwd=HERE / "rust", check=False)
     # Fails early and says what is missing.
-    if not all((args.models / m / "model.onnx").exists() for m in MODELS):
+    if not all((args.models / m / f).exists() for m in MODELS for f in ["model.onnx", "modules.json"]):
         if not (args.minilm / "model.safetensors").exists():
             sys.exit(f"{args.minilm} is missing: run scripts/fetch_minilm.sh")
         say("preparing the models")
