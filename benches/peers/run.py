@@ -187,13 +187,31 @@ def measure(args, children, shape, row, order):
                 continue
             if turn >= args.warmup:
                 row[peer]["samples_ms"].append(milliseconds)
-    base = statistics.median(row[BASE]["samples_ms"]) if BASE in alive else None
+    base = row[BASE]["samples_ms"] if BASE in alive else None
     for peer in alive:
         samples = row[peer]["samples_ms"]
         median = statistics.median(samples)
         row[peer].update(median_ms=median, min_ms=min(samples), max_ms=max(samples))
-        row[peer]["ratio_to_onnxruntime"] = median / base if base else None
+        row[peer]["ratio_to_onnxruntime"] = median / statistics.median(base) if base else None
+        row[peer]["ratio_of_minima"] = min(samples) / min(base) if base else None
     return count
+
+
+def busy_share(seconds=2.0):
+    """Share of all processors' time that other programs take; None where the system does not tell."""
+    def ticks():
+        fields = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+        # user nice system idle iowait irq softirq steal; idle and iowait are free time.
+        values = [int(v) for v in fields[:8]]
+        return sum(values), values[3] + values[4]
+
+    try:
+        total, idle = ticks()
+        time.sleep(seconds)
+        total_after, idle_after = ticks()
+    except (OSError, ValueError, IndexError):
+        return None
+    return 1 - (idle_after - idle) / max(1, total_after - total)
 
 
 def processor():
@@ -243,12 +261,13 @@ def table(report):
     lines = []
     for result in report["results"]:
         lines.append(f"\n{result['model']} {result['batch']} x {result['length']}, {result['threads']} thread(s)\n")
-        lines.append("| peer | median ms | min | max | / onnxruntime | largest difference | |")
-        lines.append("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
+        lines.append("| peer | median ms | min | max | / onnxruntime | of minima | largest difference | |")
+        lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
         ranked = sorted(result["peers"].items(), key=lambda item: item[1].get("median_ms", math.inf))
         for peer, entry in ranked:
             number = lambda key, form: format(entry[key], form) if entry.get(key) is not None else "-"  # noqa: E731
-            cells = [number(k, ".2f") for k in ["median_ms", "min_ms", "max_ms", "ratio_to_onnxruntime"]]
+            columns = ["median_ms", "min_ms", "max_ms", "ratio_to_onnxruntime", "ratio_of_minima"]
+            cells = [number(k, ".2f") for k in columns]
             cells.append(number("max_abs_diff", ".1e"))
             status = entry["status"] if entry["status"] != "ok" else ""
             lines.append(f"| {peer} | {' | '.join(cells)} | {status} {entry.get('reason', '')[:120]} |")
@@ -304,10 +323,11 @@ def main():
     args = arguments()
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     if not args.no_build and any(p in RUST_PEERS for p in args.peers):
-        # All packages at once: a subset would change the features of shared dependencies and build them again. A peer
-        # that does not build is missing later, and the report says so.
-        build = ["cargo", "build", "--release", "--locked", "--workspace", "--keep-going"]
-        subprocess.run(build, cwd=HERE / "rust", check=False)
+        # All packages at once: a subset would change the features of shared dependencies and build them again. Not
+        # --locked: what Millrace itself depends on may have changed; the peers' versions are pinned in their manifests.
+        build = ["cargo", "build", "--release", "--workspace"]
+        if subprocess.run(build, cwd=HERE / "rust", check=False).returncode:
+            sys.exit("a Rust peer does not build; --no-build uses the programs that are there")
     # Fails early and says what is missing.
     if not all((args.models / m / f).exists() for m in MODELS for f in ["model.onnx", "modules.json"]):
         if not (args.minilm / "model.safetensors").exists():
@@ -316,6 +336,9 @@ def main():
         prepare = [args.python, str(HERE / "peers.py"), "prepare", str(args.models), str(args.minilm)]
         subprocess.run(prepare, check=True, stdout=sys.stderr)
     today = datetime.date.today().isoformat()
+    busy = busy_share()
+    if busy is not None and busy > 0.05:
+        say(f"warning: other programs take {busy:.0%} of the processors; the figures will say little")
     report = {
         "what": "encoder step, f32, milliseconds; smoke run, not a measurement" if args.smoke else "encoder step, f32, milliseconds",
         "date": today,
@@ -327,6 +350,7 @@ def main():
         "settings": {k: getattr(args, k) for k in ["rounds", "warmup", "turn_ms", "pause_ms", "threads"]},
         "tolerance": TOLERANCE,
         "load_before": os.getloadavg(),
+        "busy_before": busy,
         "results": [],
     }
     order = random.Random(1)
@@ -356,7 +380,7 @@ def main():
             finally:
                 for child in children.values():
                     child.close()
-    report["load_after"] = os.getloadavg()
+    report["load_after"], report["busy_after"] = os.getloadavg(), busy_share()
     output = args.output or ROOT / "benches" / "results" / f"cpu-peers-{today}{'-smoke' if args.smoke else ''}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n")
