@@ -56,6 +56,7 @@ pub mod nearest;
 pub mod ops;
 pub mod plan;
 mod positioned;
+pub mod step_cost;
 pub mod tensor;
 pub mod text;
 pub mod types;
