@@ -1,12 +1,14 @@
 //! Rewrites as patches: a rule looks at the graph and says what should change; [`rewrite`] is the only place that
 //! changes it, checks types and joins source names.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use millrace_ir::{
     Def, Id, Loc, Module, Node, NodeId, Op, Operand, Result, TensorType, ValueId, Weight, WeightExpr,
-    WeightId,
 };
+
+use millrace_ir::names::WeightNames;
+use smallvec::SmallVec;
 
 use crate::pass::{Context, Remark};
 
@@ -65,11 +67,14 @@ impl Patch {
     }
 }
 
+/// Nodes that read a value: mostly one or two.
+type Users = SmallVec<[NodeId; 2]>;
+
 /// A view of the graph with its uses, for rules.
 pub struct View<'a> {
     /// The module.
     pub module: &'a Module,
-    uses: &'a [Vec<NodeId>],
+    uses: &'a [Users],
     outputs: &'a [bool],
     passed: &'a [bool],
 }
@@ -141,7 +146,7 @@ pub fn rewrite(
     context: &mut Context,
     rule: &dyn Rule,
 ) -> Result<usize> {
-    let mut uses: Vec<Vec<NodeId>> = vec![Vec::new(); module.graph.values.bound()];
+    let mut uses: Vec<Users> = vec![Users::new(); module.graph.values.bound()];
     let mut outputs = vec![false; module.graph.values.bound()];
     for id in &module.graph.order {
         for operand in &module.graph.nodes[*id].operands {
@@ -156,7 +161,8 @@ pub fn rewrite(
     let mut new_order: Vec<NodeId> = Vec::with_capacity(order.len());
     let mut applied = 0;
     let mut passed = vec![false; module.graph.nodes.bound()];
-    let mut names: Option<Names> = None;
+    // Collected when the first patch brings a weight.
+    let mut names: Option<WeightNames> = None;
     let mut blocked: BTreeSet<(NodeId, String)> = BTreeSet::new();
     // A stack of nodes to look at: patches push their nodes, which come before what follows.
     let mut work: Vec<NodeId> = order.into_iter().rev().collect();
@@ -214,42 +220,14 @@ pub fn rewrite(
     Ok(applied)
 }
 
-/// Names in use by weights and states, collected once per rewrite.
-struct Names(BTreeMap<String, Option<WeightId>>);
-
-impl Names {
-    fn of(module: &Module) -> Self {
-        let weights = module.weights.iter().map(|(id, w)| (w.name.clone(), Some(id)));
-        Names(weights.chain(module.states.iter().map(|(_, s)| (s.name.clone(), None))).collect())
-    }
-
-    fn weight(&mut self, module: &mut Module, base: String, ty: TensorType, expr: WeightExpr) -> WeightId {
-        let mut name = base.clone();
-        let mut number = 1;
-        while let Some(taken) = self.0.get(&name) {
-            if let Some(id) = taken
-                && module.weights[*id].ty == ty
-                && module.weights[*id].expr == expr
-            {
-                return *id;
-            }
-            number += 1;
-            name = format!("{base}.{number}");
-        }
-        let id = module.weights.push(Weight { name: name.clone(), ty, expr, stream: None });
-        self.0.insert(name, Some(id));
-        id
-    }
-}
-
-fn is_live(module: &Module, uses: &[Vec<NodeId>], outputs: &[bool], id: NodeId) -> bool {
+fn is_live(module: &Module, uses: &[Users], outputs: &[bool], id: NodeId) -> bool {
     let node = &module.graph.nodes[id];
     node.op.traits().writes_state
         || node.results.iter().any(|r| outputs[r.index()] || !uses[r.index()].is_empty())
 }
 
 /// Removes a dead node, and whatever it was the last user of.
-fn retire(module: &mut Module, uses: &mut [Vec<NodeId>], outputs: &[bool], id: NodeId) {
+fn retire(module: &mut Module, uses: &mut [Users], outputs: &[bool], id: NodeId) {
     let mut work = vec![id];
     while let Some(id) = work.pop() {
         let Some(node) = module.graph.nodes.get(id) else { continue };
@@ -268,14 +246,15 @@ fn retire(module: &mut Module, uses: &mut [Vec<NodeId>], outputs: &[bool], id: N
 
 fn apply(
     module: &mut Module,
-    uses: &mut Vec<Vec<NodeId>>,
+    uses: &mut Vec<Users>,
     outputs: &mut Vec<bool>,
-    names: &mut Option<Names>,
+    names: &mut Option<WeightNames>,
     patch: Patch,
 ) -> Result<Vec<NodeId>> {
     let mut weights = Vec::with_capacity(patch.weights.len());
     for (name, ty, expr) in patch.weights {
-        weights.push(names.get_or_insert_with(|| Names::of(module)).weight(module, name, ty, expr));
+        let names = names.get_or_insert_with(|| WeightNames::of(module));
+        weights.push(names.equal_or_add(module, Weight { name, ty, expr, stream: None }));
     }
     let mut loc: Vec<Loc> = patch.sources.iter().flat_map(|n| module.graph.nodes[*n].loc.clone()).collect();
     loc.sort();
@@ -289,7 +268,7 @@ fn apply(
     for (op, operands) in patch.nodes {
         let operands = operands.into_iter().map(|f| find(module, &made, f)).collect();
         let id = module.new_node(op, operands, loc.clone())?;
-        uses.resize(module.graph.values.bound(), Vec::new());
+        uses.resize(module.graph.values.bound(), Users::new());
         outputs.resize(module.graph.values.bound(), false);
         for operand in module.graph.nodes[id].operands.clone() {
             if let Operand::Value(v) = operand {

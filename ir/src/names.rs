@@ -38,6 +38,22 @@ impl WeightNames {
         id
     }
 
+    /// The weight of this name (or of this name with a number) that is equal to `weight`, or a new one.
+    pub fn equal_or_add(&mut self, module: &mut Module, weight: Weight) -> WeightId {
+        let mut name = weight.name.clone();
+        let mut n = 1;
+        while let Some(taken) = self.taken.get(&name) {
+            if let Some(id) = taken
+                && module.weights.get(*id).is_some_and(|w| w.ty == weight.ty && w.expr == weight.expr)
+            {
+                return *id;
+            }
+            n += 1;
+            name = format!("{}.{n}", weight.name);
+        }
+        self.add(module, weight)
+    }
+
     /// The weight of this name, or a new one.
     pub fn get_or_add(
         &mut self,

@@ -115,12 +115,12 @@ impl Report {
 pub fn verify(module: &Module) -> Result<Verified<'_>, Vec<Violation>> {
     let mut report = Report::default();
     module_rules::names(module, &mut report);
-    module_rules::symbols(module, &mut report);
+    let types = Types::of(module);
+    module_rules::symbols(module, &types, &mut report);
     module_rules::weights(module, &mut report);
     graph_rules::structure(module, &mut report);
     // The rules below follow ids and evaluate dims without asking again whether they may.
     if !report.breaks(&[2, 5, 6, 7]) {
-        let types = Types::of(module);
         module_rules::sizes(module, &types, &mut report);
         place_rules::phases(module, &mut report);
         if !report.breaks(&[3]) {

@@ -16,7 +16,7 @@ use crate::weights::MAX_DEPTH;
 
 pub(super) fn names(module: &Module, report: &mut Report) {
     let mut unique = |what: &str, names: Vec<&str>| {
-        let mut seen = HashSet::new();
+        let mut seen = HashSet::with_capacity(names.len());
         for name in names {
             if name.is_empty() {
                 report.add(1, None, format!("a {what} has no name"));
@@ -43,7 +43,7 @@ pub(super) fn names(module: &Module, report: &mut Report) {
 /// Most symbols of a module: tables of them are searched front to back.
 const MAX_SYMBOLS: usize = 64;
 
-pub(super) fn symbols(module: &Module, report: &mut Report) {
+pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
     for decl in &module.dims {
         let SymDecl { sym, min, max, multiple, hint: _ } = decl;
         if !(1 <= *min && min <= max && *max <= MAX_EXTENT as u64) {
@@ -85,16 +85,14 @@ pub(super) fn symbols(module: &Module, report: &mut Report) {
             ops.remember(&node.op, ());
         }
     }
-    let mut types: HashSet<&TensorType> = HashSet::new();
+    let mut good = vec![false; types.list.len()];
     let mut offsets: HashSet<&Dim> = HashSet::new();
-    for (_, value) in module.graph.values.iter() {
+    for (id, value) in module.graph.values.iter() {
         let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
         let before = report.found.len();
-        if !types.contains(&value.ty) {
+        if !good[types.value(id) as usize] {
             value.ty.shape.iter().for_each(|d| declared(d, report, node));
-            if report.found.len() == before {
-                types.insert(&value.ty);
-            }
+            good[types.value(id) as usize] = report.found.len() == before;
         }
         if let Some(Place::Arena { offset, .. }) = &value.place
             && !offsets.contains(offset)
@@ -106,7 +104,11 @@ pub(super) fn symbols(module: &Module, report: &mut Report) {
             }
         }
     }
-    module.states.iter().for_each(|(_, s)| s.ty.shape.iter().for_each(|d| declared(d, report, None)));
+    for (id, state) in module.states.iter() {
+        if !good[types.operand(Operand::State(id)) as usize] {
+            state.ty.shape.iter().for_each(|d| declared(d, report, None));
+        }
+    }
     module.arenas.iter().for_each(|(_, a)| declared(&a.size, report, None));
 }
 
