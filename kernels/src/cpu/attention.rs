@@ -1,8 +1,12 @@
 //! Attention with an online softmax: scores exist for one block of 32 keys at a time.
 //!
-//! A task is a block of query rows of one sequence and one key head. Each key block is widened and transposed once for
-//! all rows and query heads of the task; every row then visits the blocks it can see in rising order, so its
-//! result does not depend on the other rows (Milakov and Gimelshein 2018 for the online softmax).
+//! A task is a block of query rows of one sequence and one key head; a lane is one query row of one head. Many lanes go
+//! side by side, 32 in a panel of the matmul tile: scores, softmax and sums are then products and columns. Few lanes,
+//! as in decoding, go one by one over transposed keys. Both add in the same order with the same roundings, and every
+//! lane visits the blocks it can see in rising order, so its result does not depend on the other lanes (Milakov and
+//! Gimelshein 2018 for the online softmax).
+
+use std::cell::RefCell;
 
 use millrace_ir::Result;
 
@@ -10,13 +14,21 @@ use super::element::Element;
 use super::math::exp;
 use super::paging::{Paging, spans};
 use super::parallel::{Pool, Shared};
-use super::simd::dispatch;
+use super::simd::{Isa, PANEL, TILE_ROWS, dispatch, pack_rows, packed_rows_len, part, tile};
 
 /// Keys of one block.
 const KEYS: usize = 32;
 
-/// Query rows of one task.
-const ROWS: usize = 16;
+/// Most lanes of one task.
+const LANES: usize = 128;
+
+/// Fewest lanes that go side by side.
+const PANEL_LANES: usize = 8;
+
+thread_local! {
+    /// Working memory of the task at hand.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Sizes and masking of an attention call.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +72,7 @@ dispatch! {
         let mut sums = [0f32; 32];
         for (x, k) in q.iter().zip(keys.chunks_exact(32)) {
             for j in 0..32 {
-                sums[j] += x * k[j];
+                sums[j] = x.mul_add(k[j], sums[j]);
             }
         }
         *out = sums;
@@ -72,7 +84,9 @@ dispatch! {
     pub fn weigh(weights: &[f32], values: &[f32], out: &mut [f32]) {
         let d = out.len();
         for (w, v) in weights.iter().zip(values.chunks_exact(d)) {
-            out.iter_mut().zip(v).for_each(|(o, v)| *o += w * v);
+            for (o, v) in out.iter_mut().zip(v) {
+                *o = w.mul_add(*v, *o);
+            }
         }
     }
 }
@@ -80,7 +94,49 @@ dispatch! {
 dispatch! {
     /// Turns scores into weights `e^(s - top)`; masked ones are minus infinity and become 0.
     pub fn exponentials(s: &mut [f32; 32], top: f32) {
-        s.iter_mut().for_each(|v| *v = exp(*v - top));
+        for v in s.iter_mut() {
+            *v = exp(*v - top);
+        }
+    }
+}
+
+dispatch! {
+    /// Softmax of one block for 32 lanes: scores `s [keys, 32]` become weights, `top` and `total` go on, and `shrink`
+    /// says by what the sums so far are multiplied. Lanes that see no key of the block stay as they are.
+    pub fn soften(s: &mut [f32], top: &mut [f32; 32], total: &mut [f32; 32], shrink: &mut [f32; 32]) {
+        let mut high = *top;
+        for row in s.chunks_exact(32) {
+            for l in 0..32 {
+                high[l] = if row[l] > high[l] { row[l] } else { high[l] };
+            }
+        }
+        let mut base = [0f32; 32];
+        for l in 0..32 {
+            base[l] = if high[l] == f32::NEG_INFINITY { 0.0 } else { high[l] };
+            shrink[l] = if top[l] == f32::NEG_INFINITY { 0.0 } else { exp(top[l] - base[l]) };
+        }
+        let mut sum = [0f32; 32];
+        for row in s.chunks_exact_mut(32) {
+            for l in 0..32 {
+                row[l] = exp(row[l] - base[l]);
+                sum[l] += row[l];
+            }
+        }
+        for l in 0..32 {
+            total[l] = total[l] * shrink[l] + sum[l];
+        }
+        *top = high;
+    }
+}
+
+dispatch! {
+    /// Multiplies every row of `sums [d, 32]` by `factors`.
+    pub fn scale_lanes(sums: &mut [f32], factors: &[f32; 32]) {
+        for row in sums.chunks_exact_mut(32) {
+            for (v, f) in row.iter_mut().zip(factors) {
+                *v *= f;
+            }
+        }
     }
 }
 
@@ -177,9 +233,15 @@ fn run<T: Element>(
 ) {
     let mut tasks = Vec::new();
     let mut work = 0;
-    for (sequence, (start, end, past, keys)) in spans.enumerate() {
-        for row in (start..end).step_by(ROWS) {
-            let count = ROWS.min(end - row);
+    let group = (heads.heads / heads.kv_heads.max(1)).max(1);
+    // Tall tasks share the work on keys; where they would leave threads idle they are cut to one panel.
+    let spans: Vec<_> = spans.collect();
+    let all: usize = spans.iter().map(|(start, end, ..)| (end - start) * heads.heads).sum();
+    let lanes = if all / LANES >= 4 * pool.threads() { LANES } else { PANEL };
+    let tall = (lanes / group).max(1);
+    for (sequence, (start, end, past, keys)) in spans.into_iter().enumerate() {
+        for row in (start..end).step_by(tall) {
+            let count = tall.min(end - row);
             work += count * keys * heads.d * heads.heads * 2;
             let position = past + row - start;
             tasks.extend((0..heads.kv_heads).map(|kv_head| Task {
@@ -193,7 +255,137 @@ fn run<T: Element>(
         }
     }
     let shared = Shared::new(out);
-    pool.run(tasks.len(), work, |index| attend(pool, heads, q, rows, &tasks[index], &shared));
+    pool.run(tasks.len(), work, |index| {
+        let task = &tasks[index];
+        // Without fused multiply-add in hardware the panel is faster for one lane as well.
+        if task.count * group >= PANEL_LANES || pool.isa == Isa::Portable {
+            SCRATCH.with_borrow_mut(|scratch| attend_panels(pool, heads, q, rows, task, &shared, scratch));
+        } else {
+            attend(pool, heads, q, rows, task, &shared);
+        }
+    });
+}
+
+/// The keys that a lane at `position` sees: from, and up to but not including.
+fn visible(heads: Heads, position: usize, keys: usize) -> (usize, usize) {
+    let low = if heads.window == 0 { 0 } else { (position + 1).saturating_sub(heads.window) };
+    (low, if heads.causal { position + 1 } else { keys })
+}
+
+/// Takes `len` numbers off the front of a buffer.
+fn take<'a>(buffer: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
+    let (front, rest) = std::mem::take(buffer).split_at_mut(len);
+    *buffer = rest;
+    front
+}
+
+/// Lanes side by side, 32 in a panel.
+fn attend_panels<T: Element>(
+    pool: &Pool,
+    heads: Heads,
+    q: &[T],
+    rows: &impl Rows<T>,
+    task: &Task,
+    out: &Shared<'_, T>,
+    scratch: &mut Vec<f32>,
+) {
+    let Heads { heads: query_heads, kv_heads, d, scale, causal, .. } = heads;
+    let group = query_heads / kv_heads.max(1);
+    let lanes = task.count * group;
+    let panels = lanes.div_ceil(PANEL);
+    let padded = panels * PANEL;
+    let needed = 2 * padded * d + 2 * KEYS * d + packed_rows_len(KEYS, d) + KEYS * PANEL + 2 * padded + d;
+    if scratch.len() < needed {
+        scratch.resize(needed, 0.0);
+    }
+    let mut buffer = &mut scratch[..];
+    let queries = take(&mut buffer, padded * d);
+    let sums = take(&mut buffer, padded * d);
+    let keys = take(&mut buffer, KEYS * d);
+    let values = take(&mut buffer, KEYS * d);
+    let packed = take(&mut buffer, packed_rows_len(KEYS, d));
+    let scores = take(&mut buffer, KEYS * PANEL);
+    let tops = take(&mut buffer, padded);
+    let totals = take(&mut buffer, padded);
+    let row = take(&mut buffer, d);
+    sums.fill(0.0);
+    totals.fill(0.0);
+    tops.fill(f32::NEG_INFINITY);
+    queries.fill(0.0);
+    let place =
+        |lane: usize| ((task.row + lane / group) * query_heads + task.kv_head * group + lane % group) * d;
+    for lane in 0..lanes {
+        T::widen(&q[place(lane)..][..d], row);
+        let panel = &mut queries[lane / PANEL * PANEL * d..][..PANEL * d];
+        let column = panel[lane % PANEL..].iter_mut().step_by(PANEL);
+        column.zip(row.iter()).for_each(|(to, x)| *to = x * scale);
+    }
+    let position = |lane: usize| task.position + lane / group;
+    let last = if causal { task.keys.min(task.position + task.count) } else { task.keys };
+    let first = visible(heads, task.position, task.keys).0;
+    for block in (first / KEYS * KEYS..last).step_by(KEYS) {
+        let count = KEYS.min(last - block);
+        for j in 0..count {
+            T::widen(rows.key(task.sequence, block + j, task.kv_head), &mut keys[j * d..(j + 1) * d]);
+            T::widen(rows.value(task.sequence, block + j, task.kv_head), &mut values[j * d..(j + 1) * d]);
+        }
+        pack_rows(pool.isa, &keys[..count * d], d, count, d, packed);
+        for panel in 0..panels {
+            let own = panel * PANEL..lanes.min((panel + 1) * PANEL);
+            let (low, high) = (
+                visible(heads, position(own.start), task.keys),
+                visible(heads, position(own.end - 1), task.keys),
+            );
+            // Windows move up with the position.
+            if high.1 <= block || low.0 >= block + count {
+                continue;
+            }
+            let scores = &mut scores[..count * PANEL];
+            scores.fill(0.0);
+            let columns = &queries[panel * PANEL * d..][..PANEL * d];
+            let tiles = count.div_ceil(TILE_ROWS);
+            for index in 0..tiles {
+                let part = part(count, tiles, index);
+                let acc = &mut scores[part.start * PANEL..part.end * PANEL];
+                tile(pool.isa, &packed[part.start * d..], part.len(), part.len(), d, columns, acc);
+            }
+            if low.1 < block + count || high.0 > block {
+                for lane in own.clone() {
+                    let (low, high) = visible(heads, position(lane), task.keys);
+                    for j in (0..count).filter(|j| block + j < low || block + j >= high) {
+                        scores[j * PANEL + lane % PANEL] = f32::NEG_INFINITY;
+                    }
+                }
+            }
+            let state = panel * PANEL..(panel + 1) * PANEL;
+            let (Ok(top), Ok(total)) =
+                ((&mut tops[state.clone()]).try_into(), (&mut totals[state]).try_into())
+            else {
+                continue;
+            };
+            let mut shrink = [0f32; PANEL];
+            soften(pool.isa, scores, top, total, &mut shrink);
+            let sums = &mut sums[panel * PANEL * d..][..PANEL * d];
+            if shrink.iter().any(|s| *s != 1.0) {
+                scale_lanes(pool.isa, sums, &shrink);
+            }
+            let tiles = d.div_ceil(TILE_ROWS);
+            for index in 0..tiles {
+                let part = part(d, tiles, index);
+                let acc = &mut sums[part.start * PANEL..part.end * PANEL];
+                tile(pool.isa, &values[part.start..count * d], d, part.len(), count, scores, acc);
+            }
+        }
+    }
+    for lane in 0..lanes {
+        let total = totals[lane];
+        let factor = if total > 0.0 { 1.0 / total } else { 0.0 };
+        let column = sums[lane / PANEL * PANEL * d + lane % PANEL..].iter().step_by(PANEL);
+        row.iter_mut().zip(column).for_each(|(to, x)| *to = x * factor);
+        // SAFETY: a task owns its rows and the query heads of its key head.
+        #[allow(unsafe_code)]
+        T::narrow(row, unsafe { out.range(place(lane), d) });
+    }
 }
 
 fn attend<T: Element>(
@@ -204,7 +396,7 @@ fn attend<T: Element>(
     task: &Task,
     out: &Shared<'_, T>,
 ) {
-    let Heads { heads: query_heads, kv_heads, d, scale, causal, window } = heads;
+    let Heads { heads: query_heads, kv_heads, d, scale, causal, .. } = heads;
     let group = query_heads / kv_heads.max(1);
     let lanes = task.count * group;
     // Query lanes are (row, head of the group), scaled once.
@@ -219,7 +411,7 @@ fn attend<T: Element>(
     let (mut keys, mut values) = (vec![0f32; d * KEYS], vec![0f32; KEYS * d]);
     let mut row_buffer = vec![0f32; d];
     let last = if causal { task.keys.min(task.position + task.count) } else { task.keys };
-    let first = if window == 0 { 0 } else { (task.position + 1).saturating_sub(window) };
+    let first = visible(heads, task.position, task.keys).0;
     for block in (first / KEYS * KEYS..last).step_by(KEYS) {
         let count = KEYS.min(last - block);
         for j in 0..count {
@@ -229,8 +421,7 @@ fn attend<T: Element>(
         }
         for lane in 0..lanes {
             let position = task.position + lane / group;
-            let low = if window == 0 { 0 } else { (position + 1).saturating_sub(window) };
-            let high = if causal { position + 1 } else { task.keys };
+            let (low, high) = visible(heads, position, task.keys);
             if high <= block || low >= block + count {
                 continue;
             }

@@ -16,7 +16,7 @@ pub fn fma_gflops(pool: &Pool) -> f64 {
     for _ in 0..5 {
         let start = Instant::now();
         for _ in 0..rounds {
-            tile(pool.isa, black_box(&a), k, TILE_ROWS, k, black_box(&panel), &mut acc);
+            tile(pool.isa, black_box(&a), TILE_ROWS, TILE_ROWS, k, black_box(&panel), &mut acc);
         }
         let seconds = start.elapsed().as_secs_f64();
         black_box(&acc);

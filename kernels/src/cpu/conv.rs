@@ -10,7 +10,7 @@ use millrace_ir::Result;
 
 use super::element::Element;
 use super::parallel::{Grid, Pool, for_chunks, for_rectangles};
-use super::simd::{PANEL, TILE_ROWS, dispatch, tile};
+use super::simd::{PANEL, TILE_ROWS, dispatch, pack_rows, packed_rows_len, tile};
 use super::view::{elements, misfit};
 
 /// Rows of patches that are built at a time: a panel block of f32 is 64 KiB.
@@ -156,9 +156,13 @@ dispatch! {
     /// Adds `weight * x[i * stride]` to each `out[i]`.
     pub fn add_scaled(out: &mut [f32], x: &[f32], stride: usize, weight: f32) {
         if stride == 1 {
-            out.iter_mut().zip(x).for_each(|(o, v)| *o += weight * v);
+            for (o, v) in out.iter_mut().zip(x) {
+                *o += weight * v;
+            }
         } else {
-            out.iter_mut().zip(x.iter().step_by(stride)).for_each(|(o, v)| *o += weight * v);
+            for (o, v) in out.iter_mut().zip(x.iter().step_by(stride)) {
+                *o += weight * v;
+            }
         }
     }
 }
@@ -205,6 +209,7 @@ impl<T: Element> Job<'_, T> {
             }
             let block = INNER.min(self.k) * PANEL;
             let mut patches = vec![0f32; segments.len() * block];
+            let mut packed = vec![0f32; packed_rows_len(TILE_ROWS, INNER)];
             for start in (0..self.k).step_by(INNER) {
                 let inner = INNER.min(self.k - start);
                 for (segments, patches) in segments.iter().zip(patches.chunks_exact_mut(block)) {
@@ -213,9 +218,10 @@ impl<T: Element> Job<'_, T> {
                 for top in (0..own_rows).step_by(TILE_ROWS) {
                     let count = TILE_ROWS.min(own_rows - top);
                     let a = &self.weight[(first_row + top) * self.k + start..];
+                    pack_rows(pool.isa, a, self.k, count, inner, &mut packed);
                     for (acc, patches) in acc.chunks_exact_mut(panel_size).zip(patches.chunks_exact(block)) {
                         let acc = &mut acc[top * PANEL..(top + count) * PANEL];
-                        tile(pool.isa, a, self.k, count, inner, patches, acc);
+                        tile(pool.isa, &packed, count, count, inner, patches, acc);
                     }
                 }
             }

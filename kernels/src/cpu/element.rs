@@ -12,13 +12,19 @@ pub trait Element: Copy + Send + Sync + Default + PartialEq + std::fmt::Debug + 
     const WIDEN: Widen;
 
     /// Converts a slice; `to` has the length of `from`.
+    #[inline(always)]
     fn widen(from: &[Self], to: &mut [f32]) {
-        to.iter_mut().zip(from).for_each(|(t, f)| *t = f.to_f32());
+        for (t, f) in to.iter_mut().zip(from) {
+            *t = f.to_f32();
+        }
     }
 
     /// Converts a slice; `to` has the length of `from`.
+    #[inline(always)]
     fn narrow(from: &[f32], to: &mut [Self]) {
-        to.iter_mut().zip(from).for_each(|(t, f)| *t = Self::from_f32(*f));
+        for (t, f) in to.iter_mut().zip(from) {
+            *t = Self::from_f32(*f);
+        }
     }
 
     /// The slice itself if the type is f32.

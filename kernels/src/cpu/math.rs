@@ -10,7 +10,11 @@ use super::simd::dispatch;
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     let clamped = x.clamp(-87.3, 88.7);
-    let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+    const SHIFT: f32 = 12_582_912.0;
+    let shifted = clamped * std::f32::consts::LOG2_E + SHIFT;
+    let n = shifted - SHIFT;
+    let integer = (shifted.to_bits() as i32).wrapping_sub(SHIFT.to_bits() as i32);
     let r = n.mul_add_fast(-0.693_145_75, clamped);
     let r = n.mul_add_fast(-1.428_606_8e-6, r);
     let mut p = 1.388_888_9e-3f32;
@@ -21,9 +25,9 @@ pub fn exp(x: f32) -> f32 {
     p = p * r + 1.0;
     p = p * r + 1.0;
     // Two factors keep the scale finite at both ends.
-    let half = (n * 0.5).floor();
-    let scale = |e: f32| f32::from_bits((((e as i32) + 127) << 23) as u32);
-    let value = p * scale(half) * scale(n - half);
+    let half = integer >> 1;
+    let scale = |e: i32| f32::from_bits((e.wrapping_add(127) << 23) as u32);
+    let value = p * scale(half) * scale(integer.wrapping_sub(half));
     let value = if x < -87.3 { 0.0 } else { value };
     if x > 88.7 {
         f32::INFINITY
@@ -125,13 +129,22 @@ impl Activation {
 dispatch! {
     /// Applies `f` to every element.
     pub fn activate(f: Activation, x: &mut [f32]) {
+        // Loops rather than closures, which would not be compiled for the instruction set.
+        macro_rules! each {
+            ($v:ident => $e:expr) => {
+                for slot in x.iter_mut() {
+                    let $v = *slot;
+                    *slot = $e;
+                }
+            };
+        }
         match f {
-            Activation::Silu => x.iter_mut().for_each(|v| *v *= sigmoid(*v)),
-            Activation::Gelu => x.iter_mut().for_each(|v| *v = gelu(*v)),
-            Activation::GeluTanh => x.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
-            Activation::Relu => x.iter_mut().for_each(|v| *v = v.max(0.0)),
-            Activation::Tanh => x.iter_mut().for_each(|v| *v = tanh(*v)),
-            Activation::Sigmoid => x.iter_mut().for_each(|v| *v = sigmoid(*v)),
+            Activation::Silu => each!(v => v * sigmoid(v)),
+            Activation::Gelu => each!(v => gelu(v)),
+            Activation::GeluTanh => each!(v => gelu_tanh(v)),
+            Activation::Relu => each!(v => v.max(0.0)),
+            Activation::Tanh => each!(v => tanh(v)),
+            Activation::Sigmoid => each!(v => sigmoid(v)),
         }
     }
 }

@@ -1,21 +1,31 @@
 //! Matrix products with packed weights and an epilogue in the tile.
 //!
 //! A packed weight is a sequence of panels of [`PANEL`] output columns, `[k, 32]` each; segments of columns are padded
-//! separately. Work is cut into tasks of one panel group and one block of rows; within a task the inner extent runs in
-//! blocks that keep both operands in cache, in rising order, so that every element is one chain.
+//! separately. Work is cut into tasks of one panel group and one block of rows, which the task packs for the tile; the
+//! inner extent runs in blocks that keep both operands in cache, in rising order, so that every element is one chain.
+
+use std::cell::RefCell;
 
 use super::element::Element;
 use super::math::{Activation, activate};
 use super::parallel::{Pool, Shared, for_chunks};
-use super::simd::{TILE_ROWS, tile};
+use super::simd::{TILE_ROWS, dispatch, pack_rows, packed_rows_len, part, tile};
 
 pub use super::simd::PANEL;
 
-/// Inner extent of one block: a panel block of f32 is 64 KiB.
-const INNER: usize = 512;
+/// Inner extent of one block: a panel block of f32 is 32 KiB.
+const INNER: usize = 256;
 
-/// Rows of one task.
-const ROWS: usize = 96;
+/// Most rows of one task.
+const ROWS: usize = 112;
+
+/// Fewest panels of a task of many rows, whose packing they share.
+const SHARED_PANELS: usize = 6;
+
+thread_local! {
+    /// The packed rows of the task at hand.
+    static PACKED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A step between accumulators and store, with its operand.
 #[derive(Clone, Copy, Debug)]
@@ -166,21 +176,23 @@ impl<T: Element, B: Element> Matmul<'_, T, B> {
         // A gated product computes panel p of both segments together.
         let panels = if glu { all.len() / 2 } else { all.len() };
         let blocks = m.div_ceil(ROWS);
-        // A few panels per task amortise claiming it when rows are few.
-        let group = (64 * 1024 / (k * PANEL * size_of::<B>()).max(1))
-            .clamp(1, panels.div_ceil(pool.threads() * 4).max(1));
+        // A few panels per task amortise claiming it when rows are few, and packing when they are many.
+        let by_bytes = (64 * 1024 / (k * PANEL * size_of::<B>()).max(1)).max(1);
+        let least = if m >= TILE_ROWS { SHARED_PANELS } else { by_bytes };
+        let balanced = panels.div_ceil((pool.threads() * 4).div_ceil(blocks));
+        let group = least.min(panels.div_ceil(pool.threads())).max(balanced).max(1);
         let groups = panels.div_ceil(group);
         let shared: Vec<Shared<'_, O>> = outputs.iter_mut().map(|o| Shared::new(o)).collect();
-        pool.run(groups * blocks, m * k * panels * PANEL, |task| {
+        let task = |packed: &mut Vec<f32>, task: usize| {
             let (group_index, block) = (task / blocks, task % blocks);
-            let rows = block * ROWS..m.min((block + 1) * ROWS);
-            let mut scratch = Vec::new();
-            let block_a = match T::as_f32(&a[rows.start * k..rows.end * k]) {
-                Some(block) => block,
-                None => {
-                    scratch.resize(rows.len() * k, 0f32);
-                    T::widen(&a[rows.start * k..rows.end * k], &mut scratch);
-                    &scratch
+            let rows = part(m, blocks, block);
+            let block_a = &a[rows.start * k..rows.end * k];
+            let block_a = match T::as_f32(block_a) {
+                Some(row) if rows.len() == 1 => row,
+                _ => {
+                    packed.resize(packed_rows_len(rows.len(), k).max(packed.len()), 0.0);
+                    pack_rows(pool.isa, block_a, k, rows.len(), k, packed);
+                    packed
                 }
             };
             let mut acc = [0f32; ROWS * PANEL];
@@ -203,23 +215,66 @@ impl<T: Element, B: Element> Matmul<'_, T, B> {
                     // SAFETY: tasks own disjoint (panel, row block) rectangles of the outputs.
                     #[allow(unsafe_code)]
                     let out = unsafe { shared[target.segment].range(start, target.width) };
-                    O::narrow(&row[..target.width], out);
+                    store(pool.isa, &row[..target.width], out);
                 }
             }
+        };
+        pool.run(groups * blocks, m * k * panels * PANEL, |index| {
+            PACKED.with_borrow_mut(|packed| task(packed, index));
         });
     }
 }
 
-fn accumulate<B: Element>(pool: &Pool, a: &[f32], k: usize, panel: &[B], acc: &mut [f32]) {
+/// `acc [rows, 32]` becomes the packed rows times a panel.
+fn accumulate<B: Element>(pool: &Pool, packed: &[f32], k: usize, panel: &[B], acc: &mut [f32]) {
     acc.fill(0.0);
     let rows = acc.len() / PANEL;
+    let tiles = rows.div_ceil(TILE_ROWS);
     for start in (0..k).step_by(INNER) {
         let inner = INNER.min(k - start);
-        let part = &panel[start * PANEL..(start + inner) * PANEL];
-        for first in (0..rows).step_by(TILE_ROWS) {
-            let count = TILE_ROWS.min(rows - first);
-            let acc = &mut acc[first * PANEL..(first + count) * PANEL];
-            tile(pool.isa, &a[first * k + start..], k, count, inner, part, acc);
+        let columns = &panel[start * PANEL..(start + inner) * PANEL];
+        for index in 0..tiles {
+            let rows = part(rows, tiles, index);
+            let count = rows.len();
+            let a = &packed[rows.start * k + start * count..];
+            tile(pool.isa, a, count, count, inner, columns, &mut acc[rows.start * PANEL..rows.end * PANEL]);
+        }
+    }
+}
+
+dispatch! {
+    /// Rounds one row of a panel to its element type.
+    pub fn store<O: Element>(row: &[f32], out: &mut [O]) {
+        O::narrow(row, out);
+    }
+}
+
+dispatch! {
+    /// Adds `bias` to every row of 32.
+    pub fn add_row<T: Element>(bias: &[T], acc: &mut [f32]) {
+        let mut wide = [0f32; PANEL];
+        for (w, b) in wide.iter_mut().zip(bias) {
+            *w = b.to_f32();
+        }
+        for row in acc.chunks_exact_mut(PANEL) {
+            for (v, b) in row.iter_mut().zip(&wide) {
+                *v += b;
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Adds (or multiplies by) one row of another tensor.
+    pub fn combine<T: Element>(add: bool, row: &mut [f32], x: &[T]) {
+        if add {
+            for (v, x) in row.iter_mut().zip(x) {
+                *v += x.to_f32();
+            }
+        } else {
+            for (v, x) in row.iter_mut().zip(x) {
+                *v *= x.to_f32();
+            }
         }
     }
 }
@@ -235,8 +290,8 @@ fn gate<T: Element>(
     for step in epilogue {
         match step {
             Epilogue::Bias(bias) => {
-                add_bias(bias, left, acc);
-                add_bias(bias, right, up);
+                add_row(pool.isa, &bias[left.column..][..left.width], acc);
+                add_row(pool.isa, &bias[right.column..][..right.width], up);
             }
             Epilogue::Glu(f) => {
                 activate(pool.isa, *f, acc);
@@ -245,13 +300,6 @@ fn gate<T: Element>(
             }
             _ => {}
         }
-    }
-}
-
-fn add_bias<T: Element>(bias: &[T], target: Target, acc: &mut [f32]) {
-    let bias = &bias[target.column..target.column + target.width];
-    for row in acc.chunks_exact_mut(PANEL) {
-        row.iter_mut().zip(bias).for_each(|(v, b)| *v += b.to_f32());
     }
 }
 
@@ -265,15 +313,13 @@ fn finish<T: Element>(
 ) {
     for step in epilogue {
         match step {
-            Epilogue::Bias(bias) => add_bias(bias, target, acc),
+            Epilogue::Bias(bias) => add_row(pool.isa, &bias[target.column..][..target.width], acc),
             Epilogue::Activation(f) => activate(pool.isa, *f, acc),
             Epilogue::Residual(x) | Epilogue::Mul(x) => {
                 let add = matches!(step, Epilogue::Residual(_));
                 for (r, row) in acc.chunks_exact_mut(PANEL).enumerate() {
                     let at = (first_row + r) * width + target.within;
-                    for (v, x) in row.iter_mut().zip(&x[at..at + target.width]) {
-                        *v = if add { *v + x.to_f32() } else { *v * x.to_f32() };
-                    }
+                    combine(pool.isa, add, row, &x[at..at + target.width]);
                 }
             }
             Epilogue::Glu(_) => {}

@@ -50,12 +50,16 @@ dispatch! {
             }
         };
         match bias {
-            None => row.iter_mut().zip(weight).for_each(|(v, w)| *v = (*v - mean) * scale * w),
-            Some(bias) => row
-                .iter_mut()
-                .zip(weight)
-                .zip(bias)
-                .for_each(|((v, w), b)| *v = (*v - mean) * scale * w + b),
+            None => {
+                for (v, w) in row.iter_mut().zip(weight) {
+                    *v = (*v - mean) * scale * w;
+                }
+            }
+            Some(bias) => {
+                for ((v, w), b) in row.iter_mut().zip(weight).zip(bias) {
+                    *v = (*v - mean) * scale * w + b;
+                }
+            }
         }
     }
 }
@@ -150,7 +154,9 @@ dispatch! {
         top.fill(f32::NEG_INFINITY);
         total.fill(0.0);
         for row in x.chunks_exact(width) {
-            top.iter_mut().zip(row).for_each(|(t, v)| *t = t.max(*v));
+            for (t, v) in top.iter_mut().zip(row) {
+                *t = t.max(*v);
+            }
         }
         for row in x.chunks_exact_mut(width) {
             for ((v, t), sum) in row.iter_mut().zip(top.iter()).zip(total.iter_mut()) {
@@ -159,7 +165,9 @@ dispatch! {
             }
         }
         for row in x.chunks_exact_mut(width) {
-            row.iter_mut().zip(total.iter()).for_each(|(v, sum)| *v /= sum);
+            for (v, sum) in row.iter_mut().zip(total.iter()) {
+                *v /= sum;
+            }
         }
     }
 }

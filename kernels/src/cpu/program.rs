@@ -233,7 +233,7 @@ fn round(dtype: DType, tile: &mut [f32; TILE]) {
 dispatch! {
     /// Applies a function to a tile.
     pub fn unary(f: UnaryFn, x: &mut [f32; 256]) {
-        macro_rules! map { ($g:expr) => { x.iter_mut().for_each(|v| *v = ($g)(*v)) } }
+        macro_rules! map { ($g:expr) => { for v in x.iter_mut() { *v = ($g)(*v); } } }
         match f {
             UnaryFn::Neg => map!(|v: f32| -v),
             UnaryFn::Abs => map!(|v: f32| v.abs()),
@@ -260,7 +260,7 @@ dispatch! {
 dispatch! {
     /// Combines two tiles into the first.
     pub fn binary(f: BinaryFn, x: &mut [f32; 256], y: &[f32; 256]) {
-        macro_rules! zip { ($g:expr) => { x.iter_mut().zip(y).for_each(|(a, b)| *a = ($g)(*a, *b)) } }
+        macro_rules! zip { ($g:expr) => { for (a, b) in x.iter_mut().zip(y) { *a = ($g)(*a, *b); } } }
         let truth = |t: bool| f32::from(u8::from(t));
         match f {
             BinaryFn::Add => zip!(|a: f32, b: f32| a + b),

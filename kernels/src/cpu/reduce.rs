@@ -50,7 +50,7 @@ dispatch! {
                     *lane = $g(*lane, *v);
                 }
             }
-            lanes.iter_mut().zip(rest).for_each(|(lane, v)| *lane = $g(*lane, *v));
+            for (lane, v) in lanes.iter_mut().zip(rest) { *lane = $g(*lane, *v); }
             let mut width = 8;
             while width > 0 {
                 for j in 0..width {
@@ -71,7 +71,7 @@ dispatch! {
 dispatch! {
     /// Combines each element of a row into its own column.
     pub fn fold_columns(f: ReduceFn, row: &[f32], into: &mut [f32]) {
-        macro_rules! fold { ($g:expr) => { into.iter_mut().zip(row).for_each(|(a, v)| *a = $g(*a, *v)) } }
+        macro_rules! fold { ($g:expr) => { for (a, v) in into.iter_mut().zip(row) { *a = $g(*a, *v); } } }
         match f {
             ReduceFn::Sum | ReduceFn::Mean => fold!(|a: f32, b: f32| a + b),
             ReduceFn::Max => fold!(f32::max),

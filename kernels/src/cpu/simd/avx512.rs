@@ -1,4 +1,4 @@
-//! The matmul tile with 512-bit vectors: up to 12 rows of 32 columns, 24 accumulators.
+//! The matmul tile with 512-bit vectors, up to 14 rows of 32 columns in 28 accumulators, and the packing of its rows.
 
 use std::arch::x86_64::*;
 
@@ -34,7 +34,7 @@ unsafe fn rows<T: Element, const R: usize>(
     panel: *const T,
     acc: *mut f32,
 ) {
-    // SAFETY: the caller checked that `a` holds R rows of k at `stride`, `panel` k rows and `acc` R rows of 32.
+    // SAFETY: the caller checked that `a` holds k times R numbers at `stride`, `panel` k rows and `acc` R rows of 32.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
         for (r, sum) in sums.iter_mut().enumerate() {
@@ -42,8 +42,9 @@ unsafe fn rows<T: Element, const R: usize>(
         }
         for i in 0..k {
             let b = [load(panel.add(i * PANEL)), load(panel.add(i * PANEL + 16))];
+            let x = a.add(i * stride);
             for (r, sum) in sums.iter_mut().enumerate() {
-                let x = _mm512_set1_ps(*a.add(r * stride + i));
+                let x = _mm512_set1_ps(*x.add(r));
                 sum[0] = _mm512_fmadd_ps(x, b[0], sum[0]);
                 sum[1] = _mm512_fmadd_ps(x, b[1], sum[1]);
             }
@@ -66,7 +67,7 @@ pub(super) unsafe fn tile<T: Element>(
     acc: &mut [f32],
 ) {
     let (a, panel, acc) = (a.as_ptr(), panel.as_ptr(), acc.as_mut_ptr());
-    const { assert!(TILE_ROWS == 12) };
+    const { assert!(TILE_ROWS == 14) };
     // SAFETY: as the caller vouches.
     unsafe {
         match count {
@@ -82,7 +83,61 @@ pub(super) unsafe fn tile<T: Element>(
             10 => rows::<T, 10>(a, stride, k, panel, acc),
             11 => rows::<T, 11>(a, stride, k, panel, acc),
             12 => rows::<T, 12>(a, stride, k, panel, acc),
+            13 => rows::<T, 13>(a, stride, k, panel, acc),
+            14 => rows::<T, 14>(a, stride, k, panel, acc),
             _ => {}
+        }
+    }
+}
+
+/// Transposes `whole` blocks of 16 columns of `count` rows: `out[i * count + r] = a[r * stride + i]`. Each store writes
+/// 16 numbers, so up to `16 - count` beyond the result.
+///
+/// # Safety
+/// AVX-512 is there; `1 <= count <= 16`; `a` holds the rows and `out` the result and the overrun.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) unsafe fn interleave<T: Element>(
+    a: *const T,
+    stride: usize,
+    count: usize,
+    whole: usize,
+    out: *mut f32,
+) {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        for block in 0..whole {
+            let mut v = [_mm512_setzero_ps(); 16];
+            for (r, v) in v.iter_mut().take(count).enumerate() {
+                *v = load(a.add(r * stride + block * 16));
+            }
+            let mut t = v;
+            for i in 0..8 {
+                t[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+                t[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+            }
+            // Pairs of rows to groups of four.
+            for i in 0..4 {
+                let [a, b, c, d] =
+                    [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]].map(|x| _mm512_castps_pd(x));
+                v[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+                v[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+                v[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+                v[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+            }
+            // Lane l of v[4 g + j] holds column 4 l + j of rows 4 g .. 4 g + 4.
+            for j in 0..4 {
+                let low = _mm512_shuffle_f32x4::<0x88>(v[j], v[4 + j]);
+                let high = _mm512_shuffle_f32x4::<0xdd>(v[j], v[4 + j]);
+                let low2 = _mm512_shuffle_f32x4::<0x88>(v[8 + j], v[12 + j]);
+                let high2 = _mm512_shuffle_f32x4::<0xdd>(v[8 + j], v[12 + j]);
+                t[j] = _mm512_shuffle_f32x4::<0x88>(low, low2);
+                t[8 + j] = _mm512_shuffle_f32x4::<0xdd>(low, low2);
+                t[4 + j] = _mm512_shuffle_f32x4::<0x88>(high, high2);
+                t[12 + j] = _mm512_shuffle_f32x4::<0xdd>(high, high2);
+            }
+            for (i, t) in t.iter().enumerate() {
+                _mm512_storeu_ps(out.add((block * 16 + i) * count), *t);
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use super::element::Element;
 pub const PANEL: usize = 32;
 
 /// Most rows of one tile.
-pub const TILE_ROWS: usize = 12;
+pub const TILE_ROWS: usize = 14;
 
 /// Instruction sets, worse ones first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,8 +54,8 @@ impl Isa {
     }
 }
 
-/// Adds `a [rows, k]` (row stride `stride`) times `panel [k, 32]` to `acc [rows, 32]`, each element one chain over
-/// `k`; `rows` is at most [`TILE_ROWS`].
+/// Adds the transpose of `a [k, rows]` (stride `stride`) times `panel [k, 32]` to `acc [rows, 32]`, each element one
+/// chain over `k`; `rows` is at most [`TILE_ROWS`].
 pub fn tile<T: Element>(
     isa: Isa,
     a: &[f32],
@@ -66,7 +66,7 @@ pub fn tile<T: Element>(
     acc: &mut [f32],
 ) {
     assert!(rows <= TILE_ROWS && acc.len() >= rows * PANEL && panel.len() >= k * PANEL);
-    assert!(rows == 0 || a.len() >= (rows - 1) * stride + k);
+    assert!(k == 0 || a.len() >= (k - 1) * stride + rows);
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the set was detected, and the sizes were just checked.
@@ -75,6 +75,43 @@ pub fn tile<T: Element>(
         // SAFETY: the set was detected.
         Isa::Avx2 => unsafe { portable::tile_avx2(a, stride, rows, k, panel, acc) },
         _ => portable::tile(a, stride, rows, k, panel, acc),
+    }
+}
+
+/// The `i`-th of `count` nearly equal parts of `0..n`.
+pub fn part(n: usize, count: usize, i: usize) -> std::ops::Range<usize> {
+    i * n / count..(i + 1) * n / count
+}
+
+/// Numbers of a buffer for [`pack_rows`]: the result and what a vector store may write beyond it.
+pub const fn packed_rows_len(rows: usize, k: usize) -> usize {
+    rows * k + 16
+}
+
+/// Packs `a [rows, k]` (row stride `stride`) for [`tile`]: the rows in as few and as equal tiles as possible, each
+/// `[k, rows of the tile]`. `out` has [`packed_rows_len`] numbers.
+pub fn pack_rows<T: Element>(isa: Isa, a: &[T], stride: usize, rows: usize, k: usize, out: &mut [f32]) {
+    assert!(out.len() >= packed_rows_len(rows, k) && (rows == 0 || a.len() >= (rows - 1) * stride + k));
+    let tiles = rows.div_ceil(TILE_ROWS);
+    for index in 0..tiles {
+        let tile = part(rows, tiles, index);
+        let (a, out) = (&a[tile.start * stride..], &mut out[tile.start * k..]);
+        let count = tile.len();
+        #[allow(unused_mut)]
+        let mut done = 0;
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::Avx512 {
+            // SAFETY: the set was detected; the rows are inside `a` by the assertion, and `out` has room for the
+            // tile and the overrun, which is either packed later or beyond the last row.
+            unsafe { avx512::interleave(a.as_ptr(), stride, count, k / 16, out.as_mut_ptr()) };
+            done = k / 16 * 16;
+        }
+        let _ = isa;
+        for r in 0..count {
+            for i in done..k {
+                out[i * count + r] = a[r * stride + i].to_f32();
+            }
+        }
     }
 }
 
