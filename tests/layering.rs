@@ -80,6 +80,7 @@ fn unsafe_code_stays_in_the_named_modules() {
     let named = [
         "kernels/src/cpu/simd/",
         "kernels/src/cpu/parallel.rs",
+        "kernels/src/cpu/workers.rs",
         "kernels/src/cpu/matmul.rs",
         "kernels/src/cpu/attention.rs",
         "kernels/src/cpu/program.rs",

@@ -26,6 +26,7 @@ pub mod select;
 #[allow(unsafe_code)]
 pub mod simd;
 pub mod view;
+mod workers;
 
 pub use element::Element;
 pub use parallel::Pool;

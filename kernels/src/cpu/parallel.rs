@@ -1,4 +1,4 @@
-//! Threads that claim tasks one by one and park when there are none, and shared access to disjoint outputs.
+//! Work shared by threads that claim tasks one by one, and shared access to disjoint outputs.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::simd::Isa;
+use super::workers::Workers;
 
 /// Where kernels run: an instruction set and, beyond one thread, a pool.
 #[derive(Clone)]
@@ -14,7 +15,7 @@ pub struct Pool {
     pub isa: Isa,
     threads: usize,
     worth_it: usize,
-    pool: Option<Arc<rayon::ThreadPool>>,
+    workers: Option<Arc<Workers>>,
 }
 
 impl Pool {
@@ -28,11 +29,9 @@ impl Pool {
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
         let isa = isa.min(Isa::detect());
         let threads = threads.max(1);
-        let pool = (threads > 1)
-            .then(|| rayon::ThreadPoolBuilder::new().num_threads(threads).build().ok().map(Arc::new))
-            .flatten();
-        let threads = if pool.is_some() { threads } else { 1 };
-        Pool { isa, threads, worth_it: 1 << 19, pool }
+        let workers = (threads > 1).then(|| Workers::new(threads - 1).map(Arc::new)).flatten();
+        let threads = workers.as_ref().map_or(1, |w| w.count() + 1);
+        Pool { isa, threads, worth_it: 1 << 17, workers }
     }
 
     /// The pool, but running in parallel what is hardly worth it: for tests on small tensors.
@@ -49,10 +48,10 @@ impl Pool {
 
     /// Runs `task(0..tasks)`, in parallel if `work` (a rough count of operations) is worth it.
     pub fn run(&self, tasks: usize, work: usize, task: impl Fn(usize) + Send + Sync) {
-        match &self.pool {
-            Some(pool) if tasks > 1 && work >= self.worth_it => {
+        match &self.workers {
+            Some(workers) if tasks > 1 && work >= self.worth_it => {
                 let next = AtomicUsize::new(0);
-                pool.broadcast(|_| {
+                workers.run(&|| {
                     loop {
                         let index = next.fetch_add(1, Ordering::Relaxed);
                         if index >= tasks {

@@ -5,6 +5,9 @@ use std::arch::x86_64::*;
 use super::{PANEL, TILE_ROWS};
 use crate::cpu::element::{Element, Widen};
 
+/// Bytes between a panel row and the one that is prefetched with it.
+const AHEAD: usize = 4096;
+
 /// Loads 16 elements as f32.
 ///
 /// # Safety
@@ -42,6 +45,14 @@ unsafe fn rows<T: Element, const R: usize>(
         }
         for i in 0..k {
             let b = [load(panel.add(i * PANEL)), load(panel.add(i * PANEL + 16))];
+            if R <= 8 {
+                // Few rows wait for memory: the panels that follow are asked for early. Prefetches never fault.
+                let ahead = panel.wrapping_add(i * PANEL).cast::<i8>().wrapping_add(AHEAD);
+                _mm_prefetch::<_MM_HINT_T0>(ahead);
+                if size_of::<T>() == 4 {
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64));
+                }
+            }
             let x = a.add(i * stride);
             for (r, sum) in sums.iter_mut().enumerate() {
                 let x = _mm512_set1_ps(*x.add(r));
