@@ -3,9 +3,12 @@
 mod bench;
 mod compare;
 mod compile;
+mod control;
 mod demo;
+mod diff;
 mod doctor;
 mod eval;
+mod hunt;
 mod inspect;
 mod npy;
 mod opt;
@@ -39,6 +42,10 @@ enum Verb {
     Bench(bench::Args),
     Opt(opt::Args),
     Passes(passes::Args),
+    Explain(passes::Explain),
+    Bisect(hunt::Bisect),
+    Reduce(hunt::Reduce),
+    Diff(diff::Args),
     Compare(compare::Args),
     Verify(verify::Args),
     Doctor(doctor::Args),
@@ -64,6 +71,10 @@ pub fn main() -> ExitCode {
         Verb::Bench(args) => bench::main(&args),
         Verb::Opt(args) => opt::main(&args),
         Verb::Passes(args) => passes::main(&args),
+        Verb::Explain(args) => passes::explain(&args),
+        Verb::Bisect(args) => hunt::main_bisect(&args),
+        Verb::Reduce(args) => hunt::main_reduce(&args),
+        Verb::Diff(args) => diff::main(&args),
         Verb::Compare(args) => compare::main(&args),
         Verb::Verify(args) => verify::main(&args),
         Verb::Doctor(args) => doctor::main(&args),

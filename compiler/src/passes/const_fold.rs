@@ -38,7 +38,9 @@ impl Pass for ConstFold {
             if is_output(module, id) {
                 continue;
             }
-            if let Some((ty, expr)) = fold(module, id) {
+            if let Some((ty, expr)) = fold(module, id)
+                && context.allow(self.name(), &module.graph, id)
+            {
                 let result = module.graph.nodes[id].results[0];
                 let name = fresh(module, id);
                 let weight = module.weights.push(Weight { name, ty, expr, stream: None });

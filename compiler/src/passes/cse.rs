@@ -45,6 +45,9 @@ impl Pass for Cse {
                     known.insert(key, id);
                 }
                 Some(first) => {
+                    if !context.allow(self.name(), graph, id) {
+                        continue;
+                    }
                     let pairs: Vec<_> = graph.nodes[id]
                         .results
                         .iter()
