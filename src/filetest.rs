@@ -50,8 +50,9 @@ pub struct RunLine {
 }
 
 fn malformed(message: impl Into<String>) -> Error {
-    Error::new(Kind::BadInput, "usage/filetest", message)
-        .hint("the first line is `// run: opt --passes=...`, or `// run: not opt ..` if the passes have to fail")
+    Error::new(Kind::BadInput, "usage/filetest", message).hint(
+        "the first line is `// run: opt --passes=...`, or `// run: not opt ..` if the passes have to fail",
+    )
 }
 
 impl RunLine {
@@ -65,12 +66,8 @@ impl RunLine {
         let fails = line.starts_with("not ");
         let line = line.strip_prefix("not ").unwrap_or(line);
         let options = line.strip_prefix("opt").ok_or_else(|| malformed(format!("cannot run `{line}`")))?;
-        let mut run = RunLine {
-            pipeline: Pipeline::default(),
-            controls: Controls::default(),
-            remarks: None,
-            fails,
-        };
+        let mut run =
+            RunLine { pipeline: Pipeline::default(), controls: Controls::default(), remarks: None, fails };
         for option in options.split_whitespace() {
             let (key, value) = option.split_once('=').unwrap_or((option, ""));
             match key {
@@ -136,8 +133,9 @@ fn compare(before: &Module, after: &Module) -> Result<()> {
     let bindings = small_bindings(before);
     same_outputs(before, after, &bindings)?;
     if after.phase >= Phase::Planned {
-        plan::check(after, &bindings)
-            .map_err(|o| Error::new(Kind::Internal, "compile/bad-plan", format!("the plan overlaps: {}", o.message)))?;
+        plan::check(after, &bindings).map_err(|o| {
+            Error::new(Kind::Internal, "compile/bad-plan", format!("the plan overlaps: {}", o.message))
+        })?;
     }
     Ok(())
 }

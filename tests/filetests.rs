@@ -32,9 +32,15 @@ fn run_lines_take_the_options_of_opt() {
     assert!(reported("opt --passes=canonicalize").unwrap().contains("stat canonicalize.rewrites = 1"));
     // Number 1 is the pass's run, number 2 its rewrite.
     let unchanged = "module @m phase canonical {";
-    for line in ["opt --passes=canonicalize --opt-bisect-limit=1", "opt --passes=canonicalize --disable-pass=canonicalize"] {
+    for line in [
+        "opt --passes=canonicalize --opt-bisect-limit=1",
+        "opt --passes=canonicalize --disable-pass=canonicalize",
+    ] {
         let found = reported(line).unwrap();
-        assert!(found.contains(unchanged) && !found.contains("reshape %0 {shape = [4]} : f32[4]\n-"), "{found}");
+        assert!(
+            found.contains(unchanged) && !found.contains("reshape %0 {shape = [4]} : f32[4]\n-"),
+            "{found}"
+        );
         assert!(!found.contains("stat canonicalize"), "{found}");
     }
     let stopped = reported("opt --passes=canonicalize,begin-fusion,schedule --stop-at=canonical").unwrap();
@@ -59,9 +65,13 @@ fn malformed_tests_say_what_is_wrong() {
 fn snapshots_are_written_once_and_compared_after() {
     let folder = tempfile::tempdir().unwrap();
     let registry = Registry::standard();
-    std::fs::write(folder.path().join("case.ir"), format!("// run: opt --passes=canonicalize\n{NEG}")).unwrap();
+    std::fs::write(folder.path().join("case.ir"), format!("// run: opt --passes=canonicalize\n{NEG}"))
+        .unwrap();
     let missing = run_with(folder.path(), &registry, false).unwrap_err().to_string();
-    assert!(missing.contains("1 of 1 filetests differ") && missing.contains("MILLRACE_ACCEPT=1"), "{missing}");
+    assert!(
+        missing.contains("1 of 1 filetests differ") && missing.contains("MILLRACE_ACCEPT=1"),
+        "{missing}"
+    );
     assert_eq!(run_with(folder.path(), &registry, true).unwrap(), 1);
     assert_eq!(run_with(folder.path(), &registry, false).unwrap(), 1);
     let snapshot = folder.path().join("case.snap");

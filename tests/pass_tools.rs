@@ -58,7 +58,14 @@ fn dumps_are_numbered_and_run_again() {
     let (full, _) = works(&["opt", MLP, passes, "--dump-after=all", "--dump-dir", &at]);
     assert_eq!(
         names(&dumps),
-        ["000-import.ir", "001-canonicalize.ir", "002-cse.ir", "003-dce.ir", "004-fuse-linear.ir", "005-dce.ir"]
+        [
+            "000-import.ir",
+            "001-canonicalize.ir",
+            "002-cse.ir",
+            "003-dce.ir",
+            "004-fuse-linear.ir",
+            "005-dce.ir"
+        ]
     );
     let (rest, _) = works(&["opt", &format!("{at}/003-dce.ir"), "--passes=fuse-linear,dce"]);
     assert_eq!(rest, full);
@@ -99,11 +106,14 @@ fn stats_times_and_remarks() {
 
 #[test]
 fn passes_are_left_out_and_stopped_at() {
-    let (text, _) = works(&["opt", MLP, "--passes=O1", "--disable-pass=fuse-linear", "--stop-at=pack-weights"]);
+    let (text, _) =
+        works(&["opt", MLP, "--passes=O1", "--disable-pass=fuse-linear", "--stop-at=pack-weights"]);
     assert!(text.contains("phase fused") && !text.contains("matmul.fused"), "{text}");
     let (text, _) = works(&["opt", MLP, "--passes=O1", "--stop-at=scheduled"]);
     assert!(text.contains("phase scheduled"), "{text}");
-    assert!(fails(&["opt", MLP, "--passes=O1", "--stop-at=sched"], 1, "compile/bad-pipeline").contains("no pass"));
+    assert!(
+        fails(&["opt", MLP, "--passes=O1", "--stop-at=sched"], 1, "compile/bad-pipeline").contains("no pass")
+    );
     fails(&["opt", MLP, "--passes=O1", "--disable-pass=dcee"], 1, "compile/bad-pipeline");
     // `compile` writes the module where it stopped.
     let (text, _) = works(&["compile", TINY, "--stop-at=canonical"]);
@@ -225,9 +235,14 @@ fn differences_of_texts() {
     };
     assert_eq!(changed("same", "// Three", "// 3"), "equal\n");
     assert_eq!(changed("op", "gelu %5", "silu %5"), "layer act*\n  -1    gelu\n  +1    silu\n");
-    assert_eq!(changed("seed", "random(seed = 3, std = 0.1)", "random(seed = 3, std = 0.2)"), "weight ~ fc2.weight\n");
+    assert_eq!(
+        changed("seed", "random(seed = 3, std = 0.1)", "random(seed = 3, std = 0.2)"),
+        "weight ~ fc2.weight\n"
+    );
     assert_eq!(changed("wiring", "gelu %5", "gelu %4").lines().count(), 1);
-    assert!(changed("range", "in 1..=64", "in 1..=32").starts_with("symbols: $t in 1..=64 by 1 -> $t in 1..=32"));
+    assert!(
+        changed("range", "in 1..=64", "in 1..=32").starts_with("symbols: $t in 1..=64 by 1 -> $t in 1..=32")
+    );
     fails(&["diff", MLP, "README.md"], 2, "engine/magic");
     fails(&["diff", MLP, "missing"], 2, "io/failed");
 }

@@ -21,11 +21,7 @@ fn run(module: &Module, pipeline: &Pipeline, limit: Option<u64>) -> (Option<Modu
 /// The pipeline runs about log2(number of rewrites) times. If badness comes and goes, one of the rewrites at which it
 /// comes is found. With no rewrite at all, passes that the phases need run nevertheless; if that is bad, the first
 /// such pass that makes it so is the answer.
-pub fn bisect(
-    module: &Module,
-    pipeline: &Pipeline,
-    bad: &mut dyn FnMut(&Module) -> bool,
-) -> Option<Rewrite> {
+pub fn bisect(module: &Module, pipeline: &Pipeline, bad: &mut dyn FnMut(&Module) -> bool) -> Option<Rewrite> {
     let mut is_bad = |limit: Option<u64>| {
         let (after, context) = run(module, pipeline, limit);
         (after.is_none_or(|m| bad(&m)), context)

@@ -174,7 +174,8 @@ impl Manager<'_> {
         }
         let (first, last) = pass.phases();
         if module.phase < first || module.phase > last {
-            let message = format!("pass `{name}` accepts phases {first} to {last}, the module is {}", module.phase);
+            let message =
+                format!("pass `{name}` accepts phases {first} to {last}, the module is {}", module.phase);
             let error = Error::new(Kind::Usage, "compile/phase", message);
             return Err(error.hint("change the order of the pipeline").into());
         }
@@ -249,7 +250,11 @@ struct Replay<'a> {
 
 impl Replay<'_> {
     fn manager(&self) -> Manager<'static> {
-        Manager { verify_each: true, controls: Controls { reproducers: None, ..self.controls.clone() }, ..Manager::default() }
+        Manager {
+            verify_each: true,
+            controls: Controls { reproducers: None, ..self.controls.clone() },
+            ..Manager::default()
+        }
     }
 
     /// Writes the reproducer and says in the error's hint how to use it.

@@ -89,7 +89,10 @@ impl PassOptions {
                 let known: Vec<String> = declared.iter().map(ToString::to_string).collect();
                 let close = nearest(name, declared.iter().map(|o| o.name));
                 let close = close.map_or_else(String::new, |c| format!(", did you mean `{c}`?"));
-                return Err(format!("pass `{pass}` has no option `{name}`{close}; it has {}", known.join(", ")));
+                return Err(format!(
+                    "pass `{pass}` has no option `{name}`{close}; it has {}",
+                    known.join(", ")
+                ));
             };
             let value = match option.kind {
                 OptionKind::Flag { .. } => text.parse().ok().map(OptionValue::Flag),
@@ -174,7 +177,10 @@ mod tests {
     #[test]
     fn defaults_stand_behind_what_is_written() {
         let options = PassOptions::read("p", DECLARED, &[("order", "depth"), ("rounds", "5")]).unwrap();
-        assert_eq!((options.flag("search"), options.integer("rounds"), options.choice("order")), (true, 5, "depth"));
+        assert_eq!(
+            (options.flag("search"), options.integer("rounds"), options.choice("order")),
+            (true, 5, "depth")
+        );
         assert_eq!(options.to_string(), "{order=depth,rounds=5}");
         let none = PassOptions::read("p", DECLARED, &[]).unwrap();
         assert_eq!((none.flag("search"), none.integer("rounds"), none.choice("order")), (true, 3, "given"));

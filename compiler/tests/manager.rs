@@ -93,7 +93,8 @@ fn a_panic_is_an_error_with_a_reproducer() {
     let mut module = text::parse(&source).unwrap();
     let before = run("canonicalize,fixpoint{cse}", Controls::default()).1;
     assert_eq!(text::print(&module), text::print(&before));
-    let again = Manager::default().run(&registry().pipeline("panics").unwrap(), &mut module, &mut Context::cpu());
+    let again =
+        Manager::default().run(&registry().pipeline("panics").unwrap(), &mut module, &mut Context::cpu());
     assert_eq!(again.unwrap_err().code(), "compile/pass-panicked");
 }
 
@@ -211,7 +212,9 @@ fn every_pass_has_a_page_and_changes_its_example() {
         if header(pass.doc()).len() < 20 {
             wrong.push(format!("{}: no documentation", pass.name()));
         }
-        let Some(passes) = pass.example().lines().next().and_then(|l| l.strip_prefix("// run: opt --passes=")) else {
+        let Some(passes) =
+            pass.example().lines().next().and_then(|l| l.strip_prefix("// run: opt --passes="))
+        else {
             wrong.push(format!("{}: no example", pass.name()));
             continue;
         };

@@ -172,7 +172,11 @@ pub fn write_page(path: &std::path::Path, page: &str) -> Result<()> {
 }
 
 /// Runs the pipeline up to `--stop-at` and writes the module as text.
-fn stop(args: &Args, options: &CompileOptions, observer: &mut dyn FnMut(&'static str, &Module, bool)) -> Result<()> {
+fn stop(
+    args: &Args,
+    options: &CompileOptions,
+    observer: &mut dyn FnMut(&'static str, &Module, bool),
+) -> Result<()> {
     let mut module = Source::read(&args.model, &options.import)?.module;
     observer("import", &module, true);
     let mut context = Context::cpu();

@@ -111,7 +111,9 @@ impl Control {
         }
         match self.stats {
             None => {}
-            Some(Format::Text) => context.stats.iter().for_each(|(name, value)| eprintln!("{name} = {value}")),
+            Some(Format::Text) => {
+                context.stats.iter().for_each(|(name, value)| eprintln!("{name} = {value}"))
+            }
             Some(Format::Json) => eprintln!("{}", stats(context)),
         }
         if let Some(filter) = &self.remarks {

@@ -88,7 +88,8 @@ impl Hunt {
 /// Runs a command on a module.
 fn status(command: &str, file: &Path, module: &Module) -> Option<Symptom> {
     std::fs::write(file, text::print(module)).ok()?;
-    let status = Command::new("sh").arg("-c").arg(format!("{command} \"$1\"")).arg("millrace").arg(file).status();
+    let status =
+        Command::new("sh").arg("-c").arg(format!("{command} \"$1\"")).arg("millrace").arg(file).status();
     match status.ok()?.code() {
         Some(0) => None,
         code => Some(Symptom::Status(code.unwrap_or(-1))),

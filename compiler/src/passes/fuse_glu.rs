@@ -35,7 +35,8 @@ impl Rule for FuseGlu {
             Some((act, source, unary.function, fused.clone(), (source == other, first, second)))
         };
         let (a, b) = (node.operands[0], node.operands[1]);
-        let Some((act, source, function, fused, results)) = try_order(a, b).or_else(|| try_order(b, a)) else {
+        let Some((act, source, function, fused, results)) = try_order(a, b).or_else(|| try_order(b, a))
+        else {
             return Outcome::NoMatch;
         };
         if !results.0 {

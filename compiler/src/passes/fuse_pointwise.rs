@@ -126,13 +126,7 @@ enum Absorbed {
 }
 
 /// Inlines the producer of operand `at`, if it is a region of the same shape that nobody else reads.
-fn absorb(
-    view: &View<'_>,
-    whole: &Pointwise,
-    operands: &[Operand],
-    at: usize,
-    shape: &Shape,
-) -> Absorbed {
+fn absorb(view: &View<'_>, whole: &Pointwise, operands: &[Operand], at: usize, shape: &Shape) -> Absorbed {
     let (Operand::Value(value), Some((source, 0))) = (operands[at], view.def(operands[at])) else {
         return Absorbed::NoRegion;
     };

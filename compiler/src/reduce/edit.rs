@@ -1,5 +1,7 @@
 //! Edits of whole modules: each makes a smaller module, or none if the edit makes no sense.
 
+use std::collections::BTreeSet;
+
 use millrace_ir::attr::{Attr, Attrs};
 use millrace_ir::{Def, Dim, Id, Module, NodeId, Op, Operand, Output, TensorType, Value, WeightExpr};
 
@@ -18,6 +20,7 @@ pub(super) enum Fate {
 pub(super) fn with_fates(module: &Module, fates: &[Fate], outputs: Vec<Output>) -> Option<Module> {
     let mut m = module.clone();
     let mut replaced: Vec<Option<Operand>> = vec![None; m.graph.values.bound()];
+    let mut names: BTreeSet<String> = m.input_types().into_iter().map(|(n, _)| n.to_string()).collect();
     let mut number = m.graph.inputs.len();
     for id in module.graph.order.clone() {
         for operand in &mut m.graph.nodes[id].operands {
@@ -39,7 +42,7 @@ pub(super) fn with_fates(module: &Module, fates: &[Fate], outputs: Vec<Output>) 
             Fate::Inputs => {
                 for result in node.results.clone() {
                     let ty = m.graph.values[result].ty.clone();
-                    let name = fresh_input(&m, &mut number);
+                    let name = fresh(&mut names, &mut number);
                     let input = m.graph.values.push(Value { ty, def: Def::Input(name), place: None });
                     m.graph.inputs.push(input);
                     replaced[result.index()] = Some(Operand::Value(input));
@@ -70,12 +73,12 @@ fn follow(operand: Operand, replaced: &[Option<Operand>]) -> Operand {
     }
 }
 
-fn fresh_input(module: &Module, number: &mut usize) -> String {
+/// A name that no input has.
+fn fresh(names: &mut BTreeSet<String>, number: &mut usize) -> String {
     loop {
         let name = format!("in{number}");
         *number += 1;
-        let taken = module.graph.values.iter().any(|(_, v)| v.def == Def::Input(name.clone()));
-        if !taken {
+        if names.insert(name.clone()) {
             return name;
         }
     }
@@ -89,7 +92,9 @@ fn tidy(m: &mut Module, kept: impl Fn(NodeId) -> bool) {
     while let Some(id) = work.pop() {
         if !std::mem::replace(&mut live[id.index()], true) {
             let values = m.graph.nodes[id].operands.iter();
-            work.extend(values.filter_map(|o| if let Operand::Value(v) = o { m.graph.def_node(*v) } else { None }));
+            work.extend(
+                values.filter_map(|o| if let Operand::Value(v) = o { m.graph.def_node(*v) } else { None }),
+            );
         }
     }
     m.graph.order.retain(|id| live[id.index()]);
@@ -114,7 +119,7 @@ fn tidy(m: &mut Module, kept: impl Fn(NodeId) -> bool) {
 }
 
 fn drop_symbols(m: &mut Module) {
-    let mut used = std::collections::BTreeSet::new();
+    let mut used = BTreeSet::new();
     let mut see = |dim: &Dim| used.extend(dim.symbols());
     m.graph.values.iter().flat_map(|(_, v)| &v.ty.shape).for_each(&mut see);
     m.states.iter().flat_map(|(_, s)| &s.ty.shape).for_each(&mut see);
@@ -176,7 +181,10 @@ pub(super) fn merge_inputs(module: &Module, from: usize, gone: usize) -> Option<
     }
     let mut m = module.clone();
     for (_, node) in m.graph.nodes.iter_mut() {
-        node.operands.iter_mut().filter(|o| **o == Operand::Value(gone)).for_each(|o| *o = Operand::Value(from));
+        node.operands
+            .iter_mut()
+            .filter(|o| **o == Operand::Value(gone))
+            .for_each(|o| *o = Operand::Value(from));
     }
     m.graph.outputs.iter_mut().filter(|o| o.value == gone).for_each(|o| o.value = from);
     tidy(&mut m, |_| true);
