@@ -52,7 +52,9 @@ impl Rule for FuseEpilogue {
                 let (a, b) = (node.operands[0], node.operands[1]);
                 let step = if *function == BinaryFn::Add { Epilogue::Residual } else { Epilogue::Mul };
                 // Prefer the later product: its operand is sure to exist before it.
-                if producer(view, b).is_some() { (step, b, Some(a)) } else { (step, a, Some(b)) }
+                let alone = |o| producer(view, o).is_some_and(|(id, _)| view.node(id).results.len() == 1);
+                let later = alone(b) || (!alone(a) && producer(view, b).is_some());
+                if later { (step, b, Some(a)) } else { (step, a, Some(b)) }
             }
             _ => return other(view, node),
         };
