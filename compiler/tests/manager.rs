@@ -7,8 +7,9 @@ use millrace_compiler::bisect::bisect;
 use millrace_compiler::pass::{Context, Pass};
 use millrace_compiler::passes::pages::header;
 use millrace_compiler::pipeline::{Controls, Manager, Stop};
+use millrace_compiler::rewrite::{From, Outcome, Patch, Rule, View, rewrite};
 use millrace_ir::verify::check;
-use millrace_ir::{Error, Kind, Module, Op, Phase, Result, text};
+use millrace_ir::{Error, Kind, Module, NodeId, Op, Phase, Result, text};
 
 const CHAIN: &str = r#"module @m phase imported {
   graph @main(%0 "x": f32[4]) -> ("y": f32[4]) {
@@ -249,4 +250,48 @@ fn options_are_taken_by_every_pass_that_declares_them() {
             assert_eq!(Registry::standard().pipeline(&text).unwrap().to_string(), text);
         }
     }
+}
+
+/// Swaps the operands of every subtraction, for ever.
+struct Swap;
+
+impl Rule for Swap {
+    fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
+        let node = view.node(id);
+        if node.op.name() != "sub" {
+            return Outcome::NoMatch;
+        }
+        let mut patch = Patch::new([id]);
+        let new = patch.node(node.op.clone(), node.operands.iter().rev().copied().map(From::Old));
+        patch.replace(node.results[0], From::New(new, 0));
+        Outcome::Rewrite(patch)
+    }
+}
+
+impl Pass for Swap {
+    fn name(&self) -> &'static str {
+        "swap"
+    }
+    fn help(&self) -> &'static str {
+        "never settles"
+    }
+    fn phases(&self) -> (Phase, Phase) {
+        (Phase::Imported, Phase::Fused)
+    }
+    fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
+        Ok(rewrite(self.name(), module, context, self)? > 0)
+    }
+}
+
+#[test]
+fn a_rule_that_does_not_settle_is_stopped_and_named() {
+    let source = CHAIN.replace("exp %4 ", "sub %4, %0 ");
+    let mut module = text::parse(&source).unwrap();
+    let mut context = Context::cpu();
+    let pipeline = Registry::standard().with(Box::new(Swap)).pipeline("swap").unwrap();
+    Manager::default().run(&pipeline, &mut module, &mut context).unwrap();
+    let [remark] = context.remarks.as_slice() else { panic!("{:?}", context.remarks) };
+    assert_eq!((remark.pass, remark.loc.as_str()), ("swap", "e"));
+    assert_eq!(remark.message, "stopped after 104 rewrites: the rule does not settle");
+    assert_eq!(module.graph.nodes[remark.node].op.name(), "sub");
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use millrace_ir::{Dim, Id, Module, NodeId, Output, ValueId, WeightExpr, WeightId};
 
 use super::Search;
-use super::edit::{Fate, merge_inputs, with_dims, with_fates};
+use super::edit::{Fate, merge_inputs, with_dims, with_fates, with_short_names};
 
 /// Most nodes that are tried one by one as the last one, after halving.
 const CUTS: usize = 64;
@@ -84,7 +84,7 @@ pub(super) fn nodes(search: &mut Search<'_>) {
     }
 }
 
-/// Single nodes forward an operand.
+/// Single nodes forward an operand, or become a weight of zeros.
 pub(super) fn forwards(search: &mut Search<'_>) {
     let mut at = 0;
     'nodes: while at < search.best.graph.order.len() {
@@ -104,7 +104,10 @@ pub(super) fn forwards(search: &mut Search<'_>) {
                 continue 'nodes;
             }
         }
-        at += 1;
+        let mut fates = keep(&search.best);
+        fates[id.index()] = Fate::Zero;
+        let candidate = with_fates(&search.best, &fates, search.best.graph.outputs.clone());
+        at += usize::from(!search.take(candidate));
     }
 }
 
@@ -189,8 +192,10 @@ fn constants(module: &Module) -> BTreeSet<i64> {
     dims.filter_map(Dim::as_const).collect()
 }
 
-/// Source names go: all of them, then those of single nodes.
+/// Source names go: all of them, then those of single nodes. Inputs and weights get short names.
 pub(super) fn names(search: &mut Search<'_>) {
+    let candidate = with_short_names(&search.best);
+    search.take(candidate);
     let without = |m: &Module, which: &dyn Fn(NodeId) -> bool| {
         let mut m = m.clone();
         m.graph.nodes.iter_mut().filter(|(id, _)| which(*id)).for_each(|(_, n)| n.loc.clear());

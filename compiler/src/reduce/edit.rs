@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use millrace_ir::attr::{Attr, Attrs};
-use millrace_ir::{Def, Dim, Id, Module, NodeId, Op, Operand, Output, TensorType, Value, WeightExpr};
+use millrace_ir::{Def, Dim, Id, Module, NodeId, Op, Operand, Output, TensorType, Value, Weight, WeightExpr};
 
 /// What becomes of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +14,8 @@ pub(super) enum Fate {
     Inputs,
     /// Its only result is replaced by this operand.
     Forward(usize),
+    /// Its only result is replaced by a weight of zeros.
+    Zero,
 }
 
 /// Applies a fate to every node (by its index) and makes `outputs` the outputs; then removes whatever is unused.
@@ -38,6 +40,18 @@ pub(super) fn with_fates(module: &Module, fates: &[Fate], outputs: Vec<Output>) 
                     return None;
                 };
                 replaced[result.index()] = Some(*operand);
+            }
+            Fate::Zero => {
+                let [result] = node.results[..] else { return None };
+                let ty = m.graph.values[result].ty.clone();
+                ty.const_shape()?;
+                let taken = |name: &str| {
+                    m.weight_named(name).is_some() || m.states.iter().any(|(_, s)| s.name == name)
+                };
+                let name = (0..).map(|n| format!("zero{n}")).find(|name| !taken(name))?;
+                let expr = WeightExpr::Splat(0.0);
+                let weight = m.weights.push(Weight { name, ty, expr, stream: None });
+                replaced[result.index()] = Some(Operand::Weight(weight));
             }
             Fate::Inputs => {
                 for result in node.results.clone() {
@@ -188,5 +202,15 @@ pub(super) fn merge_inputs(module: &Module, from: usize, gone: usize) -> Option<
     }
     m.graph.outputs.iter_mut().filter(|o| o.value == gone).for_each(|o| o.value = from);
     tidy(&mut m, |_| true);
+    Some(m)
+}
+
+/// Short names for inputs and weights.
+pub(super) fn with_short_names(module: &Module) -> Option<Module> {
+    let mut m = module.clone();
+    for (at, input) in m.graph.inputs.clone().into_iter().enumerate() {
+        m.graph.values[input].def = Def::Input(format!("x{at}"));
+    }
+    m.weights.iter_mut().enumerate().for_each(|(at, (_, weight))| weight.name = format!("w{at}"));
     Some(m)
 }

@@ -5,11 +5,11 @@
 //!
 //! 1. one output instead of many, then an inner value instead of the output: what lies after the fault goes;
 //! 2. stretches of nodes become fresh inputs, halves first, single nodes last: what lies before the fault goes;
-//! 3. a node forwards an operand of its result's type;
+//! 3. a node forwards an operand of its result's type, or becomes a weight of zeros;
 //! 4. inputs of one type become one input;
 //! 5. weights become splats of zero or one;
 //! 6. symbols become constants, and constant extents smaller ones;
-//! 7. source names go.
+//! 7. source names go, and inputs and weights get short names.
 //!
 //! The number of candidates grows with the number of nodes times a small factor, and is bounded by [`CANDIDATES`].
 
