@@ -10,6 +10,7 @@ pub mod manager;
 pub mod options;
 pub mod pass;
 pub mod passes;
+pub mod pattern;
 pub mod pipeline;
 pub mod reduce;
 pub mod registry;

@@ -13,6 +13,7 @@ mod inspect;
 mod npy;
 mod opt;
 mod passes;
+mod plan;
 mod run;
 mod size;
 mod verify;
@@ -46,6 +47,7 @@ enum Verb {
     Bisect(hunt::Bisect),
     Reduce(hunt::Reduce),
     Diff(diff::Args),
+    Plan(plan::Args),
     Compare(compare::Args),
     Verify(verify::Args),
     Doctor(doctor::Args),
@@ -75,6 +77,7 @@ pub fn main() -> ExitCode {
         Verb::Bisect(args) => hunt::main_bisect(&args),
         Verb::Reduce(args) => hunt::main_reduce(&args),
         Verb::Diff(args) => diff::main(&args),
+        Verb::Plan(args) => plan::main(&args),
         Verb::Compare(args) => compare::main(&args),
         Verb::Verify(args) => verify::main(&args),
         Verb::Doctor(args) => doctor::main(&args),

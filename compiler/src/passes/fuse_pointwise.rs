@@ -136,7 +136,7 @@ fn absorb(view: &View<'_>, whole: &Pointwise, operands: &[Operand], at: usize, s
         return Absorbed::NoRegion;
     };
     let floats = |dtype: DType| computes(dtype) || dtype == DType::Bool;
-    let only_here = view.module.graph.outputs.iter().all(|o| o.value != value)
+    let only_here = !view.is_output(value)
         && view.users(value).iter().all(|u| *u == view.users(value)[0])
         && !view.users(value).is_empty();
     if inner.out.len() != 1 || !only_here {

@@ -16,6 +16,7 @@ mod merge_matmuls;
 mod pack_weights;
 pub mod pages;
 mod plan_memory;
+mod recover;
 mod schedule;
 
 pub use plan_memory::{ARENA, PlanReport, plan_report};
@@ -31,6 +32,7 @@ pub fn all() -> Vec<Box<dyn Pass>> {
         Box::new(const_fold::ConstFold),
         Box::new(cse::Cse),
         Box::new(dce::Dce),
+        Box::new(recover::Recover),
         Box::new(begin_fusion::BeginFusion),
         Box::new(fuse_linear::FuseLinear),
         Box::new(merge_matmuls::MergeMatmuls),

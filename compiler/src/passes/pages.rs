@@ -26,6 +26,7 @@ pages! {
     "const-fold" "const_fold",
     "cse" "cse",
     "dce" "dce",
+    "recover" "recover/mod",
     "begin-fusion" "begin_fusion",
     "fuse-linear" "fuse_linear",
     "merge-matmuls" "merge_matmuls",

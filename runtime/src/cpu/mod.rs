@@ -5,13 +5,18 @@
 
 #[allow(unsafe_code)]
 mod execute;
+mod numeric;
 mod reference;
+mod tensors;
+
+use std::time::Instant;
 
 use millrace_ir::{Bindings, Def, Error, Id, Kind, Module, NodeId, Op, Operand, Place, Result};
 use millrace_kernels::cpu::Pool;
 use millrace_kernels::cpu::select::{REFERENCE, select};
 
 use crate::memory::Region;
+use crate::profile::Profile;
 
 /// Memory of one step.
 pub(crate) struct Regions {
@@ -49,11 +54,6 @@ impl Program {
                     .at(id)
                     .hint("build the engine again with this version"));
             }
-            let types = node.operands.iter().map(|o| module.operand_type(*o));
-            let types = types.chain(node.results.iter().map(|r| &graph.values[*r].ty));
-            if kernel != REFERENCE && types.flat_map(|t| &t.shape).any(|d| d.as_const() == Some(0)) {
-                return Err(forged("a tensor has no elements", id));
-            }
             if let Op::Rope(rope) = &node.op {
                 let d = module.operand_type(node.operands[0]).last().as_const().unwrap_or(0);
                 // The verifier has bounded the head size with the type.
@@ -64,8 +64,15 @@ impl Program {
         Ok(Program { frequencies })
     }
 
-    /// Runs every node.
-    pub fn run(&self, module: &Module, pool: &Pool, regions: &Regions, bindings: &Bindings) -> Result<()> {
+    /// Runs every node; the time of each goes into `profile`, if there is one.
+    pub fn run(
+        &self,
+        module: &Module,
+        pool: &Pool,
+        regions: &Regions,
+        bindings: &Bindings,
+        mut profile: Option<&mut Profile>,
+    ) -> Result<()> {
         let graph = &module.graph;
         let mut values: Vec<Option<Region>> = vec![None; graph.values.bound()];
         for (id, region) in graph.inputs.iter().zip(&regions.inputs) {
@@ -90,17 +97,20 @@ impl Program {
             disjoint(&node.op, &operands, &results, *id)?;
             let step = execute::Node {
                 module,
-                id: *id,
                 node,
                 operands: &operands,
                 results: &results,
                 bindings,
                 frequencies: self.frequencies[id.index()].as_deref(),
             };
+            let start = profile.as_ref().map(|_| Instant::now());
             step.run(pool).map_err(|e| match node.loc.first() {
                 Some(loc) => e.at(format!("{id} ({loc})")),
                 None => e.at(id),
             })?;
+            if let (Some(profile), Some(start)) = (profile.as_deref_mut(), start) {
+                profile.node(*id, start);
+            }
         }
         Ok(())
     }
@@ -147,3 +157,6 @@ fn disjoint(op: &Op, operands: &[Region], results: &[Region], id: NodeId) -> Res
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod differential_tests;
