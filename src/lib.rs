@@ -17,6 +17,8 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod diff;
+pub mod filetest;
 pub mod page;
 
 pub use millrace_compiler as compiler;

@@ -12,7 +12,7 @@ use crate::codegen::{EngineParts, WeightMode, lower, write_engine};
 use crate::import::{Family, Limits, Options, SourceFolder, import};
 use crate::pass::Context;
 use crate::passes::{PlanReport, plan_report};
-use crate::pipeline::{Manager, Observer, PassRun, Pipeline};
+use crate::pipeline::{Controls, Manager, Observer, PassRun, Pipeline};
 
 /// How to compile.
 #[derive(Clone, Debug)]
@@ -27,6 +27,8 @@ pub struct CompileOptions {
     pub weights: WeightMode,
     /// Verify after every pass.
     pub verify_each: bool,
+    /// What to leave out, where to stop, and what to do when a pass fails.
+    pub controls: Controls,
 }
 
 impl Default for CompileOptions {
@@ -37,6 +39,7 @@ impl Default for CompileOptions {
             weight_streaming: false,
             weights: WeightMode::Stored,
             verify_each: false,
+            controls: Controls::default(),
         }
     }
 }
@@ -57,6 +60,50 @@ pub struct Compiled {
     source_hash: [u8; 32],
 }
 
+/// A model as its importer or author wrote it.
+pub struct Source {
+    /// The module, before any pass.
+    pub module: Module,
+    /// The folder, if the model came from one.
+    pub folder: Option<SourceFolder>,
+    limits: Option<Limits>,
+    hash: [u8; 32],
+}
+
+impl Source {
+    /// Reads the model at `path`, a folder or an `.ir` file.
+    ///
+    /// # Errors
+    /// Everything that can be wrong with the model or the options of its import.
+    pub fn read(path: &Path, options: &Options) -> Result<Source> {
+        if path.is_dir() {
+            let folder = SourceFolder::open(path, options)?;
+            let (module, limits) = import(&folder, options)?;
+            let mut hasher = blake3::Hasher::new();
+            hasher.update(&folder.config_bytes);
+            if let Some(checkpoint) = &folder.checkpoint {
+                hasher.update(&checkpoint.fingerprint());
+            }
+            let hash = *hasher.finalize().as_bytes();
+            return Ok(Source { module, folder: Some(folder), limits: Some(limits), hash });
+        }
+        let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, &e))?;
+        let source = String::from_utf8(bytes).map_err(|_| {
+            Error::new(Kind::BadInput, "ir/syntax", "is neither a model folder nor IR text")
+                .at(path.display())
+        })?;
+        let module = text::parse(&source).map_err(|e| e.at(path.display()))?;
+        if module.phase > Phase::Fused {
+            let message = format!(
+                "the module is {} already; compiling starts from imported, canonical or fused",
+                module.phase
+            );
+            return Err(Error::new(Kind::BadInput, "compile/phase", message).at(path.display()));
+        }
+        Ok(Source { module, folder: None, limits: None, hash: *blake3::hash(source.as_bytes()).as_bytes() })
+    }
+}
+
 /// Reads the model at `path` (a folder or an `.ir` file) and runs the pipeline. The observer is called once before
 /// the first pass, with the name `import`, and after each pass.
 ///
@@ -67,36 +114,13 @@ pub fn compile<'a>(
     options: &CompileOptions,
     mut observer: Option<&'a mut Observer<'a>>,
 ) -> Result<Compiled> {
-    let (mut module, folder, limits, source_hash) = if path.is_dir() {
-        let folder = SourceFolder::open(path, &options.import)?;
-        let (module, limits) = import(&folder, &options.import)?;
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&folder.config_bytes);
-        if let Some(checkpoint) = &folder.checkpoint {
-            hasher.update(&checkpoint.fingerprint());
-        }
-        (module, Some(folder), Some(limits), *hasher.finalize().as_bytes())
-    } else {
-        let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, &e))?;
-        let source = String::from_utf8(bytes).map_err(|_| {
-            Error::new(Kind::BadInput, "ir/syntax", "is neither a model folder nor IR text")
-                .at(path.display())
-        })?;
-        let module = text::parse(&source).map_err(|e| e.at(path.display()))?;
-        (module, None, None, *blake3::hash(source.as_bytes()).as_bytes())
-    };
-    if module.phase > Phase::Fused {
-        let message = format!(
-            "the module is {} already; compiling starts from imported, canonical or fused",
-            module.phase
-        );
-        return Err(Error::new(Kind::BadInput, "compile/phase", message).at(path.display()));
-    }
+    let Source { mut module, folder, limits, hash: source_hash } = Source::read(path, &options.import)?;
     if let Some(observer) = &mut observer {
         observer("import", &module, true);
     }
     let mut context = Context::cpu();
-    let mut manager = Manager { verify_each: options.verify_each, observer, runs: Vec::new() };
+    let controls = options.controls.clone();
+    let mut manager = Manager { verify_each: options.verify_each, observer, controls, ..Manager::default() };
     manager.run(&options.pipeline, &mut module, &mut context).map_err(|e| e.at(path.display()))?;
     if module.phase != Phase::Planned {
         let message = format!("the pipeline ends in phase {}, an engine needs planned", module.phase);

@@ -1,14 +1,21 @@
 //! Millrace compiler.
 #![forbid(unsafe_code)]
 
+pub mod bisect;
 pub mod codegen;
 pub mod compile;
+pub mod differential;
 pub mod import;
+pub mod manager;
+pub mod options;
 pub mod pass;
 pub mod passes;
 pub mod pattern;
 pub mod pipeline;
+pub mod reduce;
+pub mod registry;
 pub mod rewrite;
 pub mod target;
 
 pub use compile::{CompileOptions, Compiled, compile};
+pub use registry::Registry;

@@ -1,14 +1,23 @@
-//! Pipelines: a string such as `canonicalize,fixpoint{cse,dce},schedule` that parses, prints back and runs.
+//! Pipelines: a string such as `canonicalize,fixpoint<max=4>{cse,dce},schedule{search=true}` that parses, prints back
+//! and runs.
+//!
+//! ```text
+//! pipeline  = [ step { "," step } ]
+//! step      = pass [ "{" option "=" value { "," .. } "}" ]
+//!           | "(" pipeline ")"                                  a group, so that parts can be put together
+//!           | "fixpoint" [ "<max=" number ">" ] "{" pipeline "}"  repeated until nothing changes
+//!           | "O0" | "O1" | "O2"                                a level, spelled out when printed
+//! ```
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
-use millrace_ir::nearest::nearest;
-use millrace_ir::verify::check;
-use millrace_ir::{Error, Kind, Module, Result};
+use millrace_ir::{Error, Kind, Result};
 
-use crate::pass::{Context, Pass};
-use crate::passes::registry;
+pub use crate::manager::{Controls, Manager, Observer, PassRun, Stop};
+use crate::options::PassOptions;
+use crate::pass::Pass;
+use crate::registry::Registry;
 
 /// Optimisation levels as pipelines.
 pub const LEVELS: [&str; 3] = [
@@ -17,17 +26,39 @@ pub const LEVELS: [&str; 3] = [
     "fixpoint{canonicalize,const-fold,cse,dce},recover,fixpoint{canonicalize,const-fold,cse,dce},fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,fixpoint{cse,dce},pack-weights,schedule{search=true},plan-memory,mark-streamable",
 ];
 
-/// Most rounds of a fixpoint.
-const ROUNDS: usize = 8;
+/// Most rounds of a fixpoint that says nothing.
+pub const ROUNDS: usize = 8;
 
-/// A parsed pipeline.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Deepest nesting of groups and fixpoints.
+const DEPTH: usize = 8;
+
+/// A parsed pipeline. It holds its passes, so that it runs without a registry.
+#[derive(Clone, Default)]
 pub struct Pipeline(Vec<Step>);
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Step {
-    Pass { name: String, options: Vec<(String, String)> },
-    Fixpoint(Vec<Step>),
+/// A part of a pipeline.
+#[derive(Clone)]
+pub enum Step {
+    /// A pass with its options.
+    Pass(Call),
+    /// Several steps, once.
+    Group(Vec<Step>),
+    /// Several steps, until a round changes nothing.
+    Fixpoint {
+        /// Most rounds; [`ROUNDS`] where the text says nothing.
+        max: Option<usize>,
+        /// The steps of a round.
+        steps: Vec<Step>,
+    },
+}
+
+/// A pass as a pipeline calls it.
+#[derive(Clone)]
+pub struct Call {
+    /// The pass with its options.
+    pub pass: Arc<dyn Pass>,
+    /// The options, as written.
+    pub options: PassOptions,
 }
 
 fn bad(message: String) -> Error {
@@ -38,191 +69,190 @@ impl Pipeline {
     /// The pipeline of an optimisation level, the highest for numbers above.
     pub fn level(level: usize) -> Self {
         // The level strings are constants that a test parses.
-        Self::parse(LEVELS[level.min(LEVELS.len() - 1)]).unwrap_or(Pipeline(Vec::new()))
+        Registry::standard().level(level).unwrap_or_default()
     }
 
-    /// Parses `name`, `name{option=value,..}` and `fixpoint{..}` separated by commas.
+    /// Parses a pipeline of Millrace's passes.
     ///
     /// # Errors
-    /// `compile/bad-pipeline` for bad syntax or an unknown pass.
+    /// `compile/bad-pipeline` for bad syntax, an unknown pass or option.
     pub fn parse(text: &str) -> Result<Self> {
-        let mut rest = text;
-        let steps = parse_steps(&mut rest, 0)?;
-        if rest.is_empty() { Ok(Pipeline(steps)) } else { Err(bad(format!("unexpected `{rest}`"))) }
+        Self::parse_with(text, &Registry::standard())
+    }
+
+    /// Parses a pipeline of the passes of a registry.
+    ///
+    /// # Errors
+    /// As [`Pipeline::parse`].
+    pub fn parse_with(text: &str, registry: &Registry) -> Result<Self> {
+        if text.trim().is_empty() {
+            return Ok(Pipeline::default());
+        }
+        let mut parser = Parser { rest: text, registry };
+        let steps = parser.steps(0)?;
+        match parser.rest {
+            "" => Ok(Pipeline(steps)),
+            rest => Err(bad(format!("unexpected `{rest}`"))),
+        }
+    }
+
+    /// A pipeline of these steps.
+    pub fn new(steps: Vec<Step>) -> Self {
+        Pipeline(steps)
+    }
+
+    /// Its steps.
+    pub fn steps(&self) -> &[Step] {
+        &self.0
     }
 }
 
-fn parse_steps(rest: &mut &str, depth: usize) -> Result<Vec<Step>> {
-    let mut steps = Vec::new();
-    loop {
-        *rest = rest.trim_start();
-        let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || c == '-')).unwrap_or(rest.len());
-        let (name, after) = rest.split_at(end);
-        *rest = after.trim_start();
+struct Parser<'a> {
+    rest: &'a str,
+    registry: &'a Registry,
+}
+
+impl<'a> Parser<'a> {
+    /// Skips blanks and then `token`, if it is there.
+    fn take(&mut self, token: &str) -> bool {
+        self.rest = self.rest.trim_start();
+        match self.rest.strip_prefix(token) {
+            Some(rest) => {
+                self.rest = rest.trim_start();
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn word(&mut self) -> &'a str {
+        self.rest = self.rest.trim_start();
+        let letter = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        let end = self.rest.find(|c| !letter(c)).unwrap_or(self.rest.len());
+        let (word, rest) = self.rest.split_at(end);
+        self.rest = rest.trim_start();
+        word
+    }
+
+    fn steps(&mut self, depth: usize) -> Result<Vec<Step>> {
+        if depth > DEPTH {
+            return Err(bad("the pipeline nests too deeply".to_string()));
+        }
+        let mut steps = Vec::new();
+        loop {
+            self.step(depth, &mut steps)?;
+            if !self.take(",") {
+                return Ok(steps);
+            }
+        }
+    }
+
+    fn step(&mut self, depth: usize, steps: &mut Vec<Step>) -> Result<()> {
+        if self.take("(") {
+            let inner = self.steps(depth + 1)?;
+            if !self.take(")") {
+                return Err(bad("`(` is not closed".to_string()));
+            }
+            steps.push(Step::Group(inner));
+            return Ok(());
+        }
+        let name = self.word();
+        let level = name.strip_prefix('O').and_then(|n| n.parse::<usize>().ok());
         if name == "fixpoint" {
-            if depth > 3 {
-                return Err(bad("fixpoints nest too deeply".to_string()));
-            }
-            *rest = rest.strip_prefix('{').ok_or_else(|| bad("`fixpoint` needs `{`".to_string()))?;
-            let inner = parse_steps(rest, depth + 1)?;
-            *rest = rest
-                .strip_prefix('}')
-                .ok_or_else(|| bad("`fixpoint{` is not closed".to_string()))?
-                .trim_start();
-            steps.push(Step::Fixpoint(inner));
+            steps.push(self.fixpoint(depth)?);
+        } else if let Some(text) = level.and_then(|n| self.registry.levels().get(n)) {
+            let mut inner = Parser { rest: text, registry: self.registry };
+            steps.extend(inner.steps(depth + 1)?);
         } else {
-            let passes = registry();
-            if !passes.iter().any(|p| p.name() == name) {
-                let error = bad(format!("there is no pass `{name}`"));
-                return Err(match nearest(name, passes.iter().map(|p| p.name())) {
-                    Some(close) => bad(format!("there is no pass `{name}`; did you mean `{close}`?")),
-                    None => error,
-                });
-            }
-            let mut options = Vec::new();
-            if let Some(inner) = rest.strip_prefix('{') {
-                let close = inner.find('}').ok_or_else(|| bad(format!("`{name}{{` is not closed")))?;
-                for option in inner[..close].split(',').filter(|o| !o.trim().is_empty()) {
-                    let (key, value) = option
-                        .split_once('=')
-                        .ok_or_else(|| bad(format!("option `{option}` has no value")))?;
-                    options.push((key.trim().to_string(), value.trim().to_string()));
-                }
-                *rest = inner[close + 1..].trim_start();
-            }
-            if !options.is_empty() && name != "schedule" {
-                return Err(bad(format!("pass `{name}` takes no options")));
-            }
-            steps.push(Step::Pass { name: name.to_string(), options });
+            steps.push(Step::Pass(self.call(name)?));
         }
-        match rest.strip_prefix(',') {
-            Some(more) => *rest = more,
-            None => return Ok(steps),
+        Ok(())
+    }
+
+    fn fixpoint(&mut self, depth: usize) -> Result<Step> {
+        let mut max = None;
+        if self.take("<") {
+            let known = self.word() == "max" && self.take("=");
+            max = self.word().parse::<usize>().ok().filter(|n| known && (1..=1000).contains(n));
+            if max.is_none() || !self.take(">") {
+                return Err(bad("`fixpoint<..>` takes max=N with N from 1 to 1000".to_string()));
+            }
         }
+        if !self.take("{") {
+            return Err(bad("`fixpoint` needs `{`".to_string()));
+        }
+        let steps = self.steps(depth + 1)?;
+        if !self.take("}") {
+            return Err(bad("`fixpoint{` is not closed".to_string()));
+        }
+        Ok(Step::Fixpoint { max, steps })
+    }
+
+    fn call(&mut self, name: &str) -> Result<Call> {
+        let pass = self.registry.get(name)?;
+        let mut pairs = Vec::new();
+        if self.take("{") {
+            let close = self.rest.find('}').ok_or_else(|| bad(format!("`{name}{{` is not closed")))?;
+            for option in self.rest[..close].split(',').filter(|o| !o.trim().is_empty()) {
+                let pair =
+                    option.split_once('=').ok_or_else(|| bad(format!("option `{option}` has no value")))?;
+                pairs.push((pair.0.trim(), pair.1.trim()));
+            }
+            self.rest = self.rest[close + 1..].trim_start();
+        }
+        let options = PassOptions::read(name, pass.options(), &pairs)
+            .map_err(|message| bad(message).hint(format!("`millrace explain {name}`")))?;
+        if options.is_empty() {
+            return Ok(Call { pass, options });
+        }
+        match pass.with_options(&options) {
+            Some(pass) => Ok(Call { pass: Arc::from(pass), options }),
+            None => Err(bad(format!("pass `{name}` declares options and does not take them"))),
+        }
+    }
+}
+
+fn join(steps: &[Step]) -> String {
+    steps.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.pass.name(), self.options)
     }
 }
 
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Step::Pass { name, options } => {
-                write!(f, "{name}")?;
-                if !options.is_empty() {
-                    let options: Vec<String> = options.iter().map(|(k, v)| format!("{k}={v}")).collect();
-                    write!(f, "{{{}}}", options.join(","))?;
-                }
-                Ok(())
-            }
-            Step::Fixpoint(steps) => {
-                let steps: Vec<String> = steps.iter().map(ToString::to_string).collect();
-                write!(f, "fixpoint{{{}}}", steps.join(","))
-            }
+            Step::Pass(call) => write!(f, "{call}"),
+            Step::Group(steps) => write!(f, "({})", join(steps)),
+            Step::Fixpoint { max: None, steps } => write!(f, "fixpoint{{{}}}", join(steps)),
+            Step::Fixpoint { max: Some(max), steps } => write!(f, "fixpoint<max={max}>{{{}}}", join(steps)),
         }
     }
 }
 
 impl fmt::Display for Pipeline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let steps: Vec<String> = self.0.iter().map(ToString::to_string).collect();
-        f.write_str(&steps.join(","))
+        f.write_str(&join(&self.0))
     }
 }
 
-/// Time and effect of one run of a pass.
-#[derive(Clone, Debug)]
-pub struct PassRun {
-    /// Pass.
-    pub name: &'static str,
-    /// Wall time.
-    pub time: Duration,
-    /// Whether the module changed.
-    pub changed: bool,
-    /// Live nodes afterwards.
-    pub nodes: usize,
-}
-
-/// What the manager calls after a pass: the pass, the module, and whether it changed.
-pub type Observer<'a> = dyn FnMut(&'static str, &Module, bool) + 'a;
-
-/// How a pipeline runs.
-#[derive(Default)]
-pub struct Manager<'a> {
-    /// Verify after every pass instead of at phase changes only.
-    pub verify_each: bool,
-    /// Called after every pass.
-    pub observer: Option<&'a mut Observer<'a>>,
-    /// Every run of a pass, in order.
-    pub runs: Vec<PassRun>,
-}
-
-impl Manager<'_> {
-    /// Runs `pipeline` on `module`; verifies before the first pass, at every phase change and at the end.
-    ///
-    /// # Errors
-    /// `ir/invalid` for a module that breaks rules (after a pass: a defect, named), `compile/phase` for a pass
-    /// that does not accept the module's phase, and the passes' own errors.
-    pub fn run(&mut self, pipeline: &Pipeline, module: &mut Module, context: &mut Context) -> Result<()> {
-        check(module)?;
-        for step in &pipeline.0 {
-            self.step(step, module, context)?;
-        }
-        check(module).map(|_| ()).map_err(|e| e.at("after the pipeline"))
-    }
-
-    fn step(&mut self, step: &Step, module: &mut Module, context: &mut Context) -> Result<bool> {
-        match step {
-            Step::Pass { name, options } => {
-                let pass = crate::passes::create(name, options)?;
-                self.pass(pass.as_ref(), module, context)
-            }
-            Step::Fixpoint(steps) => {
-                let mut ever = false;
-                for _ in 0..ROUNDS {
-                    let mut changed = false;
-                    for step in steps {
-                        changed |= self.step(step, module, context)?;
-                    }
-                    ever |= changed;
-                    if !changed {
-                        break;
-                    }
-                }
-                Ok(ever)
-            }
-        }
-    }
-
-    /// Runs one pass under the gates of the manager.
-    ///
-    /// # Errors
-    /// As [`Manager::run`].
-    pub fn pass(&mut self, pass: &dyn Pass, module: &mut Module, context: &mut Context) -> Result<bool> {
-        let name = pass.name();
-        let (first, last) = pass.phases();
-        if module.phase < first || module.phase > last {
-            return Err(Error::new(
-                Kind::Usage,
-                "compile/phase",
-                format!("pass `{name}` accepts phases {first} to {last}, the module is {}", module.phase),
-            )
-            .hint("change the order of the pipeline"));
-        }
-        let start = Instant::now();
-        let changed = pass.run(module, context).map_err(|e| e.at(format!("pass {name}")))?;
-        let before = module.phase;
-        if let Some(phase) = pass.leaves() {
-            module.phase = module.phase.max(phase);
-        }
-        self.runs.push(PassRun { name, time: start.elapsed(), changed, nodes: module.graph.nodes.len() });
-        if self.verify_each || module.phase != before {
-            check(module).map_err(|e| e.at(format!("after pass {name}")))?;
-        }
-        if let Some(observer) = &mut self.observer {
-            observer(name, module, changed);
-        }
-        Ok(changed)
+impl fmt::Debug for Pipeline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pipeline({self})")
     }
 }
+
+impl PartialEq for Pipeline {
+    /// Pipelines are equal that print alike.
+    fn eq(&self, other: &Self) -> bool {
+        self.to_string() == other.to_string()
+    }
+}
+
+impl Eq for Pipeline {}
 
 #[cfg(test)]
 mod tests {
@@ -233,6 +263,16 @@ mod tests {
         for level in LEVELS {
             assert_eq!(Pipeline::parse(level).unwrap().to_string(), level);
         }
+        assert_eq!(Pipeline::parse("O2").unwrap(), Pipeline::level(2));
+        assert_eq!(Pipeline::parse("").unwrap().to_string(), "");
+    }
+
+    #[test]
+    fn groups_fixpoints_and_options_print_back() {
+        let text = "(cse,(dce)),fixpoint<max=4>{cse,fixpoint{dce}},schedule{search=false}";
+        assert_eq!(Pipeline::parse(text).unwrap().to_string(), text);
+        let spaced = " ( cse , (dce) ) , fixpoint < max = 4 > { cse, fixpoint { dce } } , schedule { search = false } ";
+        assert_eq!(Pipeline::parse(spaced).unwrap().to_string(), text);
     }
 
     #[test]
@@ -240,8 +280,16 @@ mod tests {
         let message = |text: &str| Pipeline::parse(text).unwrap_err().to_string();
         assert!(message("canonicalise").contains("did you mean `canonicalize`"));
         assert!(message("fixpoint{cse").contains("not closed"));
+        assert!(message("fixpoint<max=0>{cse}").contains("takes max=N"));
+        assert!(message("fixpoint<min=3>{cse}").contains("takes max=N"));
+        assert!(message("(cse").contains("not closed"));
+        assert!(message("()").contains("no pass ``"));
         assert!(message("cse,,dce").contains("no pass ``"));
         assert!(message("cse{x=1}").contains("takes no options"));
+        assert!(message("schedule{serach=true}").contains("did you mean `search`?"));
+        assert!(message("schedule{search=1}").contains("search=true|false (default false)"));
         assert!(message("cse dce").contains("unexpected"));
+        assert!(message("O9").contains("no pass `O9`"));
+        assert!(message(&"(".repeat(100_000)).contains("too deeply"));
     }
 }

@@ -10,7 +10,7 @@ use millrace_ir::{
 use millrace_ir::names::WeightNames;
 use smallvec::SmallVec;
 
-use crate::pass::{Context, Remark};
+use crate::pass::Context;
 
 /// What a rule says about a node.
 pub enum Outcome {
@@ -136,7 +136,7 @@ pub trait Rule {
 }
 
 /// Applies `rule` to every node in order until nothing applies; a node made by a patch is looked at as well.
-/// Returns the number of rewrites. A rule that applies more than eight times per node is stopped with a remark.
+/// Returns the number of rewrites. Each one is asked for with [`Context::allow`]. A rule that applies more than eight times per node is stopped with a remark.
 ///
 /// # Errors
 /// If a patch is ill typed, which is a defect of the rule.
@@ -160,6 +160,7 @@ pub fn rewrite(
     let limit = order.len() * 8 + 64;
     let mut new_order: Vec<NodeId> = Vec::with_capacity(order.len());
     let mut applied = 0;
+    let mut stuck = None;
     let mut passed = vec![false; module.graph.nodes.bound()];
     // Collected when the first patch brings a weight.
     let mut names: Option<WeightNames> = None;
@@ -173,6 +174,10 @@ pub fn rewrite(
         passed.resize(module.graph.nodes.bound(), false);
         let view = View { module, uses: &uses, outputs: &outputs, passed: &passed };
         let outcome = if applied < limit { rule.look(&view, id) } else { Outcome::NoMatch };
+        let outcome = match outcome {
+            Outcome::Rewrite(_) if !context.allow(pass, &module.graph, id) => Outcome::NoMatch,
+            other => other,
+        };
         match outcome {
             Outcome::NoMatch => {
                 passed[id.index()] = true;
@@ -180,14 +185,7 @@ pub fn rewrite(
             }
             Outcome::Blocked(reason) => {
                 if blocked.insert((id, reason.clone())) {
-                    let loc =
-                        module.graph.nodes[id].loc.first().map_or_else(String::new, ToString::to_string);
-                    context.remarks.push(Remark {
-                        pass,
-                        node: id,
-                        loc,
-                        message: format!("blocked: {reason}"),
-                    });
+                    context.blocked(pass, &module.graph, id, &reason);
                 }
                 passed[id.index()] = true;
                 new_order.push(id);
@@ -197,6 +195,9 @@ pub fn rewrite(
                 let sources = patch.sources.clone();
                 let made = apply(module, &mut uses, &mut outputs, &mut names, patch)?;
                 applied += 1;
+                if applied == limit {
+                    stuck = made.first().copied().or(Some(id));
+                }
                 // The anchor stays (dead, unless it still has users); its replacement is looked at next.
                 if is_live(module, &uses, &outputs, id) {
                     passed[id.index()] = true;
@@ -212,9 +213,9 @@ pub fn rewrite(
     new_order.retain(|id| module.graph.nodes.get(*id).is_some());
     module.graph.order = new_order;
     if applied >= limit {
-        let id = module.graph.order.first().copied().unwrap_or_else(|| NodeId::from_index(0));
+        let id = stuck.or(module.graph.order.first().copied()).unwrap_or_else(|| NodeId::from_index(0));
         let message = format!("stopped after {applied} rewrites: the rule does not settle");
-        context.remarks.push(Remark { pass, node: id, loc: String::new(), message });
+        context.remark(pass, &module.graph, id, message);
     }
     context.count(&format!("{pass}.rewrites"), applied as u64);
     Ok(applied)

@@ -3,15 +3,19 @@
 use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use millrace::compiler::Registry;
 use millrace::compiler::codegen::WeightMode;
+use millrace::compiler::compile::Source;
 use millrace::compiler::import::{Options, Precision};
-use millrace::compiler::pipeline::Pipeline;
+use millrace::compiler::pass::Context;
+use millrace::compiler::pipeline::{Manager, Pipeline};
 use millrace::compiler::target::Target;
 use millrace::ir::{DType, Module, text};
 use millrace::page::{Facts, Recorder, page};
 use millrace::{CompileOptions, Compiled, Error, Result, compile};
 use serde_json::json;
 
+use super::control::Control;
 use super::{print, print_json, size, usage};
 
 /// Compile a model folder or an .ir file into an engine.
@@ -19,26 +23,16 @@ use super::{print, print_json, size, usage};
 pub struct Args {
     /// A Hugging Face model folder, or a file of IR text
     model: PathBuf,
-    /// The engine to write
-    #[arg(short, long, required_unless_present = "dry_run")]
+    /// The engine to write; with --stop-at, the module as IR text
+    #[arg(short, long, required_unless_present_any = ["dry_run", "stop_at"])]
     output: Option<PathBuf>,
     #[command(flatten)]
     pub model_options: ModelOptions,
     /// Leave weights out; loading binds them to the model folder by name and hash
     #[arg(long)]
     strip_weights: bool,
-    /// Print the module after this pass to standard error (`all`, `changed`, `import` or a pass)
-    #[arg(long, value_name = "PASS")]
-    dump_after: Option<String>,
-    /// Verify after every pass
-    #[arg(long)]
-    verify_each: bool,
-    /// Print remarks of blocked fusions
-    #[arg(long)]
-    remarks: bool,
-    /// Print the time of every pass
-    #[arg(long)]
-    time_passes: bool,
+    #[command(flatten)]
+    control: Control,
     /// Write a page about the engine and what the passes did
     #[arg(long, value_name = "PAGE")]
     html: Option<PathBuf>,
@@ -126,7 +120,7 @@ impl ModelOptions {
             pipeline,
             weight_streaming: self.weight_streaming,
             weights: WeightMode::Stored,
-            verify_each: false,
+            ..CompileOptions::default()
         })
     }
 }
@@ -177,41 +171,56 @@ pub fn write_page(path: &std::path::Path, page: &str) -> Result<()> {
     std::fs::write(path, page).map_err(|e| Error::io("write", path, &e))
 }
 
+/// Runs the pipeline up to `--stop-at` and writes the module as text.
+fn stop(
+    args: &Args,
+    options: &CompileOptions,
+    observer: &mut dyn FnMut(&'static str, &Module, bool),
+) -> Result<()> {
+    let mut module = Source::read(&args.model, &options.import)?.module;
+    observer("import", &module, true);
+    let mut context = Context::cpu();
+    let mut observer = |pass: &'static str, module: &Module, changed: bool| observer(pass, module, changed);
+    let mut manager = Manager {
+        verify_each: options.verify_each,
+        observer: Some(&mut observer),
+        controls: options.controls.clone(),
+        ..Manager::default()
+    };
+    manager.run(&options.pipeline, &mut module, &mut context).map_err(|e| e.at(args.model.display()))?;
+    let runs = manager.runs;
+    args.control.report(&runs, &context);
+    let text = text::print(&module);
+    match &args.output {
+        Some(path) => std::fs::write(path, text).map_err(|e| Error::io("write", path, &e)),
+        None => print(&text),
+    }
+}
+
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
     let mut options = args.model_options.resolve()?;
-    options.verify_each = args.verify_each;
+    let registry = Registry::standard();
+    options.verify_each = args.control.verify_each;
+    options.controls = args.control.controls(&registry)?;
     if args.strip_weights {
         options.weights = WeightMode::Stripped;
     }
-    let dump = args.dump_after.clone();
+    let mut dumper = args.control.dumper(&registry)?;
     let mut recorder = args.html.as_ref().map(|_| Recorder::default());
     let mut observer = |pass: &'static str, module: &Module, changed: bool| {
         if let Some(recorder) = &mut recorder {
             recorder.observe(pass, module, changed);
         }
-        let wanted = match dump.as_deref() {
-            Some("all") => true,
-            Some("changed") => changed,
-            Some(name) => name == pass,
-            None => false,
-        };
-        if wanted {
-            eprintln!("// after {pass}\n{}", text::print(module));
-        }
+        dumper.observe(pass, module, changed);
     };
     let start = std::time::Instant::now();
+    if args.control.stop_at.is_some() {
+        return stop(args, &options, &mut observer);
+    }
     let compiled = compile(&args.model, &options, Some(&mut observer))?;
-    if args.remarks {
-        compiled.context.remarks.iter().for_each(|r| eprintln!("{r}"));
-    }
-    if args.time_passes {
-        for run in &compiled.runs {
-            let unchanged = if run.changed { "" } else { ", unchanged" };
-            let ms = run.time.as_secs_f64() * 1e3;
-            eprintln!("{ms:>10.3} ms  {:<18} {} nodes{unchanged}", run.name, run.nodes);
-        }
-    }
+    args.control.report(&compiled.runs, &compiled.context);
+    dumper.finish()?;
     let bytes = match &args.output {
         Some(output) if !args.dry_run => Some(write_with_progress(&compiled, output)?),
         _ => None,

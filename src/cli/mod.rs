@@ -3,9 +3,12 @@
 mod bench;
 mod compare;
 mod compile;
+mod control;
 mod demo;
+mod diff;
 mod doctor;
 mod eval;
+mod hunt;
 mod inspect;
 mod npy;
 mod opt;
@@ -40,6 +43,10 @@ enum Verb {
     Bench(bench::Args),
     Opt(opt::Args),
     Passes(passes::Args),
+    Explain(passes::Explain),
+    Bisect(hunt::Bisect),
+    Reduce(hunt::Reduce),
+    Diff(diff::Args),
     Plan(plan::Args),
     Compare(compare::Args),
     Verify(verify::Args),
@@ -66,6 +73,10 @@ pub fn main() -> ExitCode {
         Verb::Bench(args) => bench::main(&args),
         Verb::Opt(args) => opt::main(&args),
         Verb::Passes(args) => passes::main(&args),
+        Verb::Explain(args) => passes::explain(&args),
+        Verb::Bisect(args) => hunt::main_bisect(&args),
+        Verb::Reduce(args) => hunt::main_reduce(&args),
+        Verb::Diff(args) => diff::main(&args),
         Verb::Plan(args) => plan::main(&args),
         Verb::Compare(args) => compare::main(&args),
         Verb::Verify(args) => verify::main(&args),

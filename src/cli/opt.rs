@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 
+use millrace::compiler::Registry;
 use millrace::compiler::pass::Context;
-use millrace::compiler::pipeline::{Manager, Pipeline};
-use millrace::ir::text;
+use millrace::compiler::pipeline::Manager;
+use millrace::ir::{Module, text};
 use millrace::{Error, Result};
 
+use super::control::Control;
 use super::print;
 
 /// Run passes on a file of IR text and print the result.
@@ -14,38 +16,41 @@ use super::print;
 pub struct Args {
     /// A file of IR text
     file: PathBuf,
-    /// Passes, such as canonicalize,fixpoint{cse,dce}; empty only verifies
+    /// Passes, such as O2 or canonicalize,fixpoint{cse,dce}; empty only verifies
     #[arg(long, default_value = "")]
     passes: String,
-    /// Verify after every pass
-    #[arg(long)]
-    verify_each: bool,
-    /// Print counters on standard error
-    #[arg(long)]
-    stats: bool,
-    /// Print remarks on standard error
-    #[arg(long)]
-    remarks: bool,
+    #[command(flatten)]
+    control: Control,
 }
 
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
-    let source = std::fs::read_to_string(&args.file).map_err(|e| Error::io("read", &args.file, &e))?;
-    let at = |e: Error| e.at(args.file.display());
-    let mut module = text::parse(&source).map_err(at)?;
+    let registry = Registry::standard();
+    let pipeline = registry.pipeline(&args.passes)?;
+    let controls = args.control.controls(&registry)?;
+    let mut dumper = args.control.dumper(&registry)?;
+    let mut module = read_module(&args.file)?;
+    dumper.observe("import", &module, true);
     let mut context = Context::cpu();
-    if args.passes.trim().is_empty() {
-        millrace::ir::verify::check(&module).map_err(at)?;
-    } else {
-        let pipeline = Pipeline::parse(&args.passes)?;
-        let mut manager = Manager { verify_each: args.verify_each, ..Manager::default() };
-        manager.run(&pipeline, &mut module, &mut context).map_err(at)?;
-    }
-    if args.stats {
-        context.stats.iter().for_each(|(name, value)| eprintln!("{name} = {value}"));
-    }
-    if args.remarks {
-        context.remarks.iter().for_each(|r| eprintln!("{r}"));
-    }
+    let mut observer =
+        |pass: &'static str, module: &Module, changed: bool| dumper.observe(pass, module, changed);
+    let mut manager = Manager {
+        verify_each: args.control.verify_each,
+        observer: Some(&mut observer),
+        controls,
+        ..Manager::default()
+    };
+    let done = manager.run(&pipeline, &mut module, &mut context);
+    let runs = manager.runs;
+    // What was seen up to a failure matters most when there is one.
+    args.control.report(&runs, &context);
+    done.map_err(|e| e.at(args.file.display()))?;
+    dumper.finish()?;
     print(&text::print(&module))
+}
+
+/// Parses a file of IR text.
+pub fn read_module(path: &std::path::Path) -> Result<Module> {
+    let source = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, &e))?;
+    text::parse(&source).map_err(|e| e.at(path.display()))
 }

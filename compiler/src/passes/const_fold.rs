@@ -39,7 +39,9 @@ impl Pass for ConstFold {
             if module.graph.nodes[id].results.iter().any(|r| outputs[r.index()]) {
                 continue;
             }
-            if let Some((ty, expr)) = fold(module, id) {
+            if let Some((ty, expr)) = fold(module, id)
+                && context.allow(self.name(), &module.graph, id)
+            {
                 let result = module.graph.nodes[id].results[0];
                 let name = base_name(module, id);
                 let weight = names.add(module, Weight { name, ty, expr, stream: None });

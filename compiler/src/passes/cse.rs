@@ -43,6 +43,9 @@ impl Pass for Cse {
             match equal.iter().find(|first| graph.nodes[**first].op == node.op) {
                 None => equal.push(id),
                 Some(first) => {
+                    if !context.allow(self.name(), graph, id) {
+                        continue;
+                    }
                     let pairs: Vec<_> = graph.nodes[id]
                         .results
                         .iter()

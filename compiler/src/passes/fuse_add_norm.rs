@@ -26,13 +26,16 @@ impl Rule for FuseAddNorm {
         let node = view.node(id);
         let (kind, eps) = match &node.op {
             Op::RmsNorm(n) => (NormKind::Rms, n.eps),
-            Op::LayerNorm(n) if node.operands.len() == 3 => (NormKind::Layer, n.eps),
+            Op::LayerNorm(n) => (NormKind::Layer, n.eps),
             _ => return Outcome::NoMatch,
         };
         let Some((source, 0)) = view.def(node.operands[0]) else { return Outcome::NoMatch };
         let add = view.node(source);
         let Op::Binary(Binary { function: BinaryFn::Add }) = add.op else { return Outcome::NoMatch };
         let sum = add.results[0];
+        if kind == NormKind::Layer && node.operands.len() != 3 {
+            return Outcome::Blocked("the norm has no weight or no bias".into());
+        }
         if view.ty(add.operands[0]) != view.ty(add.operands[1]) {
             return Outcome::Blocked("the addition broadcasts".into());
         }

@@ -9,7 +9,7 @@
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::fused_matmul::Epilogue;
 use millrace_ir::ops::{Binary, FusedMatmul, Unary};
-use millrace_ir::{NodeId, Op, Operand, Phase};
+use millrace_ir::{Node, NodeId, Op, Operand, Phase};
 
 use super::rule_pass;
 use crate::rewrite::{From, Outcome, Patch, Rule, View};
@@ -23,12 +23,21 @@ rule_pass!(
     None
 );
 
-/// The fused matmul with one result that makes `operand`.
+/// The fused matmul that makes `operand`.
 fn producer<'a>(view: &'a View<'_>, operand: Operand) -> Option<(NodeId, &'a FusedMatmul)> {
-    let (id, 0) = view.def(operand)? else { return None };
+    let (id, _) = view.def(operand)?;
     match &view.node(id).op {
-        Op::FusedMatmul(fused) if view.node(id).results.len() == 1 => Some((id, fused)),
+        Op::FusedMatmul(fused) => Some((id, fused)),
         _ => None,
+    }
+}
+
+/// What has no place in an epilogue although it follows a product.
+fn other(view: &View<'_>, node: &Node) -> Outcome {
+    let elementwise = matches!(node.op, Op::Unary(_) | Op::Binary(_));
+    match elementwise && node.operands.iter().any(|o| producer(view, *o).is_some()) {
+        true => Outcome::Blocked(format!("no matmul kernel applies {}", node.op.name())),
+        false => Outcome::NoMatch,
     }
 }
 
@@ -43,12 +52,17 @@ impl Rule for FuseEpilogue {
                 let (a, b) = (node.operands[0], node.operands[1]);
                 let step = if *function == BinaryFn::Add { Epilogue::Residual } else { Epilogue::Mul };
                 // Prefer the later product: its operand is sure to exist before it.
-                if producer(view, b).is_some() { (step, b, Some(a)) } else { (step, a, Some(b)) }
+                let alone = |o| producer(view, o).is_some_and(|(id, _)| view.node(id).results.len() == 1);
+                let later = alone(b) || (!alone(a) && producer(view, b).is_some());
+                if later { (step, b, Some(a)) } else { (step, a, Some(b)) }
             }
-            _ => return Outcome::NoMatch,
+            _ => return other(view, node),
         };
         let Some((source, fused)) = producer(view, y) else { return Outcome::NoMatch };
         let Operand::Value(value) = y else { return Outcome::NoMatch };
+        if view.node(source).results.len() > 1 {
+            return Outcome::Blocked("the matmul has several results".into());
+        }
         if !view.used_once(value) {
             return Outcome::Blocked("the product has other uses".into());
         }

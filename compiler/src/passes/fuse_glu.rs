@@ -28,20 +28,23 @@ impl Rule for FuseGlu {
         let try_order = |gate: Operand, up: Operand| {
             let (act, 0) = view.def(gate)? else { return None };
             let Op::Unary(unary) = &view.node(act).op else { return None };
-            let (source, 0) = view.def(view.node(act).operands[0])? else { return None };
-            let (other, 1) = view.def(up)? else { return None };
+            let (source, first) = view.def(view.node(act).operands[0])?;
+            let (other, second) = view.def(up)?;
             let Op::FusedMatmul(fused) = &view.node(source).op else { return None };
-            (source == other && fused.segments.len() == 2).then_some((
-                act,
-                source,
-                unary.function,
-                fused.clone(),
-            ))
+            let Op::FusedMatmul(_) = &view.node(other).op else { return None };
+            Some((act, source, unary.function, fused.clone(), (source == other, first, second)))
         };
         let (a, b) = (node.operands[0], node.operands[1]);
-        let Some((act, source, function, fused)) = try_order(a, b).or_else(|| try_order(b, a)) else {
+        let Some((act, source, function, fused, results)) = try_order(a, b).or_else(|| try_order(b, a))
+        else {
             return Outcome::NoMatch;
         };
+        if !results.0 {
+            return Outcome::Blocked("gate and up are two matmuls".into());
+        }
+        if (results.1, results.2, fused.segments.len()) != (0, 1, 2) {
+            return Outcome::Blocked("gate and up are not the first and second of two results".into());
+        }
         if !Epilogue::ACTIVATIONS.contains(&function) {
             return Outcome::Blocked(format!("no matmul kernel applies {}", function.name()));
         }

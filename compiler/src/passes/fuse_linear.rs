@@ -42,6 +42,9 @@ impl Rule for FuseLinear {
                 patch.replace(node.results[0], From::New(new, 0));
                 Outcome::Rewrite(patch)
             }
+            Op::Matmul(_) if matches!(node.operands[1], Operand::Weight(_)) => {
+                Outcome::Blocked("the weight is not stored as rows of outputs (transpose_b)".into())
+            }
             Op::Binary(Binary { function: BinaryFn::Add }) => {
                 let (y, bias) = (node.operands[0], node.operands[1]);
                 let (Some((source, 0)), Operand::Weight(_)) = (view.def(y), bias) else {
@@ -51,7 +54,7 @@ impl Rule for FuseLinear {
                 let Op::FusedMatmul(fused) = &matmul.op else { return Outcome::NoMatch };
                 let Operand::Value(y_value) = y else { return Outcome::NoMatch };
                 if !fused.epilogue.is_empty() || fused.segments.len() != 1 {
-                    return Outcome::NoMatch;
+                    return Outcome::Blocked("the matmul has a bias or several results already".into());
                 }
                 if view.ty(bias).rank() != 1 || view.ty(bias).shape[0] != view.ty(y).last() {
                     return Outcome::Blocked("the addend is no vector of the output's width".into());

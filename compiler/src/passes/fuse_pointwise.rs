@@ -90,19 +90,23 @@ impl Rule for FusePointwise {
         let mut sources = vec![id];
         let mut grew = !matches!(node.op, Op::Pointwise(_));
         let mut at = 0;
+        let mut declined = None;
         while at < operands.len() {
             match absorb(view, &whole, &operands, at, &result.shape) {
-                Some((bigger, now, source)) => {
+                Absorbed::Grown(bigger, now, source) => {
                     (whole, operands) = (bigger, now);
                     sources.push(source);
                     grew = true;
                     at = 0;
+                    continue;
                 }
-                None => at += 1,
+                Absorbed::Declined(reason) => declined = declined.or(Some(reason)),
+                Absorbed::NoRegion => {}
             }
+            at += 1;
         }
         if !grew {
-            return Outcome::NoMatch;
+            return declined.map_or(Outcome::NoMatch, |r| Outcome::Blocked(r.into()));
         }
         let mut patch = Patch::new(sources);
         let new = patch.node(whole, operands.into_iter().map(From::Old));
@@ -111,32 +115,44 @@ impl Rule for FusePointwise {
     }
 }
 
+/// What became of an operand.
+enum Absorbed {
+    /// The region with the producer in it, its operands, and the producer.
+    Grown(Pointwise, Vec<Operand>, NodeId),
+    /// The producer stays on its own, for this reason.
+    Declined(&'static str),
+    /// The producer is no elementwise node.
+    NoRegion,
+}
+
 /// Inlines the producer of operand `at`, if it is a region of the same shape that nobody else reads.
-fn absorb(
-    view: &View<'_>,
-    whole: &Pointwise,
-    operands: &[Operand],
-    at: usize,
-    shape: &Shape,
-) -> Option<(Pointwise, Vec<Operand>, NodeId)> {
-    let Operand::Value(value) = operands[at] else { return None };
-    let (source, 0) = view.def(operands[at])? else { return None };
+fn absorb(view: &View<'_>, whole: &Pointwise, operands: &[Operand], at: usize, shape: &Shape) -> Absorbed {
+    let (Operand::Value(value), Some((source, 0))) = (operands[at], view.def(operands[at])) else {
+        return Absorbed::NoRegion;
+    };
     let producer = view.node(source);
     let ty = view.ty(operands[at]);
-    let inner = region(&producer.op, producer.operands.len(), ty.dtype)?;
-    let uses_here = view.users(value).len();
-    let only_here = view.module.graph.outputs.iter().all(|o| o.value != value)
+    let Some(inner) = region(&producer.op, producer.operands.len(), ty.dtype) else {
+        return Absorbed::NoRegion;
+    };
+    let floats = |dtype: DType| computes(dtype) || dtype == DType::Bool;
+    let only_here = !view.is_output(value)
         && view.users(value).iter().all(|u| *u == view.users(value)[0])
-        && uses_here >= 1;
-    let fits = inner.out.len() == 1
-        && &ty.shape == shape
-        && only_here
-        && (computes(ty.dtype) || ty.dtype == DType::Bool)
-        && producer.operands.iter().all(|o| readable(&view.ty(*o).shape, shape))
-        && producer.operands.iter().all(|o| computes(view.ty(*o).dtype) || view.ty(*o).dtype == DType::Bool)
-        && inner.body.len() + whole.body.len() <= STEPS;
-    if !fits {
-        return None;
+        && !view.users(value).is_empty();
+    if inner.out.len() != 1 || !only_here {
+        return Absorbed::Declined("an operand's region has other uses");
+    }
+    if &ty.shape != shape {
+        return Absorbed::Declined("an operand's region has another shape");
+    }
+    if !floats(ty.dtype) || !producer.operands.iter().all(|o| floats(view.ty(*o).dtype)) {
+        return Absorbed::Declined("an operand is computed from integers");
+    }
+    if !producer.operands.iter().all(|o| readable(&view.ty(*o).shape, shape)) {
+        return Absorbed::Declined("an operand of an operand neither fills nor repeats by row or column");
+    }
+    if inner.body.len() + whole.body.len() > STEPS {
+        return Absorbed::Declined("the region would have too many steps");
     }
     // New operand list: the old ones without `at`, then the producer's that are not there yet.
     let mut list: Vec<Operand> =
@@ -163,5 +179,5 @@ fn absorb(
     let mut body: Vec<Step> = inner.body.iter().map(|s| s.map(from_inner)).collect();
     body.extend(whole.body.iter().map(|s| s.map(from_whole)));
     let out = whole.out.iter().map(|s| from_whole(*s)).collect();
-    Some((Pointwise { body, out, dtypes: whole.dtypes.clone() }, list, source))
+    Absorbed::Grown(Pointwise { body, out, dtypes: whole.dtypes.clone() }, list, source)
 }

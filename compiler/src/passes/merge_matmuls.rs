@@ -11,7 +11,7 @@ use millrace_ir::{
     Id, Module, Node, NodeId, Op, Operand, Phase, Result, TensorType, Value, Weight, WeightExpr, WeightId,
 };
 
-use crate::pass::{Context, Pass, Remark};
+use crate::pass::{Context, Pass};
 
 /// See the module.
 pub(super) struct MergeMatmuls;
@@ -47,14 +47,14 @@ impl Pass for MergeMatmuls {
                 Op::FusedMatmul(f) => (f.epilogue.clone(), f.out, weight_dtype(module, *id)),
                 _ => (Vec::new(), None, None),
             };
+            if !context.allow(self.name(), &module.graph, group[0]) {
+                continue;
+            }
             let first = key(&group[0]);
             if let Some(other) = group.iter().find(|id| key(id) != first) {
-                context.remarks.push(Remark {
-                    pass: "merge-matmuls",
-                    node: *other,
-                    loc: module.graph.nodes[*other].loc.first().map_or_else(String::new, ToString::to_string),
-                    message: "blocked: bias or element type differs from its neighbours".to_string(),
-                });
+                let other = *other;
+                let reason = "bias or element type differs from its neighbours";
+                context.blocked(self.name(), &module.graph, other, reason);
                 continue;
             }
             merge(module, &mut names, &places, &group)?;

@@ -1,5 +1,7 @@
-//! The passes, one file each. Adding one is a file with a [`Pass`] and a line in [`registry`].
+//! The passes, one file each. Adding one is a file with a [`Pass`], a line in [`all`], and a line and an example in
+//! [`pages`].
 
+mod begin_fusion;
 mod canonicalize;
 mod const_fold;
 mod cse;
@@ -12,25 +14,26 @@ mod fuse_pointwise;
 mod mark_streamable;
 mod merge_matmuls;
 mod pack_weights;
+pub mod pages;
 mod plan_memory;
 mod recover;
 mod schedule;
 
 pub use plan_memory::{ARENA, PlanReport, plan_report};
 
-use millrace_ir::{Error, Kind, Module, Phase, Result};
+use millrace_ir::Phase;
 
-use crate::pass::{Context, Pass};
+use crate::pass::Pass;
 
 /// Every pass with its default options, in the order of the default pipeline.
-pub fn registry() -> Vec<Box<dyn Pass>> {
+pub fn all() -> Vec<Box<dyn Pass>> {
     vec![
         Box::new(canonicalize::Canonicalize),
         Box::new(const_fold::ConstFold),
         Box::new(cse::Cse),
         Box::new(dce::Dce),
         Box::new(recover::Recover),
-        Box::new(BeginFusion),
+        Box::new(begin_fusion::BeginFusion),
         Box::new(fuse_linear::FuseLinear),
         Box::new(merge_matmuls::MergeMatmuls),
         Box::new(fuse_glu::FuseGlu),
@@ -42,39 +45,6 @@ pub fn registry() -> Vec<Box<dyn Pass>> {
         Box::new(plan_memory::PlanMemory),
         Box::new(mark_streamable::MarkStreamable),
     ]
-}
-
-/// The pass called `name` with options.
-///
-/// # Errors
-/// `compile/bad-pipeline` for an unknown pass or option.
-pub fn create(name: &str, options: &[(String, String)]) -> Result<Box<dyn Pass>> {
-    let bad = |message: String| Error::new(Kind::Usage, "compile/bad-pipeline", message);
-    if name == "schedule" {
-        return Ok(Box::new(schedule::Schedule::with_options(options).map_err(bad)?));
-    }
-    registry().into_iter().find(|p| p.name() == name).ok_or_else(|| bad(format!("there is no pass `{name}`")))
-}
-
-/// Moves a module to phase fused without fusing anything, for unoptimised builds.
-struct BeginFusion;
-
-impl Pass for BeginFusion {
-    fn name(&self) -> &'static str {
-        "begin-fusion"
-    }
-    fn help(&self) -> &'static str {
-        "moves to phase fused without fusing anything"
-    }
-    fn phases(&self) -> (Phase, Phase) {
-        (Phase::Imported, Phase::Fused)
-    }
-    fn leaves(&self) -> Option<Phase> {
-        Some(Phase::Fused)
-    }
-    fn run(&self, _: &mut Module, _: &mut Context) -> Result<bool> {
-        Ok(false)
-    }
 }
 
 /// Declares a pass that is one rewrite rule.

@@ -32,11 +32,13 @@ impl Pass for PackWeights {
         let mut names = WeightNames::of(module);
         for id in module.graph.order.clone() {
             let node = &module.graph.nodes[id];
-            let (Op::FusedMatmul(fused), Some(&Operand::Weight(of))) = (&node.op, node.operands.get(1))
-            else {
+            let Some(&Operand::Weight(of)) = node.operands.get(1) else { continue };
+            if matches!(node.op, Op::Matmul(_)) {
+                context.blocked(self.name(), &module.graph, id, "the matmul is not fused");
                 continue;
-            };
-            if fused.panel != 0 {
+            }
+            let Op::FusedMatmul(fused) = &node.op else { continue };
+            if fused.panel != 0 || !context.allow(self.name(), &module.graph, id) {
                 continue;
             }
             let new_op = FusedMatmul { panel, ..fused.clone() };

@@ -47,6 +47,9 @@ impl Pass for PlanMemory {
     fn leaves(&self) -> Option<Phase> {
         Some(Phase::Planned)
     }
+    fn required(&self) -> bool {
+        true
+    }
     fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
         let align = context.align.max(1);
         let maxima = Bindings::maxima(&module.dims);

@@ -6,26 +6,13 @@ use std::collections::BTreeSet;
 use millrace_ir::plan::{Item, liveness, lower_bound};
 use millrace_ir::{Bindings, Id, Module, NodeId, Operand, Phase, Result};
 
+use crate::options::{OptionKind, PassOption, PassOptions};
 use crate::pass::{Context, Pass};
 
 /// See the module.
 #[derive(Default)]
 pub(super) struct Schedule {
     search: bool,
-}
-
-impl Schedule {
-    pub(super) fn with_options(options: &[(String, String)]) -> std::result::Result<Self, String> {
-        let mut schedule = Schedule::default();
-        for (key, value) in options {
-            match (key.as_str(), value.as_str()) {
-                ("search", "true") => schedule.search = true,
-                ("search", "false") => schedule.search = false,
-                _ => return Err(format!("`schedule` has no option {key}={value}; it has search=true|false")),
-            }
-        }
-        Ok(schedule)
-    }
 }
 
 impl Pass for Schedule {
@@ -40,6 +27,16 @@ impl Pass for Schedule {
     }
     fn leaves(&self) -> Option<Phase> {
         Some(Phase::Scheduled)
+    }
+    fn options(&self) -> &'static [PassOption] {
+        &[PassOption {
+            name: "search",
+            help: "tries an order with a smaller peak",
+            kind: OptionKind::Flag { default: false },
+        }]
+    }
+    fn with_options(&self, options: &PassOptions) -> Option<Box<dyn Pass>> {
+        Some(Box::new(Schedule { search: options.flag("search") }))
     }
     fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
         if !self.search {
