@@ -3,6 +3,8 @@
 //! `cargo bench --bench scale -- [NODES..]`; without numbers 10,000, 100,000 and 1,000,000. Reports each pass, the whole
 //! default pipeline with verification, plan and lowering, and the plan against its lower bound.
 
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
 use std::time::Instant;
 
 use millrace::compiler::codegen::lower;
