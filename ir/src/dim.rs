@@ -42,6 +42,12 @@ impl Sym {
         })
     }
 
+    /// The first eight bytes of the name as a number.
+    fn number(&self) -> u64 {
+        let [first, ..] = self.0.as_chunks::<8>().0 else { return 0 };
+        u64::from_le_bytes(*first)
+    }
+
     /// The name without `$`.
     pub fn name(&self) -> &str {
         let len = self.0.iter().position(|b| *b == 0).unwrap_or(16);
@@ -354,6 +360,21 @@ impl Dim {
     #[must_use]
     pub fn sub(&self, other: &Dim) -> Dim {
         self.add(&other.mul(&Dim::from(-1i64)))
+    }
+
+    /// A number that is equal for equal dims; cheap, and different for most different ones.
+    pub fn fingerprint(&self) -> u64 {
+        match &self.0 {
+            Repr::Const(value) => *value as u64,
+            Repr::Sum(terms) => terms.iter().fold(terms.len() as u64, |acc, term| {
+                let symbols = term.factors.iter().fold(term.coeff as u64, |acc, factor| match factor {
+                    Factor::Sym(sym) => crate::types::mix(acc, sym.number()),
+                    Factor::CeilDiv(_, by) => crate::types::mix(acc, *by as u64),
+                    Factor::Max(of) | Factor::Min(of) => crate::types::mix(acc, of.len() as u64),
+                });
+                crate::types::mix(acc, symbols)
+            }),
+        }
     }
 
     /// Product.

@@ -43,6 +43,7 @@ pub mod checkpoint;
 pub mod cost;
 pub mod dag;
 pub mod dim;
+pub mod distinct;
 pub mod dtype;
 pub mod engine;
 pub mod error;

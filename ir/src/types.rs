@@ -42,6 +42,11 @@ impl TensorType {
         self.elements().mul(&Dim::from(bits)).ceil_div(8)
     }
 
+    /// A number that is equal for equal types; cheap, and different for most different ones.
+    pub fn fingerprint(&self) -> u64 {
+        self.shape.iter().fold(self.dtype as u64 + 1, |acc, dim| mix(acc, dim.fingerprint()))
+    }
+
     /// The shape if it is free of symbols and no extent is negative.
     pub fn const_shape(&self) -> Option<Vec<u64>> {
         self.shape.iter().map(|d| d.as_const().and_then(|c| u64::try_from(c).ok())).collect()
@@ -73,6 +78,11 @@ pub fn product(shape: &[Dim]) -> Dim {
         Some(dim) => dim.mul(&Dim::from(constant)),
         None => Dim::from(constant),
     }
+}
+
+/// Folds a number into a fingerprint.
+pub(crate) fn mix(acc: u64, value: u64) -> u64 {
+    (acc.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 /// Bytes of a dense tensor with constant extents; `None` on overflow.

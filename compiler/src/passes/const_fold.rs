@@ -27,7 +27,7 @@ impl Pass for ConstFold {
         let order = module.graph.order.clone();
         let mut outputs = vec![false; module.graph.values.bound()];
         module.graph.outputs.iter().for_each(|o| outputs[o.value.index()] = true);
-        let mut names = WeightNames::of(module);
+        let mut names: Option<WeightNames> = None;
         for id in order {
             for operand in &mut module.graph.nodes[id].operands {
                 if let Operand::Value(v) = operand
@@ -44,6 +44,7 @@ impl Pass for ConstFold {
             {
                 let result = module.graph.nodes[id].results[0];
                 let name = base_name(module, id);
+                let names = names.get_or_insert_with(|| WeightNames::of(module));
                 let weight = names.add(module, Weight { name, ty, expr, stream: None });
                 folded[result.index()] = Some(weight);
                 count += 1;

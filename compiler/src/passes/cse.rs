@@ -1,8 +1,10 @@
 //! Equal nodes (same op, same operands) become one. State writes stay.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
-use millrace_ir::{Id, Module, NodeId, Operand, Phase, Result, ValueId};
+use millrace_ir::{Id, Module, Node, NodeId, Operand, Phase, Result, ValueId};
+use smallvec::SmallVec;
 
 use super::BEFORE_FUSION;
 use crate::pass::{Context, Pass};
@@ -22,8 +24,8 @@ impl Pass for Cse {
     }
     fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
         let graph = &mut module.graph;
-        // Nodes by op name and operands; those of one entry differ in their parameters.
-        let mut known: BTreeMap<(&'static str, Vec<Operand>), Vec<NodeId>> = BTreeMap::new();
+        // Nodes by a fingerprint of op name and operands, which the lookup compares in full.
+        let mut known: HashMap<u64, SmallVec<[NodeId; 1]>> = HashMap::with_capacity(graph.order.len());
         let mut renamed: Vec<Option<ValueId>> = vec![None; graph.values.bound()];
         let mut removed = Vec::new();
         for id in graph.order.clone() {
@@ -39,8 +41,12 @@ impl Pass for Cse {
             if node.op.traits().writes_state {
                 continue;
             }
-            let equal = known.entry((node.op.name(), node.operands.clone())).or_default();
-            match equal.iter().find(|first| graph.nodes[**first].op == node.op) {
+            let equal = known.entry(fingerprint(node)).or_default();
+            let same = |first: &&NodeId| {
+                let first = &graph.nodes[**first];
+                first.operands == node.operands && first.op == node.op
+            };
+            match equal.iter().find(same) {
                 None => equal.push(id),
                 Some(first) => {
                     if !context.allow(self.name(), graph, id) {
@@ -71,4 +77,11 @@ impl Pass for Cse {
         context.count("cse.merged", removed.len() as u64);
         Ok(!removed.is_empty())
     }
+}
+
+fn fingerprint(node: &Node) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    node.op.name().hash(&mut hasher);
+    node.operands.hash(&mut hasher);
+    hasher.finish()
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use millrace_ir::distinct::Types;
 use millrace_ir::plan::{Item, liveness, lower_bound};
 use millrace_ir::{Bindings, Id, Module, NodeId, Operand, Phase, Result};
 
@@ -74,12 +75,17 @@ fn memory_aware(module: &Module) -> Vec<NodeId> {
     let graph = &module.graph;
     let maxima = Bindings::maxima(&module.dims);
     let size: Vec<i64> = {
+        let types = Types::of(module);
+        let bytes: Vec<i64> =
+            types.list().iter().map(|t| t.bytes().eval(&maxima).unwrap_or(i64::MAX / 1024)).collect();
+        let mut outputs = vec![false; graph.values.bound()];
+        graph.outputs.iter().for_each(|o| outputs[o.value.index()] = true);
         let mut size = vec![0; graph.values.bound()];
-        for (id, value) in graph.values.iter() {
-            let is_output = graph.outputs.iter().any(|o| o.value == id);
+        for id in graph.values.ids() {
+            let is_output = outputs[id.index()];
             let is_state = module.state_of(Operand::Value(id)).is_some();
             if !is_output && !is_state {
-                size[id.index()] = value.ty.bytes().eval(&maxima).unwrap_or(i64::MAX / 1024);
+                size[id.index()] = bytes[types.value(id) as usize];
             }
         }
         size

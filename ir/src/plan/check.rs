@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::arena::Id;
 use crate::dim::Bindings;
+use crate::distinct::Types;
 use crate::graph::*;
 
 /// Two values that are alive together in the same bytes.
@@ -33,12 +34,14 @@ pub fn check(module: &Module, bindings: &Bindings) -> Result<(), Overlap> {
         dies: usize,
     }
     let graph = &module.graph;
+    let types = Types::of(module);
+    let sizes: Vec<Option<u64>> = types.list().iter().map(|t| t.bytes().extent(bindings)).collect();
     let mut placed: Vec<Placed> = Vec::new();
     for (at, id) in graph.order.iter().enumerate() {
         for result in &graph.nodes[*id].results {
             let value = &graph.values[*result];
             let Some(Place::Arena { arena, offset }) = &value.place else { continue };
-            let numbers = offset.extent(bindings).zip(value.ty.bytes().extent(bindings));
+            let numbers = offset.extent(bindings).zip(sizes[types.value(*result) as usize]);
             let Some((low, bytes)) = numbers else {
                 let message = format!("offset {offset} or size of {} has no value", value.ty);
                 return Err(Overlap { first: *result, second: *result, message });

@@ -2,6 +2,7 @@
 
 use crate::arena::Id;
 use crate::dim::Dim;
+use crate::distinct::Types;
 use crate::graph::*;
 
 /// Values that share one piece of memory.
@@ -30,6 +31,9 @@ pub struct Liveness {
 /// the types have one size and shape and nothing reads that buffer afterwards.
 pub fn liveness(module: &Module, in_place: bool) -> Liveness {
     let graph = &module.graph;
+    let types = Types::of(module);
+    let bytes: Vec<Dim> = types.list().iter().map(|t| t.bytes()).collect();
+    let bytes_of = |value: ValueId| &bytes[types.value(value) as usize];
     let mut last_use: Vec<usize> = vec![0; graph.values.bound()];
     for (at, id) in graph.order.iter().enumerate() {
         for operand in &graph.nodes[*id].operands {
@@ -69,8 +73,8 @@ pub fn liveness(module: &Module, in_place: bool) -> Liveness {
                     i != operand && matches!(o, Operand::Value(v) if buffer_of[v.index()] == Some(buffer))
                 });
                 let dies = liveness.buffers[buffer].end == at + 1 && !others;
-                let (from_ty, to_ty) = (&graph.values[*from].ty, &graph.values[*result].ty);
-                let fits = if traits.view { from_ty.bytes() == to_ty.bytes() } else { from_ty == to_ty };
+                let same = types.value(*from) == types.value(*result);
+                let fits = same || (traits.view && bytes_of(*from) == bytes_of(*result));
                 (fits && (traits.view || (in_place && dies))).then_some(buffer)
             });
             match shared {
@@ -83,7 +87,7 @@ pub fn liveness(module: &Module, in_place: bool) -> Liveness {
                     buffer_of[result.index()] = Some(liveness.buffers.len());
                     liveness.buffers.push(Buffer {
                         values: vec![*result],
-                        bytes: graph.values[*result].ty.bytes(),
+                        bytes: bytes_of(*result).clone(),
                         start: at,
                         end,
                     });

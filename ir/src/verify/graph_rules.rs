@@ -3,8 +3,8 @@
 use std::fmt::Display;
 
 use super::Report;
-use super::distinct::{Ops, TypeId, Types};
 use crate::arena::Id;
+use crate::distinct::{Ops, TypeId, Types};
 use crate::graph::*;
 
 pub(super) fn structure(module: &Module, report: &mut Report) {

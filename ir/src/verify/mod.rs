@@ -19,7 +19,6 @@
 //!
 //! Whether two buffers that live at the same time overlap is the plan checker's question, not the verifier's.
 
-mod distinct;
 mod graph_rules;
 mod module_rules;
 mod place_rules;
@@ -27,7 +26,7 @@ mod place_rules;
 use std::fmt;
 use std::ops::Deref;
 
-use self::distinct::Types;
+use crate::distinct::Types;
 use crate::error::{Error, Kind};
 use crate::graph::{Module, NodeId};
 use crate::text::print_node;

@@ -3,10 +3,10 @@
 use std::collections::HashSet;
 
 use super::Report;
-use super::distinct::{Ops, Types};
 use crate::arena::Id;
 use crate::attr::Quoted;
 use crate::dim::{Bindings, Dim, MAX_EXTENT, MAX_NESTING, MAX_SIZE, SymDecl};
+use crate::distinct::{Ops, Types};
 use crate::dtype::DType;
 use crate::graph::*;
 use crate::nearest::nearest;
@@ -85,7 +85,7 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
             ops.remember(&node.op, ());
         }
     }
-    let mut good = vec![false; types.list.len()];
+    let mut good = vec![false; types.list().len()];
     let mut offsets: HashSet<&Dim> = HashSet::new();
     for (id, value) in module.graph.values.iter() {
         let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
@@ -286,7 +286,7 @@ pub(super) fn sizes(module: &Module, types: &Types<'_>, report: &mut Report) {
         }
     };
     // Each distinct type is named by the first value that has it.
-    let mut seen = vec![false; types.list.len()];
+    let mut seen = vec![false; types.list().len()];
     for (id, value) in module.graph.values.iter() {
         if !std::mem::replace(&mut seen[types.value(id) as usize], true) {
             let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };

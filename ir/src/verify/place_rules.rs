@@ -3,10 +3,10 @@
 use std::collections::HashSet;
 
 use super::Report;
-use super::distinct::{TypeId, Types};
 use super::module_rules::simple;
 use crate::arena::Id;
 use crate::dim::{Bindings, Dim};
+use crate::distinct::{TypeId, Types};
 use crate::graph::*;
 
 pub(super) fn phases(module: &Module, report: &mut Report) {

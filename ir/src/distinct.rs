@@ -9,22 +9,25 @@ use crate::ops::Op;
 use crate::types::TensorType;
 
 /// Number of a distinct type.
-pub(super) type TypeId = u32;
+pub type TypeId = u32;
 
-/// Distinct types with the first value, weight or state that has each.
-pub(super) struct Types<'a> {
-    ids: HashMap<&'a TensorType, TypeId>,
-    /// The types, by number.
-    pub(super) list: Vec<&'a TensorType>,
+/// Most types of one fingerprint that are compared; a forged module with more of them gains equal types with two numbers.
+const COMPARED: usize = 16;
+
+/// The types of a module's values, weights and states by number: equal numbers are equal types.
+pub struct Types<'a> {
+    by_fingerprint: HashMap<u64, Vec<TypeId>>,
+    list: Vec<&'a TensorType>,
     values: Vec<TypeId>,
     weights: Vec<TypeId>,
     states: Vec<TypeId>,
 }
 
 impl<'a> Types<'a> {
-    pub(super) fn of(module: &'a Module) -> Self {
+    /// The types of `module`.
+    pub fn of(module: &'a Module) -> Self {
         let mut types = Types {
-            ids: HashMap::new(),
+            by_fingerprint: HashMap::new(),
             list: Vec::new(),
             values: vec![0; module.graph.values.bound()],
             weights: vec![0; module.weights.bound()],
@@ -43,20 +46,28 @@ impl<'a> Types<'a> {
     }
 
     fn number(&mut self, ty: &'a TensorType) -> TypeId {
-        let next = self.list.len() as TypeId;
-        *self.ids.entry(ty).or_insert_with(|| {
-            self.list.push(ty);
-            next
-        })
+        let known = self.by_fingerprint.entry(ty.fingerprint()).or_default();
+        if let Some(id) = known.iter().take(COMPARED).find(|id| self.list[**id as usize] == ty) {
+            return *id;
+        }
+        let id = self.list.len() as TypeId;
+        self.list.push(ty);
+        known.push(id);
+        id
+    }
+
+    /// The distinct types, by number.
+    pub fn list(&self) -> &[&'a TensorType] {
+        &self.list
     }
 
     /// The number of a value's type.
-    pub(super) fn value(&self, id: ValueId) -> TypeId {
+    pub fn value(&self, id: ValueId) -> TypeId {
         self.values[id.index()]
     }
 
     /// The number of an operand's type.
-    pub(super) fn operand(&self, operand: Operand) -> TypeId {
+    pub fn operand(&self, operand: Operand) -> TypeId {
         match operand {
             Operand::Value(v) => self.values[v.index()],
             Operand::Weight(w) => self.weights[w.index()],
@@ -69,27 +80,29 @@ impl<'a> Types<'a> {
 const REMEMBERED: usize = 64;
 
 /// Ops that were seen, with what was found out about each.
-pub(super) struct Ops<'a, T>(HashMap<&'static str, Vec<(&'a Op, T)>>);
+pub(crate) struct Ops<'a, T>(Vec<(&'static str, Vec<(&'a Op, T)>)>);
 
 impl<'a, T> Ops<'a, T> {
-    pub(super) fn new() -> Self {
-        Ops(HashMap::new())
+    pub(crate) fn new() -> Self {
+        Ops(Vec::new())
     }
 
     /// What is known of an op equal to `op` for which `fits` holds.
-    pub(super) fn find(&self, op: &Op, fits: impl Fn(&T) -> bool) -> Option<&T> {
-        self.0
-            .get(op.name())?
-            .iter()
-            .find(|(known, about)| fits(about) && *known == op)
-            .map(|(_, about)| about)
+    pub(crate) fn find(&self, op: &Op, fits: impl Fn(&T) -> bool) -> Option<&T> {
+        let name = op.name();
+        let (_, known) = self.0.iter().find(|(n, _)| *n == name)?;
+        known.iter().find(|(known, about)| fits(about) && *known == op).map(|(_, about)| about)
     }
 
     /// Remembers `about` for `op`, if there is room.
-    pub(super) fn remember(&mut self, op: &'a Op, about: T) {
-        let known = self.0.entry(op.name()).or_default();
-        if known.len() < REMEMBERED {
-            known.push((op, about));
+    pub(crate) fn remember(&mut self, op: &'a Op, about: T) {
+        let name = op.name();
+        let at = self.0.iter().position(|(n, _)| *n == name).unwrap_or_else(|| {
+            self.0.push((name, Vec::new()));
+            self.0.len() - 1
+        });
+        if self.0[at].1.len() < REMEMBERED {
+            self.0[at].1.push((op, about));
         }
     }
 }
