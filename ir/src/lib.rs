@@ -55,6 +55,7 @@ pub mod nearest;
 pub mod ops;
 pub mod plan;
 mod positioned;
+pub mod sampling;
 pub mod tensor;
 pub mod text;
 pub mod types;
