@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-const AREAS: [&str; 18] = [
+const AREAS: [&str; 19] = [
     "checkpoint",
     "compare",
     "compile",
@@ -17,6 +17,7 @@ const AREAS: [&str; 18] = [
     "ir",
     "kv",
     "npy",
+    "plan",
     "run",
     "template",
     "tokenizer",

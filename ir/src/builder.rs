@@ -1,5 +1,6 @@
 //! Builds a module node by node, inferring every type: what importers, tests and examples write graphs with.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::dim::{Dim, MAX_EXTENT, Sym, SymDecl};
@@ -11,12 +12,13 @@ use crate::types::TensorType;
 /// A module under construction. Nodes run in the order they are added.
 pub struct Builder {
     module: Module,
+    weights: BTreeMap<String, WeightId>,
 }
 
 impl Builder {
     /// An empty module called `name`.
     pub fn new(name: &str) -> Self {
-        Builder { module: Module::new(name) }
+        Builder { module: Module::new(name), weights: BTreeMap::new() }
     }
 
     /// Declares a symbol with its range and typical value.
@@ -45,9 +47,11 @@ impl Builder {
 
     /// Adds a weight, or finds the one of this name.
     pub fn weight(&mut self, name: &str, ty: TensorType, expr: WeightExpr) -> Operand {
-        let id = self.module.weight_named(name).unwrap_or_else(|| {
-            self.module.weights.push(Weight { name: name.to_string(), ty, expr, stream: None })
-        });
+        if let Some(id) = self.weights.get(name) {
+            return Operand::Weight(*id);
+        }
+        let id = self.module.weights.push(Weight { name: name.to_string(), ty, expr, stream: None });
+        self.weights.insert(name.to_string(), id);
         Operand::Weight(id)
     }
 

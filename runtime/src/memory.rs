@@ -86,6 +86,7 @@ impl Plain for f32 {}
 impl Plain for bf16 {}
 impl Plain for f16 {}
 impl Plain for i32 {}
+impl Plain for i64 {}
 impl Plain for u8 {}
 
 impl Region {

@@ -10,6 +10,7 @@ mod inspect;
 mod npy;
 mod opt;
 mod passes;
+mod plan;
 mod run;
 mod size;
 mod verify;
@@ -39,6 +40,7 @@ enum Verb {
     Bench(bench::Args),
     Opt(opt::Args),
     Passes(passes::Args),
+    Plan(plan::Args),
     Compare(compare::Args),
     Verify(verify::Args),
     Doctor(doctor::Args),
@@ -64,6 +66,7 @@ pub fn main() -> ExitCode {
         Verb::Bench(args) => bench::main(&args),
         Verb::Opt(args) => opt::main(&args),
         Verb::Passes(args) => passes::main(&args),
+        Verb::Plan(args) => plan::main(&args),
         Verb::Compare(args) => compare::main(&args),
         Verb::Verify(args) => verify::main(&args),
         Verb::Doctor(args) => doctor::main(&args),

@@ -38,6 +38,12 @@ impl AtomicFile {
                 .at(target.display())
                 .hint("give the path of the engine file to write"));
         }
+        if target.metadata().is_ok_and(|m| !m.is_file()) {
+            let message = "the path is a device, pipe or socket, which a rename would replace";
+            return Err(Error::new(Kind::Usage, "engine/target", message)
+                .at(target.display())
+                .hint("give the path of the engine file to write"));
+        }
         let folder = folder_of(target);
         remove_abandoned(folder, name);
         loop {
@@ -212,6 +218,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(AtomicFile::create(folder.path()).unwrap_err().code(), "engine/target");
         assert_eq!(AtomicFile::create(Path::new("..")).unwrap_err().code(), "engine/target");
+        #[cfg(unix)]
+        {
+            let socket = folder.path().join("socket");
+            let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+            assert_eq!(AtomicFile::create(&socket).unwrap_err().code(), "engine/target");
+            assert!(socket.exists());
+        }
         let missing = folder.path().join("none").join("x.engine");
         assert_eq!(AtomicFile::create(&missing).unwrap_err().code(), "io/failed");
     }

@@ -1,24 +1,9 @@
-//! Rows by index, and means over packed sequences.
+//! Means over packed sequences.
 
-use millrace_ir::{Error, Kind, Result};
+use millrace_ir::Result;
 
 use super::element::Element;
 use super::paging::spans;
-
-/// Copies row `ids[i]` of `table [rows, width]` to row `i` of `out`.
-///
-/// # Errors
-/// `run/bad-index` for an id outside the table; `out` is then partly written.
-pub fn gather_rows<T: Copy>(table: &[T], width: usize, ids: &[i32], out: &mut [T]) -> Result<()> {
-    let rows = table.len().checked_div(width).unwrap_or(0);
-    for (id, out) in ids.iter().zip(out.chunks_exact_mut(width.max(1))) {
-        let row = usize::try_from(*id).ok().filter(|r| *r < rows).ok_or_else(|| {
-            Error::new(Kind::BadInput, "run/bad-index", format!("index {id} is outside 0..{rows}"))
-        })?;
-        out.copy_from_slice(&table[row * width..(row + 1) * width]);
-    }
-    Ok(())
-}
 
 /// Mean of the rows of each packed sequence: `x [t, width]`, `out [b, width]`; zeros for an empty sequence.
 ///
@@ -43,12 +28,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_and_means_by_hand() {
+    fn means_by_hand() {
         let table = [1f32, 2.0, 3.0, 4.0, 5.0, 6.0];
-        let mut out = [0f32; 4];
-        gather_rows(&table, 2, &[2, 0], &mut out).unwrap();
-        assert_eq!(out, [5.0, 6.0, 1.0, 2.0]);
-        assert_eq!(gather_rows(&table, 2, &[3, 0], &mut out).unwrap_err().code(), "run/bad-index");
         let mut means = [9f32; 6];
         mean_pool(&table, 2, &[0, 1, 1, 3], &mut means).unwrap();
         assert_eq!(means, [1.0, 2.0, 0.0, 0.0, 4.0, 5.0]);

@@ -6,7 +6,7 @@
 
 use super::element::Element;
 use super::math::{Activation, activate};
-use super::parallel::{Pool, Shared};
+use super::parallel::{Pool, Shared, for_chunks};
 use super::simd::{TILE_ROWS, tile};
 
 pub use super::simd::PANEL;
@@ -69,6 +69,60 @@ pub fn pack_matrix<T: Element>(w: &[T], segments: &[usize], k: usize) -> Vec<T> 
         }
         row += n;
     }
+    packed
+}
+
+/// How an unpacked weight lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// `[n, k]`
+    Rows,
+    /// `[k, n]`
+    Columns,
+    /// Packed in panels of another width.
+    Panels(usize),
+}
+
+/// Packs a weight of any order, panel by panel. `w` holds every row of `segments`; this is asserted.
+pub fn repack<T: Element>(pool: &Pool, w: &[T], order: Order, segments: &[usize], k: usize) -> Vec<T> {
+    let n: usize = segments.iter().sum();
+    let needed = match order {
+        Order::Rows | Order::Columns => n * k,
+        Order::Panels(width) => segments.iter().map(|s| s.div_ceil(width) * width * k).sum(),
+    };
+    assert!(w.len() >= needed, "the weight is too short");
+    let mut packed = vec![T::default(); packed_len(segments, k)];
+    let targets = targets(segments);
+    for_chunks(pool, &mut packed, PANEL * k, n * k, |index, panel| {
+        let Target { column, segment, within, width } = targets[index];
+        match order {
+            Order::Rows => {
+                const BLOCK: usize = 64;
+                for start in (0..k).step_by(BLOCK) {
+                    let count = BLOCK.min(k - start);
+                    for j in 0..width {
+                        let row = &w[(column + j) * k + start..][..count];
+                        let lane = panel[start * PANEL + j..].iter_mut().step_by(PANEL);
+                        lane.zip(row).for_each(|(p, v)| *p = *v);
+                    }
+                }
+            }
+            Order::Columns => {
+                for (i, row) in panel.chunks_exact_mut(PANEL).enumerate() {
+                    row[..width].copy_from_slice(&w[i * n + column..][..width]);
+                }
+            }
+            Order::Panels(p) => {
+                let before: usize = segments[..segment].iter().map(|s| s.div_ceil(p)).sum();
+                for (i, row) in panel.chunks_exact_mut(PANEL).enumerate() {
+                    for (j, value) in row[..width].iter_mut().enumerate() {
+                        let at = within + j;
+                        *value = w[((before + at / p) * k + i) * p + at % p];
+                    }
+                }
+            }
+        }
+    });
     packed
 }
 
@@ -239,16 +293,16 @@ pub fn matmul_activations<T: Element, O: Element>(
     b: &[T],
     out: &mut [O],
 ) {
+    let order = if transpose_b { Order::Rows } else { Order::Columns };
+    let mut packed: Option<(usize, Vec<T>)> = None;
     for ((a_at, b_at), out) in offsets.iter().zip(out.chunks_mut((m * n).max(1))) {
-        let b = &b[*b_at..b_at + n * k];
-        let packed = if transpose_b {
-            pack_matrix(b, &[n], k)
-        } else {
-            let turned: Vec<T> = (0..n * k).map(|i| b[i % k * n + i / k]).collect();
-            pack_matrix(&turned, &[n], k)
+        let b = match packed.take() {
+            Some((at, same)) if at == *b_at => same,
+            _ => repack(pool, &b[*b_at..b_at + n * k], order, &[n], k),
         };
-        let product = Matmul { m, k, a: &a[*a_at..a_at + m * k], b: &packed, segments: &[n], epilogue: &[] };
+        let product = Matmul { m, k, a: &a[*a_at..a_at + m * k], b: &b, segments: &[n], epilogue: &[] };
         product.run(pool, &mut [out]);
+        packed = Some((*b_at, b));
     }
 }
 
@@ -359,6 +413,23 @@ mod tests {
             let product = Matmul { m, k, a: &a, b: &packed, segments: &[n], epilogue: &[] };
             product.run(&Pool::with_isa(2, isa), &mut [&mut out]);
             close(&out, &reference(m, n, k, &wide(&a), &wide(&w)), 1e-4);
+        }
+    }
+
+    #[test]
+    fn every_order_packs_to_the_same_panels() {
+        let (segments, k) = ([45, 3], 70);
+        let w = noise(48 * k, 13);
+        let expected = pack_matrix(&w, &segments, k);
+        let turned: Vec<f32> = (0..48 * k).map(|i| w[i % 48 * k + i / 48]).collect();
+        let mut narrow = vec![0f32; (9 + 1) * 5 * k];
+        for (row, source) in w.chunks_exact(k).enumerate() {
+            let (panel, lane) = if row < 45 { (row / 5, row % 5) } else { (9, row - 45) };
+            source.iter().enumerate().for_each(|(i, v)| narrow[(panel * k + i) * 5 + lane] = *v);
+        }
+        let pool = Pool::new(2);
+        for (order, w) in [(Order::Rows, &w), (Order::Columns, &turned), (Order::Panels(5), &narrow)] {
+            assert_eq!(repack(&pool, w, order, &segments, k), expected, "{order:?}");
         }
     }
 

@@ -7,19 +7,25 @@
 
 pub mod attention;
 pub mod ceilings;
+pub mod conv;
 pub mod element;
 pub mod indexing;
 pub mod math;
 pub mod matmul;
+pub mod movement;
 pub mod normalize;
+pub mod numbers;
 pub mod paging;
 #[allow(unsafe_code)]
 pub mod parallel;
+pub mod pool2d;
 pub mod program;
+pub mod reduce;
 pub mod rope;
 pub mod select;
 #[allow(unsafe_code)]
 pub mod simd;
+pub mod view;
 
 pub use element::Element;
 pub use parallel::Pool;

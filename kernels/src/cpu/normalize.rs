@@ -2,7 +2,7 @@
 
 use super::element::Element;
 use super::math::exp;
-use super::parallel::{Pool, for_chunks, for_chunks2};
+use super::parallel::{Grid, Pool, for_chunks, for_chunks2, for_rectangles};
 use super::simd::dispatch;
 
 /// Which normalisation, and what is added to the mean square or variance.
@@ -141,6 +141,49 @@ pub fn softmax<T: Element>(pool: &Pool, x: &mut [T], n: usize) {
         let total = sum(&buffer, |v| v);
         buffer.iter_mut().for_each(|v| *v /= total);
         T::narrow(&buffer, row);
+    });
+}
+
+dispatch! {
+    /// Softmax of every column of `x [n, width]` in place; each sum is one chain in rising order.
+    pub fn softmax_columns(x: &mut [f32], width: usize, top: &mut [f32], total: &mut [f32]) {
+        top.fill(f32::NEG_INFINITY);
+        total.fill(0.0);
+        for row in x.chunks_exact(width) {
+            top.iter_mut().zip(row).for_each(|(t, v)| *t = t.max(*v));
+        }
+        for row in x.chunks_exact_mut(width) {
+            for ((v, t), sum) in row.iter_mut().zip(top.iter()).zip(total.iter_mut()) {
+                *v = exp(*v - t);
+                *sum += *v;
+            }
+        }
+        for row in x.chunks_exact_mut(width) {
+            row.iter_mut().zip(total.iter()).for_each(|(v, sum)| *v /= sum);
+        }
+    }
+}
+
+/// Softmax along the middle axis of `x [outer, n, inner]` in place.
+pub fn softmax_axis<T: Element>(pool: &Pool, x: &mut [T], n: usize, inner: usize) {
+    if x.is_empty() || n == 0 || inner == 0 {
+        return;
+    }
+    // Columns of one task, whose f32 copy stays in cache unless lines are very long.
+    let width = (65536 / n).clamp(1, 64).min(inner);
+    let work = x.len() * 16;
+    let grid = Grid { outer: x.len() / (n * inner), rows: n, width: inner, tall: n, wide: width };
+    for_rectangles(pool, x, grid, work, |mut rectangle| {
+        let count = rectangle.columns.len();
+        let mut columns = vec![0f32; n * count];
+        let (mut top, mut total) = (vec![0f32; count], vec![0f32; count]);
+        for (j, row) in columns.chunks_exact_mut(count).enumerate() {
+            T::widen(rectangle.row(j), row);
+        }
+        softmax_columns(pool.isa, &mut columns, count, &mut top, &mut total);
+        for (j, row) in columns.chunks_exact(count).enumerate() {
+            T::narrow(row, rectangle.row(j));
+        }
     });
 }
 

@@ -1,6 +1,7 @@
 //! Threads that claim tasks one by one and park when there are none, and shared access to disjoint outputs.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,6 +13,7 @@ pub struct Pool {
     /// Instruction set of every kernel call.
     pub isa: Isa,
     threads: usize,
+    worth_it: usize,
     pool: Option<Arc<rayon::ThreadPool>>,
 }
 
@@ -29,7 +31,15 @@ impl Pool {
         let pool = (threads > 1)
             .then(|| rayon::ThreadPoolBuilder::new().num_threads(threads).build().ok().map(Arc::new))
             .flatten();
-        Pool { isa, threads: if pool.is_some() { threads } else { 1 }, pool }
+        let threads = if pool.is_some() { threads } else { 1 };
+        Pool { isa, threads, worth_it: 1 << 19, pool }
+    }
+
+    /// The pool, but running in parallel what is hardly worth it: for tests on small tensors.
+    #[must_use]
+    pub fn eager(mut self) -> Self {
+        self.worth_it = 0;
+        self
     }
 
     /// Number of threads.
@@ -39,9 +49,8 @@ impl Pool {
 
     /// Runs `task(0..tasks)`, in parallel if `work` (a rough count of operations) is worth it.
     pub fn run(&self, tasks: usize, work: usize, task: impl Fn(usize) + Send + Sync) {
-        const WORTH_IT: usize = 1 << 19;
         match &self.pool {
-            Some(pool) if tasks > 1 && work >= WORTH_IT => {
+            Some(pool) if tasks > 1 && work >= self.worth_it => {
                 let next = AtomicUsize::new(0);
                 pool.broadcast(|_| {
                     loop {
@@ -128,5 +137,94 @@ pub fn for_chunks2<T: Send, U: Send>(
         // SAFETY: chunks of different indices are disjoint, and each index runs once.
         let (x, y) = unsafe { (a.range(x, a_chunk.min(a_len - x)), b.range(y, b_chunk.min(b_len - y))) };
         task(index, x, y);
+    });
+}
+
+/// [`for_chunks`] over any number of slices, each with its own chunk size; all have the same number of chunks.
+pub fn for_chunks_all<T: Send>(
+    pool: &Pool,
+    slices: Vec<(&mut [T], usize)>,
+    work: usize,
+    task: impl Fn(usize, &mut [&mut [T]]) + Send + Sync,
+) {
+    let count = slices.iter().map(|(slice, chunk)| slice.len().div_ceil((*chunk).max(1))).min().unwrap_or(0);
+    let shared: Vec<_> =
+        slices.into_iter().map(|(slice, chunk)| (slice.len(), chunk, Shared::new(slice))).collect();
+    pool.run(count, work, |index| {
+        let mut parts: Vec<&mut [T]> = Vec::with_capacity(shared.len());
+        for (len, chunk, shared) in &shared {
+            let start = index * chunk;
+            // SAFETY: chunks of different indices are disjoint, and each index runs once.
+            parts.push(unsafe { shared.range(start, (*chunk).min(len - start)) });
+        }
+        task(index, &mut parts);
+    });
+}
+
+/// How `[outer, rows, width]` is cut into rectangles of at most `tall` rows and `wide` columns.
+#[derive(Clone, Copy, Debug)]
+pub struct Grid {
+    /// Matrices.
+    pub outer: usize,
+    /// Rows of a matrix.
+    pub rows: usize,
+    /// Columns of a matrix.
+    pub width: usize,
+    /// Rows of a rectangle.
+    pub tall: usize,
+    /// Columns of a rectangle.
+    pub wide: usize,
+}
+
+impl Grid {
+    /// Number of rectangles.
+    pub fn tasks(&self) -> usize {
+        self.outer * self.rows.div_ceil(self.tall.max(1)) * self.width.div_ceil(self.wide.max(1))
+    }
+}
+
+/// A rectangle that one task owns.
+pub struct Rectangle<'a, T> {
+    /// Its matrix.
+    pub outer: usize,
+    /// Its rows.
+    pub rows: Range<usize>,
+    /// Its columns.
+    pub columns: Range<usize>,
+    grid: Grid,
+    shared: &'a Shared<'a, T>,
+}
+
+impl<T> Rectangle<'_, T> {
+    /// Row `index`, counted from the first of [`Rectangle::rows`].
+    pub fn row(&mut self, index: usize) -> &mut [T] {
+        assert!(index < self.rows.len(), "row outside the rectangle");
+        let row = self.outer * self.grid.rows + self.rows.start + index;
+        // SAFETY: rectangles are disjoint, each is given to one task, and the row borrows this one exclusively.
+        unsafe { self.shared.range(row * self.grid.width + self.columns.start, self.columns.len()) }
+    }
+}
+
+/// Runs `task` for each rectangle of `slice`, columns fastest. The grid has as many elements as the slice.
+pub fn for_rectangles<T: Send>(
+    pool: &Pool,
+    slice: &mut [T],
+    grid: Grid,
+    work: usize,
+    task: impl Fn(Rectangle<'_, T>) + Send + Sync,
+) {
+    assert_eq!(grid.outer * grid.rows * grid.width, slice.len(), "the grid covers the slice");
+    let (tall, wide) = (grid.tall.max(1), grid.wide.max(1));
+    let (down, across) = (grid.rows.div_ceil(tall), grid.width.div_ceil(wide));
+    let shared = Shared::new(slice);
+    pool.run(grid.tasks(), work, |index| {
+        let (row, column) = (index / across % down * tall, index % across * wide);
+        task(Rectangle {
+            outer: index / across / down,
+            rows: row..grid.rows.min(row + tall),
+            columns: column..grid.width.min(column + wide),
+            grid,
+            shared: &shared,
+        });
     });
 }

@@ -10,6 +10,7 @@ use super::element::Element;
 use super::math;
 use super::parallel::{Pool, Shared};
 use super::simd::dispatch;
+use super::view::View;
 
 /// Elements of one tile.
 pub const TILE: usize = 256;
@@ -31,7 +32,7 @@ pub enum Data<'a> {
 
 /// How an operand repeats over the result `[rows, columns]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
+pub enum Layout<'a> {
     /// One element per result element.
     Full,
     /// One element for all.
@@ -40,6 +41,8 @@ pub enum Layout {
     Row,
     /// One element per row.
     Column,
+    /// Anything else.
+    Strided(&'a View),
     /// The operand is what output 0 holds before the call.
     InOut,
 }
@@ -50,7 +53,7 @@ pub struct Input<'a> {
     /// Elements; ignored for [`Layout::InOut`].
     pub data: Data<'a>,
     /// Repetition.
-    pub layout: Layout,
+    pub layout: Layout<'a>,
 }
 
 /// A result.
@@ -149,9 +152,9 @@ pub fn run(
 }
 
 fn load(input: &Input<'_>, start: usize, columns: usize, tile: &mut [f32]) {
-    fn from<T: Copy>(
+    fn from<T: Copy + Default>(
         x: &[T],
-        layout: Layout,
+        layout: Layout<'_>,
         start: usize,
         columns: usize,
         tile: &mut [f32],
@@ -161,6 +164,12 @@ fn load(input: &Input<'_>, start: usize, columns: usize, tile: &mut [f32]) {
             Layout::Scalar => tile.fill(x.first().map_or(0.0, |v| f(*v))),
             Layout::Row => tile.iter_mut().enumerate().for_each(|(i, t)| *t = f(x[(start + i) % columns])),
             Layout::Column => tile.iter_mut().enumerate().for_each(|(i, t)| *t = f(x[(start + i) / columns])),
+            Layout::Strided(view) => {
+                let mut elements = [T::default(); TILE];
+                let elements = &mut elements[..tile.len()];
+                view.cursor(start).load(x, elements);
+                tile.iter_mut().zip(elements).for_each(|(t, v)| *t = f(*v));
+            }
             Layout::Full | Layout::InOut => {
                 let x = &x[start..start + tile.len()];
                 tile.iter_mut().zip(x).for_each(|(t, v)| *t = f(*v));
@@ -282,17 +291,20 @@ mod tests {
         let len = rows * columns;
         let full: Vec<f32> = (0..len).map(|i| (i as f32 * 0.37).sin() * 2.0).collect();
         let (row, column) = (&full[..columns], &full[100..100 + rows]);
+        let turned = View::new(&[rows, columns], &[1, rows]);
         let inputs = [
             Input { data: Data::F32(&full), layout: Layout::Full },
             Input { data: Data::F32(row), layout: Layout::Row },
             Input { data: Data::F32(column), layout: Layout::Column },
             Input { data: Data::F32(&full[7..8]), layout: Layout::Scalar },
+            Input { data: Data::F32(&full), layout: Layout::Strided(&turned) },
         ];
         let mut body: Vec<Step> =
             BinaryFn::ALL.map(|f| Step::Binary(f, Source::Input(0), Source::Input(1))).to_vec();
         body.extend(UnaryFn::ALL.map(|f| Step::Unary(f, Source::Input(2))));
         body.push(Step::Select(Source::Step(7), Source::Input(3), Source::Const(0.25)));
         body.push(Step::Cast(DType::BF16, Source::Input(0)));
+        body.push(Step::Binary(BinaryFn::Sub, Source::Input(0), Source::Input(4)));
         for isa in Isa::available() {
             for (t, step) in body.iter().enumerate() {
                 let mut out = vec![0f32; len];
@@ -302,6 +314,9 @@ mod tests {
                     let (a, b, c) =
                         (f64::from(full[at]), f64::from(row[at % columns]), f64::from(column[at / columns]));
                     let expected = match step {
+                        Step::Binary(_, _, Source::Input(4)) => {
+                            a - f64::from(full[at % columns * rows + at / columns])
+                        }
                         Step::Binary(f, ..) => f.apply(a, b),
                         Step::Unary(f, _) => f.apply(c),
                         Step::Select(..) => {

@@ -4,24 +4,27 @@
 //! written is not read through another operand. A kernel that works in place gets one mutable view of the result, into
 //! which the operand was copied first if they differ.
 
+use std::borrow::Cow;
+
 use half::{bf16, f16};
 use millrace_ir::ops::add_norm::NormKind;
 use millrace_ir::ops::fused_matmul;
 use millrace_ir::ops::rope::RopeLayout;
 use millrace_ir::ops::unary::UnaryFn;
-use millrace_ir::ops::{FusedMatmul, Matmul as MatmulOp, Pointwise};
-use millrace_ir::{Bindings, DType, Error, Id, Kind, Module, NodeId, Op, Result, TensorType};
+use millrace_ir::ops::{FusedMatmul, Matmul as MatmulOp};
+use millrace_ir::{Bindings, DType, Error, Kind, Module, Op, Result, TensorType};
 use millrace_kernels::cpu::Pool;
 use millrace_kernels::cpu::attention::{Heads, packed_attention, paged_attention};
 use millrace_kernels::cpu::element::Element;
-use millrace_kernels::cpu::indexing::{gather_rows, mean_pool};
+use millrace_kernels::cpu::indexing::mean_pool;
 use millrace_kernels::cpu::math::Activation;
-use millrace_kernels::cpu::matmul::{Epilogue, Matmul, matmul_activations};
-use millrace_kernels::cpu::normalize::{Norm, add_norm, add_norm_only, l2_normalize, norm, softmax};
+use millrace_kernels::cpu::matmul::{Epilogue, Matmul, Order, PANEL, matmul_activations, repack};
+use millrace_kernels::cpu::normalize::{
+    Norm, add_norm, add_norm_only, l2_normalize, norm, softmax, softmax_axis,
+};
 use millrace_kernels::cpu::paging::{Paging, kv_append};
-use millrace_kernels::cpu::program::{Data, Input, Layout, Out, run as run_program};
 use millrace_kernels::cpu::rope::{Pairs, rope};
-use millrace_kernels::cpu::select::REFERENCE;
+use millrace_kernels::cpu::select::{POINTWISE, REFERENCE};
 
 use super::reference;
 use crate::memory::{Plain, Region};
@@ -29,7 +32,6 @@ use crate::memory::{Plain, Region};
 /// A node with its memory.
 pub(super) struct Node<'a> {
     pub module: &'a Module,
-    pub id: NodeId,
     pub node: &'a millrace_ir::Node,
     pub operands: &'a [Region],
     pub results: &'a [Region],
@@ -37,7 +39,7 @@ pub(super) struct Node<'a> {
     pub frequencies: Option<&'a [f32]>,
 }
 
-fn internal(message: &str) -> Error {
+pub(super) fn internal(message: &str) -> Error {
     Error::new(Kind::Internal, "run/no-kernel", message)
 }
 
@@ -62,6 +64,16 @@ macro_rules! with_float {
     };
 }
 
+fn paging<'a>(ids: &'a [Cow<'_, [i32]>; 3], state: &[usize]) -> Paging<'a> {
+    Paging {
+        seq_starts: &ids[0],
+        kv_lens: &ids[1],
+        block_table: &ids[2],
+        tokens_per_block: state[1],
+        pages: state[0],
+    }
+}
+
 fn activation(f: UnaryFn) -> Result<Activation> {
     match f {
         UnaryFn::Silu => Ok(Activation::Silu),
@@ -75,20 +87,20 @@ fn activation(f: UnaryFn) -> Result<Activation> {
 }
 
 impl<'a> Node<'a> {
-    fn read<T: Plain>(&self, index: usize) -> Result<&'a [T]> {
+    pub(super) fn read<T: Plain>(&self, index: usize) -> Result<&'a [T]> {
         let region = self.operands.get(index).ok_or_else(|| internal("an operand is missing"))?;
         // SAFETY: operands live for the step and are disjoint from what the kernel writes.
         unsafe { region.slice() }
     }
 
-    fn write<T: Plain>(&self, index: usize) -> Result<&'a mut [T]> {
+    pub(super) fn write<T: Plain>(&self, index: usize) -> Result<&'a mut [T]> {
         let region = self.results.get(index).ok_or_else(|| internal("a result is missing"))?;
         // SAFETY: each kernel takes each result once; results are disjoint from each other and from what is read.
         unsafe { region.slice_mut() }
     }
 
     /// The result that replaces operand 0, holding the operand's elements.
-    fn replace<T: Plain>(&self) -> Result<&'a mut [T]> {
+    pub(super) fn replace<T: Plain>(&self) -> Result<&'a mut [T]> {
         let same = self.operands[0].same(self.results[0]);
         let out = self.write::<T>(0)?;
         if !same {
@@ -101,27 +113,36 @@ impl<'a> Node<'a> {
         Ok(out)
     }
 
-    fn ty(&self, index: usize) -> &'a TensorType {
+    pub(super) fn ty(&self, index: usize) -> &'a TensorType {
         self.module.operand_type(self.node.operands[index])
     }
 
-    fn result_ty(&self, index: usize) -> &'a TensorType {
+    pub(super) fn result_ty(&self, index: usize) -> &'a TensorType {
         &self.module.graph.values[self.node.results[index]].ty
     }
 
-    fn shape(&self, ty: &TensorType) -> Result<Vec<usize>> {
+    pub(super) fn shape(&self, ty: &TensorType) -> Result<Vec<usize>> {
         let shape = ty.shape_at(self.bindings).ok_or_else(|| internal("a shape has no value"))?;
         Ok(shape.into_iter().map(|d| d as usize).collect())
     }
 
-    fn paging(&self, first: usize, state: &[usize]) -> Result<Paging<'a>> {
-        Ok(Paging {
-            seq_starts: self.read(first)?,
-            kv_lens: self.read(first + 1)?,
-            block_table: self.read(first + 2)?,
-            tokens_per_block: state[1],
-            pages: state[0],
-        })
+    /// An index operand as i32.
+    fn ids(&self, index: usize) -> Result<Cow<'a, [i32]>> {
+        if self.ty(index).dtype != DType::I64 {
+            return self.read(index).map(Cow::Borrowed);
+        }
+        let narrow = |id: &i64| {
+            i32::try_from(*id).map_err(|_| {
+                let message = format!("index {id} is outside -2147483648..2147483648");
+                Error::new(Kind::BadInput, "run/bad-index", message)
+            })
+        };
+        self.read::<i64>(index)?.iter().map(narrow).collect::<Result<Vec<_>>>().map(Cow::Owned)
+    }
+
+    /// Index operands `first..` of a paged cache.
+    fn paging_ids(&self, first: usize) -> Result<[Cow<'a, [i32]>; 3]> {
+        Ok([self.ids(first)?, self.ids(first + 1)?, self.ids(first + 2)?])
     }
 
     /// Runs the node's kernel.
@@ -134,20 +155,20 @@ impl<'a> Node<'a> {
         let dtype = self.result_ty(0).dtype;
         match &self.node.op {
             Op::Reshape(_) => self.replace::<u8>().map(|_| ()),
-            Op::Embedding(_) | Op::Gather(_) => with_float!(dtype, T => self.gather::<T>()),
             Op::Rope(op) => {
                 let frequencies = self.frequencies.ok_or_else(|| internal("frequencies are missing"))?;
                 let shape = self.shape(self.ty(0))?;
                 let pairs = if op.layout == RopeLayout::Half { Pairs::Half } else { Pairs::Interleaved };
-                let positions = self.read::<i32>(1)?;
+                let positions = self.ids(1)?;
                 with_float!(dtype, T => {
-                    rope(pool, self.replace::<T>()?, positions, (shape[1], shape[2]), frequencies, pairs);
+                    rope(pool, self.replace::<T>()?, &positions, (shape[1], shape[2]), frequencies, pairs);
                     Ok(())
                 })
             }
             Op::KvAppend(_) => {
                 let state = self.shape(self.ty(0))?;
-                let paging = self.paging(2, &state)?;
+                let ids = self.paging_ids(2)?;
+                let paging = paging(&ids, &state);
                 with_float!(dtype, T => kv_append(self.replace::<T>()?, self.read::<T>(1)?, state[2] * state[3], &paging))
             }
             Op::PagedAttention(op) => {
@@ -160,7 +181,8 @@ impl<'a> Node<'a> {
                     causal: true,
                     window: op.window,
                 };
-                let paging = self.paging(3, &state)?;
+                let ids = self.paging_ids(3)?;
+                let paging = paging(&ids, &state);
                 with_float!(dtype, T => paged_attention(pool, heads, self.read::<T>(0)?,
                     (self.read::<T>(1)?, self.read::<T>(2)?), &paging, self.write::<T>(0)?))
             }
@@ -174,9 +196,9 @@ impl<'a> Node<'a> {
                     causal: op.mask.causal,
                     window: op.mask.window,
                 };
-                let starts = self.read::<i32>(3)?;
+                let starts = self.ids(3)?;
                 with_float!(dtype, T => packed_attention(pool, heads, self.read::<T>(0)?,
-                    (self.read::<T>(1)?, self.read::<T>(2)?), starts, self.write::<T>(0)?))
+                    (self.read::<T>(1)?, self.read::<T>(2)?), &starts, self.write::<T>(0)?))
             }
             Op::RmsNorm(op) => with_float!(dtype, T => {
                 norm(pool, Norm::Rms(op.eps as f32), self.replace::<T>()?, self.read::<T>(1)?, None);
@@ -203,10 +225,15 @@ impl<'a> Node<'a> {
                     Ok(())
                 })
             }
-            Op::Softmax(_) => {
-                let n = self.shape(self.ty(0))?.last().copied().unwrap_or(1);
+            Op::Softmax(op) => {
+                let shape = self.shape(self.ty(0))?;
+                let (n, inner) = (shape[op.axis], shape[op.axis + 1..].iter().product());
                 with_float!(dtype, T => {
-                    softmax(pool, self.replace::<T>()?, n);
+                    if op.axis + 1 == shape.len() {
+                        softmax(pool, self.replace::<T>()?, n);
+                    } else {
+                        softmax_axis(pool, self.replace::<T>()?, n, inner);
+                    }
                     Ok(())
                 })
             }
@@ -219,7 +246,7 @@ impl<'a> Node<'a> {
             }
             Op::MeanPool(_) => {
                 let width = self.shape(self.ty(0))?.last().copied().unwrap_or(1);
-                with_float!(dtype, T => mean_pool(self.read::<T>(0)?, width, self.read(1)?, self.write::<T>(0)?))
+                with_float!(dtype, T => mean_pool(self.read::<T>(0)?, width, &self.ids(1)?, self.write::<T>(0)?))
             }
             Op::FusedMatmul(op) => {
                 with_float!(self.ty(0).dtype, T => with_float!(dtype, O => self.matmul::<T, O>(pool, op)))
@@ -227,8 +254,21 @@ impl<'a> Node<'a> {
             Op::Matmul(op) => {
                 with_float!(self.ty(0).dtype, T => with_float!(dtype, O => self.plain_matmul::<T, O>(pool, op)))
             }
-            Op::Pointwise(op) => self.pointwise(pool, op),
-            op => Err(internal(&format!("`{}` has no kernel", op.name()))),
+            Op::Unary(_) | Op::Binary(_) | Op::Cast(_) | Op::Pointwise(_) => {
+                self.elementwise(pool, kernel == POINTWISE)
+            }
+            Op::Reduce(op) => with_float!(dtype, T => self.reduce::<T>(pool, op)),
+            Op::Conv2d(op) => with_float!(dtype, T => self.conv2d::<T>(pool, op)),
+            Op::Pool2d(op) => with_float!(dtype, T => self.pool2d::<T>(pool, op)),
+            Op::Transpose(_)
+            | Op::Broadcast(_)
+            | Op::Slice(_)
+            | Op::Concat(_)
+            | Op::Gather(_)
+            | Op::Embedding(_)
+            | Op::Scatter(_)
+            | Op::Select(_)
+            | Op::Iota(_) => self.movement(pool),
         }
     }
 
@@ -244,11 +284,6 @@ impl<'a> Node<'a> {
             out.copy_from_slice(bytes);
         }
         Ok(())
-    }
-
-    fn gather<T: Element + Plain>(&self) -> Result<()> {
-        let shape = self.shape(self.ty(0))?;
-        gather_rows(self.read::<T>(0)?, shape[1..].iter().product(), self.read(1)?, self.write::<T>(0)?)
     }
 
     fn matmul<T: Element + Plain, O: Element + Plain>(&self, pool: &Pool, op: &FusedMatmul) -> Result<()> {
@@ -274,14 +309,14 @@ impl<'a> Node<'a> {
             })
             .collect::<Result<Vec<_>>>()?;
         let mut outputs = (0..self.results.len()).map(|i| self.write::<O>(i)).collect::<Result<Vec<_>>>()?;
-        let product = Matmul {
-            m,
-            k,
-            a: self.read::<T>(0)?,
-            b: self.read::<T>(1)?,
-            segments: &op.segments,
-            epilogue: &epilogue,
+        let b = self.read::<T>(1)?;
+        let b = match op.panel {
+            PANEL => Cow::Borrowed(b),
+            0 => Cow::Owned(repack(pool, b, Order::Rows, &op.segments, k)),
+            width => Cow::Owned(repack(pool, b, Order::Panels(width), &op.segments, k)),
         };
+        let product =
+            Matmul { m, k, a: self.read::<T>(0)?, b: &b, segments: &op.segments, epilogue: &epilogue };
         product.run(pool, &mut outputs);
         Ok(())
     }
@@ -299,53 +334,6 @@ impl<'a> Node<'a> {
             .collect();
         let (a, b) = (self.read::<T>(0)?, self.read::<T>(1)?);
         matmul_activations(pool, (m, n, k), op.transpose_b, &offsets, a, b, self.write::<O>(0)?);
-        Ok(())
-    }
-
-    fn pointwise(&self, pool: &Pool, op: &Pointwise) -> Result<()> {
-        let shape = self.shape(self.result_ty(0))?;
-        let columns = shape.last().copied().unwrap_or(1);
-        let len: usize = shape.iter().product();
-        let mut inputs = Vec::with_capacity(self.operands.len());
-        for index in 0..self.operands.len() {
-            let ty = self.ty(index);
-            let own = self.shape(ty)?;
-            let count: usize = own.iter().product();
-            let layout = if index == 0 && self.operands[0].same(self.results[0]) {
-                Layout::InOut
-            } else if own.iter().skip_while(|d| **d == 1).eq(shape.iter().skip_while(|d| **d == 1)) {
-                Layout::Full
-            } else if count == 1 {
-                Layout::Scalar
-            } else if own.last() == Some(&columns) && count == columns {
-                Layout::Row
-            } else if own.last() == Some(&1) && count * columns == len {
-                Layout::Column
-            } else {
-                return Err(internal("a region's operand has no layout"));
-            };
-            let data = match (layout, ty.dtype) {
-                (Layout::InOut, _) => Data::F32(&[]),
-                (_, DType::F32) => Data::F32(self.read(index)?),
-                (_, DType::BF16) => Data::Bf16(self.read(index)?),
-                (_, DType::F16) => Data::F16(self.read(index)?),
-                (_, DType::Bool) => Data::Bool(self.read(index)?),
-                (_, other) => return Err(internal(&format!("no region reads {other}"))),
-            };
-            inputs.push(Input { data, layout });
-        }
-        let mut outputs = Vec::with_capacity(self.results.len());
-        for index in 0..self.results.len() {
-            outputs.push(match self.result_ty(index).dtype {
-                DType::F32 => Out::F32(self.write(index)?),
-                DType::BF16 => Out::Bf16(self.write(index)?),
-                DType::F16 => Out::F16(self.write(index)?),
-                DType::Bool => Out::Bool(self.write(index)?),
-                other => return Err(internal(&format!("no region writes {other}"))),
-            });
-        }
-        debug_assert!(self.id.index() < self.module.graph.nodes.bound());
-        run_program(pool, &op.body, &op.out, columns, len, &inputs, outputs);
         Ok(())
     }
 }

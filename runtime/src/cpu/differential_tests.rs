@@ -1,0 +1,594 @@
+//! One node at a time against the op's definition: fresh random shapes, types and values; outputs poisoned before; one
+//! and two threads bitwise equal; in place where the op may be.
+
+use std::sync::LazyLock;
+
+use millrace_ir::builder::Builder;
+use millrace_ir::ops::attention::Mask;
+use millrace_ir::ops::binary::BinaryFn;
+use millrace_ir::ops::fused_matmul::{Epilogue, FusedMatmul};
+use millrace_ir::ops::pointwise::{Source, Step};
+use millrace_ir::ops::reduce::ReduceFn;
+use millrace_ir::ops::rope::{RopeLayout, RopeScaling};
+use millrace_ir::ops::unary::UnaryFn;
+use millrace_ir::ops::{
+    Attention, Binary, Broadcast, Cast, Concat, Conv2d, Embedding, EvalCtx, Gather, Iota, Matmul, MeanPool,
+    Numerics, Pointwise, Pool2d, Reduce, Rope, Scatter, Select, Slice, Softmax, Transpose, Unary,
+};
+use millrace_ir::tensor::Tensor;
+use millrace_ir::{Bindings, DType, Dim, Id, Kernel, KernelId, Module, Op, Operand, Place, TensorType};
+use millrace_kernels::cpu::Pool;
+use millrace_kernels::cpu::select::{REFERENCE, select};
+use proptest::prelude::*;
+
+use super::{Program, Regions};
+use crate::memory::{Buffer, Region};
+
+static POOLS: LazyLock<[Pool; 2]> = LazyLock::new(|| [Pool::new(1), Pool::new(2).eager()]);
+
+/// What an operand holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fill {
+    /// Any numbers of the type, now and then not finite.
+    Any,
+    /// Eighths between -2 and 2.
+    Tame,
+    /// Indices below.
+    Below(usize),
+    /// From 0 to this in equal steps.
+    Rising(usize),
+}
+
+/// An operand: element type, shape, values.
+type Spec = (DType, Vec<usize>, Fill);
+
+fn noise(state: &mut u64) -> u64 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *state >> 33
+}
+
+fn tensor((dtype, shape, fill): &Spec, seed: u64) -> Tensor {
+    let mut state = seed;
+    let n: usize = shape.iter().product();
+    let value = |at: usize, state: &mut u64| {
+        let r = noise(state);
+        match fill {
+            Fill::Rising(end) => (at * end / (n - 1)) as f64,
+            Fill::Below(extent) => (r % *extent as u64) as f64,
+            Fill::Tame => (r % 33) as f64 / 8.0 - 2.0,
+            Fill::Any if dtype.is_float() => match r % 97 {
+                0 => f64::NAN,
+                1 => f64::INFINITY,
+                2 => f64::NEG_INFINITY,
+                3 => 3e9,
+                4 => -0.0,
+                _ => (noise(state) % 2001) as f64 / 250.0 - 4.0,
+            },
+            Fill::Any if r.is_multiple_of(8) => (noise(state) % 5) as f64 - 2.0,
+            Fill::Any => (noise(state) as f64) * 4.0 - (1u64 << 32) as f64,
+        }
+    };
+    let values =
+        Tensor::from_values(*dtype, shape, (0..n).map(|at| value(at, &mut state)).collect()).unwrap();
+    Tensor::from_bytes(*dtype, shape, &values.to_bytes()).unwrap()
+}
+
+fn module(op: &Op, operands: &[Spec]) -> Module {
+    let mut builder = Builder::new("one");
+    let inputs: Vec<Operand> = operands
+        .iter()
+        .enumerate()
+        .map(|(i, (dtype, shape, _))| {
+            builder.input(&format!("x{i}"), TensorType::new(*dtype, shape.iter().copied()))
+        })
+        .collect();
+    let results = builder.node(op.clone(), &inputs, "").unwrap_or_else(|e| panic!("{op:?}: {e:?}"));
+    for (i, result) in results.iter().enumerate() {
+        builder.output(&format!("y{i}"), *result).unwrap();
+    }
+    let mut module = builder.finish();
+    let id = module.graph.order[0];
+    let kernel = select(&module, &module.graph.nodes[id]);
+    module.kernels.push(Kernel { name: kernel.to_string(), dtypes: Vec::new() });
+    module.graph.nodes[id].kernel = Some(KernelId::from_index(0));
+    for (i, result) in module.graph.nodes[id].results.clone().into_iter().enumerate() {
+        module.graph.values[result].place = Some(Place::Output(i));
+    }
+    module
+}
+
+fn kernel(op: impl Into<Op>, operands: &[Spec]) -> String {
+    module(&op.into(), operands).kernels[KernelId::from_index(0)].name.clone()
+}
+
+/// Bytes of every result; `in_place` lets result 0 replace operand 0.
+fn execute(module: &Module, tensors: &[Tensor], pool: &Pool, in_place: bool) -> Vec<Vec<u8>> {
+    let mut inputs: Vec<Vec<u8>> = tensors.iter().map(Tensor::to_bytes).collect();
+    let aligned = |bytes: &[u8]| {
+        let mut buffer = Buffer::zeroed(bytes.len() as u64, "a test").unwrap();
+        buffer.bytes_mut().copy_from_slice(bytes);
+        buffer
+    };
+    let node = &module.graph.nodes[module.graph.order[0]];
+    let mut outputs: Vec<Buffer> = node
+        .results
+        .iter()
+        .enumerate()
+        .map(|(i, r)| {
+            let bytes = module.graph.values[*r].ty.bytes().extent(&Bindings::new()).unwrap() as usize;
+            let before = if in_place && i == 0 { inputs[0].clone() } else { vec![0xA5; bytes] };
+            aligned(&before)
+        })
+        .collect();
+    let mut held: Vec<Buffer> = inputs.drain(..).map(|b| aligned(&b)).collect();
+    let outputs_at: Vec<Region> = outputs.iter_mut().map(Buffer::region).collect();
+    let mut inputs_at: Vec<Region> = held.iter_mut().map(Buffer::region).collect();
+    if in_place {
+        inputs_at[0] = outputs_at[0];
+    }
+    let regions = Regions {
+        inputs: inputs_at,
+        outputs: outputs_at,
+        arenas: Vec::new(),
+        states: Vec::new(),
+        weights: Vec::new(),
+    };
+    Program::new(module).unwrap().run(module, pool, &regions, &Bindings::new()).unwrap();
+    drop(regions);
+    outputs.iter().map(|b| b.bytes().to_vec()).collect()
+}
+
+fn close(found: &Tensor, expected: &Tensor, exact: bool, what: &str) {
+    // Rounding of the type, and of sums in f32.
+    let (relative, absolute) = match found.dtype {
+        DType::F32 => (1e-5, 1e-5),
+        DType::F16 => (1.1 / 1024.0, 1e-5),
+        DType::BF16 => (1.1 / 128.0, 1e-5),
+        _ => (0.0, 0.0),
+    };
+    for (i, (f, e)) in found.data.iter().zip(&expected.data).enumerate() {
+        let same = f == e || (f.is_nan() && e.is_nan());
+        let near = !exact && (f - e).abs() <= absolute + relative * e.abs();
+        assert!(same || near, "{what}: element {i} is {f} instead of {e}");
+    }
+}
+
+/// Runs the node every way and compares with its definition.
+#[track_caller]
+fn check(op: impl Into<Op>, operands: &[Spec], seed: u64) {
+    let op = op.into();
+    let module = module(&op, operands);
+    let what = format!("{op:?} {operands:?} seed {seed}");
+    let name = &module.kernels[KernelId::from_index(0)].name;
+    assert_ne!(name, REFERENCE, "{what}");
+    let tensors: Vec<Tensor> =
+        operands.iter().enumerate().map(|(i, s)| tensor(s, seed.wrapping_add(i as u64 * 77))).collect();
+    let refs: Vec<&Tensor> = tensors.iter().collect();
+    let node = &module.graph.nodes[module.graph.order[0]];
+    let types: Vec<TensorType> = node.results.iter().map(|r| module.graph.values[*r].ty.clone()).collect();
+    let bindings = Bindings::new();
+    let mut expected = op.eval(&EvalCtx { operands: &refs, results: &types, bindings: &bindings }).unwrap();
+    for tensor in &mut expected {
+        *tensor = Tensor::from_bytes(tensor.dtype, &tensor.shape, &tensor.to_bytes()).unwrap();
+    }
+    let found = execute(&module, &tensors, &POOLS[0], false);
+    let exact = op.traits().numerics == Numerics::Exact;
+    for (bytes, expected) in found.iter().zip(&expected) {
+        let tensor = Tensor::from_bytes(expected.dtype, &expected.shape, bytes).unwrap();
+        close(&tensor, expected, exact, &what);
+    }
+    assert_eq!(found, execute(&module, &tensors, &POOLS[1], false), "threads: {what}");
+    let same = operands.first().is_some_and(|o| types[0] == TensorType::new(o.0, o.1.iter().copied()));
+    if op.traits().in_place == Some(0) && same {
+        assert_eq!(found, execute(&module, &tensors, &POOLS[1], true), "in place: {what}");
+    }
+}
+
+const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+fn floats() -> impl Strategy<Value = DType> {
+    proptest::sample::select(FLOATS.to_vec())
+}
+
+/// Types whose elements fill bytes.
+fn bytes() -> impl Strategy<Value = DType> {
+    proptest::sample::select(DType::ALL.iter().copied().filter(|d| *d != DType::I4).collect::<Vec<_>>())
+}
+
+fn numbers() -> impl Strategy<Value = DType> {
+    bytes().prop_filter("numbers", |d| *d != DType::Bool)
+}
+
+fn ids() -> impl Strategy<Value = DType> {
+    proptest::sample::select(vec![DType::I32, DType::I64])
+}
+
+fn shape(extents: std::ops::Range<usize>, rank: std::ops::Range<usize>) -> impl Strategy<Value = Vec<usize>> {
+    proptest::collection::vec(extents, rank)
+}
+
+/// A shape and another that broadcasts to it.
+fn repeated(shape: &[usize], mask: u64) -> Vec<usize> {
+    let kept = shape.len() - (mask as usize >> 8) % (shape.len() + 1);
+    let tail = &shape[shape.len() - kept..];
+    tail.iter().enumerate().map(|(i, d)| if mask >> i & 1 == 1 { 1 } else { *d }).collect()
+}
+
+fn dims(shape: &[usize]) -> Vec<Dim> {
+    shape.iter().copied().map(Dim::from).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn transposes(
+        dtype in bytes(), (shape, perm) in shape(0..20, 1..5).prop_flat_map(|s| {
+            let axes: Vec<usize> = (0..s.len()).collect();
+            (Just(s), Just(axes).prop_shuffle())
+        }), seed: u64,
+    ) {
+        check(Transpose { perm }, &[(dtype, shape, Fill::Any)], seed);
+    }
+
+    #[test]
+    fn broadcasts(dtype in bytes(), shape in shape(0..9, 0..5), mask: u64, seed: u64) {
+        let from = repeated(&shape, mask);
+        check(Broadcast { shape: dims(&shape) }, &[(dtype, from, Fill::Any)], seed);
+    }
+
+    #[test]
+    fn slices(
+        dtype in bytes(), shape in shape(0..9, 1..5), axis: usize, from: usize, to: usize,
+        step in 1usize..4, seed: u64,
+    ) {
+        let axis = axis % shape.len();
+        let (a, b) = (from % (shape[axis] + 1), to % (shape[axis] + 1));
+        let op = Slice { axis, start: Dim::from(a.min(b)), end: Dim::from(a.max(b)), step };
+        check(op, &[(dtype, shape, Fill::Any)], seed);
+    }
+
+    #[test]
+    fn concats(
+        dtype in bytes(), shape in shape(0..7, 1..4), axis: usize,
+        extents in proptest::collection::vec(0usize..6, 1..5), seed: u64,
+    ) {
+        let axis = axis % shape.len();
+        let part = |extent: &usize| {
+            let mut own = shape.clone();
+            own[axis] = *extent;
+            (dtype, own, Fill::Any)
+        };
+        check(Concat { axis }, &extents.iter().map(part).collect::<Vec<_>>(), seed);
+    }
+
+    #[test]
+    fn gathers_and_embeddings(
+        dtype in bytes(), ids in ids(), shape in shape(1..7, 1..4), axis: usize, idx in shape(0..5, 0..3),
+        width in 0usize..9, float in floats(), seed: u64,
+    ) {
+        let axis = axis % shape.len();
+        let indices = (ids, idx, Fill::Below(shape[axis]));
+        check(Gather { axis }, &[(dtype, shape, Fill::Any), indices.clone()], seed);
+        let Fill::Below(rows) = indices.2 else { unreachable!() };
+        check(Embedding, &[(float, vec![rows, width], Fill::Any), indices], seed);
+    }
+
+    #[test]
+    fn scatters(
+        dtype in bytes(), ids in ids(), shape in shape(1..6, 1..4), axis: usize, count in 0usize..9,
+        seed: u64,
+    ) {
+        let axis = axis % shape.len();
+        let mut updates = shape.clone();
+        updates[axis] = count;
+        let indices = (ids, vec![count], Fill::Below(shape[axis]));
+        check(Scatter { axis }, &[(dtype, shape, Fill::Any), indices, (dtype, updates, Fill::Any)], seed);
+    }
+
+    #[test]
+    fn selects(dtype in bytes(), shape in shape(0..9, 0..4), masks: [u64; 3], seed: u64) {
+        let [c, a, b] = masks.map(|m| repeated(&shape, m));
+        check(Select, &[(DType::Bool, c, Fill::Tame), (dtype, a, Fill::Any), (dtype, b, Fill::Any)], seed);
+    }
+
+    #[test]
+    fn iotas(dtype in numbers(), shape in shape(0..9, 1..4), axis: usize) {
+        check(Iota { axis: axis % shape.len(), shape: dims(&shape), dtype }, &[], 0);
+    }
+
+    #[test]
+    fn casts(from in bytes(), to in bytes(), shape in shape(0..30, 0..3), seed: u64) {
+        check(Cast { to }, &[(from, shape, Fill::Any)], seed);
+    }
+
+    #[test]
+    fn unary_functions(
+        dtype in numbers().prop_filter("floats", |d| d.is_float()), shape in shape(0..30, 0..3),
+        f in proptest::sample::select(UnaryFn::ALL.to_vec()), seed: u64,
+    ) {
+        check(Unary { function: f }, &[(dtype, shape, Fill::Tame)], seed);
+    }
+
+    #[test]
+    fn binary_functions(
+        dtype in bytes(), shape in shape(0..9, 0..4), f in proptest::sample::select(BinaryFn::ALL.to_vec()),
+        masks: [u64; 2], seed: u64,
+    ) {
+        prop_assume!(dtype != DType::Bool || f.compares());
+        prop_assume!(dtype.is_float() || !matches!(f, BinaryFn::Div | BinaryFn::Pow));
+        let [a, b] = masks.map(|m| repeated(&shape, m));
+        let fill = if f == BinaryFn::Pow { Fill::Tame } else { Fill::Any };
+        check(Binary { function: f }, &[(dtype, a, fill), (dtype, b, fill)], seed);
+    }
+
+    #[test]
+    fn regions(
+        types in proptest::collection::vec(bytes(), 4), shape in shape(0..9, 0..4), masks: [u64; 3],
+        seed: u64,
+    ) {
+        let body = vec![
+            Step::Binary(BinaryFn::Mul, Source::Input(0), Source::Const(0.5)),
+            Step::Binary(BinaryFn::Le, Source::Input(1), Source::Step(0)),
+            Step::Select(Source::Step(1), Source::Input(2), Source::Step(0)),
+            Step::Cast(types[3], Source::Step(2)),
+        ];
+        let out = vec![Source::Step(3), Source::Step(1)];
+        let op = Pointwise { body, out, dtypes: vec![types[0], DType::Bool] };
+        let operands: Vec<Spec> = (0..3).map(|i| (types[i], repeated(&shape, masks[i]), Fill::Tame)).collect();
+        check(op, &operands, seed);
+    }
+
+    #[test]
+    fn reductions(
+        dtype in floats(), shape in shape(0..12, 1..5), mask: u8, keep: bool,
+        f in proptest::sample::select(vec![ReduceFn::Sum, ReduceFn::Mean, ReduceFn::Max, ReduceFn::Min]),
+        seed: u64,
+    ) {
+        let mut axes: Vec<usize> = (0..shape.len()).filter(|a| mask >> a & 1 == 1).collect();
+        if axes.is_empty() {
+            axes.push(shape.len() - 1);
+        }
+        let fill = if matches!(f, ReduceFn::Max | ReduceFn::Min) { Fill::Any } else { Fill::Tame };
+        check(Reduce { function: f, axes, keep }, &[(dtype, shape, fill)], seed);
+    }
+
+    #[test]
+    fn softmaxes(dtype in floats(), shape in shape(1..12, 1..4), axis: usize, seed: u64) {
+        check(Softmax { axis: axis % shape.len() }, &[(dtype, shape, Fill::Any)], seed);
+    }
+
+    #[test]
+    fn convolutions(
+        dtype in floats(), n in 0usize..3, groups in 1usize..4, c in 1usize..4, o in 1usize..15,
+        image in [0usize..13, 0usize..40],
+        kernel in [1usize..4, 1usize..4], stride in [1usize..4, 1usize..4],
+        pad in [0usize..3, 0usize..3, 0usize..3, 0usize..3],
+        dilation in [1usize..3, 1usize..3], bias: bool, seed: u64,
+    ) {
+        prop_assume!((0..2).all(|i| dilation[i] * (kernel[i] - 1) < image[i] + pad[i] + pad[i + 2]));
+        let mut operands = vec![
+            (dtype, vec![n, c * groups, image[0], image[1]], Fill::Tame),
+            (dtype, vec![o * groups, c, kernel[0], kernel[1]], Fill::Tame),
+        ];
+        if bias {
+            operands.push((dtype, vec![o * groups], Fill::Tame));
+        }
+        check(Conv2d { stride, pad, dilation, groups }, &operands, seed);
+    }
+
+    #[test]
+    fn pools(
+        dtype in floats(), planes in [0usize..3, 1usize..4], image in [0usize..13, 0usize..40],
+        kernel in [1usize..4, 1usize..4],
+        stride in [1usize..4, 1usize..4], pads: [usize; 4], average: bool, count_include_pad: bool, seed: u64,
+    ) {
+        let pad = [0, 1, 2, 3].map(|i| pads[i] % kernel[i % 2]);
+        prop_assume!((0..2).all(|i| kernel[i] <= image[i] + pad[i] + pad[i + 2]));
+        let op = Pool2d { average, kernel, stride, pad, count_include_pad: average && count_include_pad };
+        check(op, &[(dtype, vec![planes[0], planes[1], image[0], image[1]], Fill::Tame)], seed);
+    }
+
+    #[test]
+    fn unpacked_products(
+        dtype in floats(), out in proptest::option::of(floats()), m in 1usize..14, k in 1usize..70,
+        segments in proptest::collection::vec(1usize..40, 1..3),
+        panel in proptest::sample::select(vec![0usize, 0, 5, 16, 32]), bias: bool, seed: u64,
+    ) {
+        let n: usize = segments.iter().sum();
+        let weight = match panel {
+            0 => vec![n, k],
+            p => vec![segments.iter().map(|s| s.div_ceil(p)).sum(), k, p],
+        };
+        let mut operands = vec![(dtype, vec![m, k], Fill::Tame), (dtype, weight, Fill::Tame)];
+        let mut epilogue = Vec::new();
+        if bias {
+            operands.push((dtype, vec![n], Fill::Tame));
+            epilogue.push(Epilogue::Bias);
+        }
+        check(FusedMatmul { segments, panel, epilogue, out }, &operands, seed);
+    }
+
+    #[test]
+    fn batched_products(
+        dtype in floats(), a in shape(1..4, 0..3), mask: u64, m in 1usize..9, k in 1usize..40,
+        n in 1usize..40, transpose_b: bool, seed: u64,
+    ) {
+        let mut right = repeated(&a, mask);
+        right.extend(if transpose_b { [n, k] } else { [k, n] });
+        let left = [a, vec![m, k]].concat();
+        let operands = [(dtype, left, Fill::Tame), (dtype, right, Fill::Tame)];
+        check(Matmul { transpose_b, out: None }, &operands, seed);
+    }
+
+    #[test]
+    fn index_operands_have_either_width(dtype in floats(), ids in ids(), t in 1usize..9, seed: u64) {
+        let rope = Rope { base: 10000.0, layout: RopeLayout::Half, scaling: RopeScaling::Default, rotary: 0 };
+        check(rope, &[(dtype, vec![t, 2, 8], Fill::Tame), (ids, vec![t], Fill::Below(20))], seed);
+        check(MeanPool, &[(dtype, vec![t, 5], Fill::Tame), (ids, vec![3], Fill::Rising(t))], seed);
+        let heads = |n: usize| (dtype, vec![t, n, 8], Fill::Tame);
+        let mask = Mask { scale: 0.25, causal: true, window: 0 };
+        check(Attention { mask }, &[heads(4), heads(2), heads(2), (ids, vec![3], Fill::Rising(t))], seed);
+    }
+}
+
+/// Sizes with many tasks, cache blocks and partial sums.
+#[test]
+fn large_tensors() {
+    let f = DType::F32;
+    for (dtype, shape, perm) in [
+        (f, vec![300, 517], vec![1, 0]),
+        (DType::BF16, vec![130, 33, 66], vec![2, 0, 1]),
+        (DType::U8, vec![7, 300, 200], vec![0, 2, 1]),
+        (DType::I64, vec![90, 40, 31], vec![1, 2, 0]),
+        (f, vec![65, 70, 4], vec![1, 0, 2]),
+    ] {
+        check(Transpose { perm }, &[(dtype, shape, Fill::Any)], 1);
+    }
+    check(Concat { axis: 0 }, &[(f, vec![300, 200], Fill::Any), (f, vec![3, 200], Fill::Any)], 2);
+    check(Concat { axis: 1 }, &[(f, vec![300, 200], Fill::Any), (f, vec![300, 1], Fill::Any)], 3);
+    check(
+        Binary { function: BinaryFn::Add },
+        &[(f, vec![50, 1, 70], Fill::Tame), (f, vec![20, 1], Fill::Tame)],
+        4,
+    );
+    check(
+        Binary { function: BinaryFn::Mul },
+        &[(DType::I32, vec![50, 1, 170], Fill::Any), (DType::I32, vec![9, 1], Fill::Any)],
+        5,
+    );
+    check(Softmax { axis: 0 }, &[(f, vec![2000, 150], Fill::Tame)], 6);
+    for (shape, axes) in [
+        (vec![3, 20_000], vec![1]),
+        (vec![20_000, 3], vec![0]),
+        (vec![700, 600], vec![0]),
+        (vec![70, 9, 600], vec![0, 2]),
+        (vec![9, 70, 600], vec![1]),
+        (vec![100_003], vec![0]),
+        (vec![60, 30, 50, 3], vec![0, 2, 3]),
+    ] {
+        for function in [ReduceFn::Sum, ReduceFn::Max] {
+            check(Reduce { function, axes: axes.clone(), keep: false }, &[(f, shape.clone(), Fill::Tame)], 7);
+        }
+    }
+    let conv = Conv2d { stride: [1, 1], pad: [1; 4], dilation: [1, 1], groups: 1 };
+    let operands = [(f, vec![2, 60, 20, 23], Fill::Tame), (f, vec![40, 60, 3, 3], Fill::Tame)];
+    check(conv.clone(), &operands, 8);
+    let operands = [(f, vec![1, 8, 5, 5], Fill::Tame), (f, vec![800, 4, 1, 1], Fill::Tame)];
+    check(Conv2d { pad: [0; 4], groups: 2, ..conv }, &operands, 9);
+}
+
+/// All that may still run the reference evaluator: 4-bit elements, which no kernel addresses; sums and windows of 8-bit
+/// floats; and rows that are known to be empty.
+#[test]
+fn the_reference_evaluator_is_for_exotic_types() {
+    let mut found = Vec::new();
+    for dtype in DType::ALL {
+        let tame = |shape: &[usize]| (dtype, shape.to_vec(), Fill::Tame);
+        let ids = (DType::I64, vec![2], Fill::Below(2));
+        let x = tame(&[2, 2]);
+        let image = tame(&[1, 2, 4, 4]);
+        let mut ops: Vec<(Op, Vec<Spec>)> = vec![
+            (Cast { to: DType::F32 }.into(), vec![x.clone()]),
+            (Transpose { perm: vec![1, 0] }.into(), vec![x.clone()]),
+            (Broadcast { shape: dims(&[3, 2, 2]) }.into(), vec![x.clone()]),
+            (
+                Slice { axis: 0, start: Dim::from(1usize), end: Dim::from(2usize), step: 1 }.into(),
+                vec![x.clone()],
+            ),
+            (Concat { axis: 0 }.into(), vec![x.clone(), x.clone()]),
+            (Gather { axis: 1 }.into(), vec![x.clone(), ids.clone()]),
+            (Scatter { axis: 0 }.into(), vec![x.clone(), ids.clone(), x.clone()]),
+            (Select.into(), vec![(DType::Bool, vec![2], Fill::Tame), x.clone(), x.clone()]),
+            (Binary { function: BinaryFn::Lt }.into(), vec![x.clone(), x.clone()]),
+        ];
+        if dtype != DType::Bool {
+            ops.push((Binary { function: BinaryFn::Add }.into(), vec![x.clone(), x.clone()]));
+            ops.push((Iota { shape: dims(&[2]), axis: 0, dtype }.into(), vec![]));
+        }
+        if dtype.is_float() {
+            let window = Pool2d {
+                average: true,
+                kernel: [2, 2],
+                stride: [2, 2],
+                pad: [0; 4],
+                count_include_pad: false,
+            };
+            let conv = Conv2d { stride: [1, 1], pad: [0; 4], dilation: [1, 1], groups: 1 };
+            let product = FusedMatmul { segments: vec![2], panel: 0, epilogue: vec![], out: None };
+            ops.extend([
+                (Op::from(Unary { function: UnaryFn::Exp }), vec![x.clone()]),
+                (Embedding.into(), vec![x.clone(), ids]),
+                (Reduce { function: ReduceFn::Sum, axes: vec![0], keep: false }.into(), vec![x.clone()]),
+                (Softmax { axis: 0 }.into(), vec![x.clone()]),
+                (Matmul { transpose_b: false, out: None }.into(), vec![x.clone(), x.clone()]),
+                (product.into(), vec![x.clone(), x.clone()]),
+                (conv.into(), vec![image.clone(), tame(&[2, 2, 2, 2])]),
+                (window.into(), vec![image]),
+            ]);
+        }
+        for (op, operands) in ops {
+            if kernel(op.clone(), &operands) == REFERENCE {
+                found.push(format!("{} {dtype}", op.name()));
+            }
+        }
+    }
+    let sums = ["reduce_sum", "softmax", "matmul", "matmul.fused", "conv2d", "avg_pool2d"];
+    let eight_bits = ["f8e4m3", "f8e5m2"].into_iter().flat_map(|d| sums.map(|op| format!("{op} {d}")));
+    let moves = [
+        "cast",
+        "transpose",
+        "broadcast",
+        "slice",
+        "concat",
+        "gather",
+        "scatter",
+        "select",
+        "lt",
+        "add",
+        "iota",
+    ];
+    let expected: Vec<String> = eight_bits.chain(moves.map(|op| format!("{op} i4"))).collect();
+    assert_eq!(found, expected);
+    let empty = (DType::F32, vec![2, 0], Fill::Tame);
+    assert_eq!(kernel(Softmax { axis: 1 }, std::slice::from_ref(&empty)), REFERENCE);
+    assert_eq!(kernel(Unary { function: UnaryFn::Exp }, &[empty]), "cpu.pointwise");
+}
+
+#[test]
+fn bad_indices_are_errors() {
+    for (dtype, index) in
+        [(DType::I32, -1.0), (DType::I64, 3.0), (DType::I64, 1e12), (DType::I32, 2147483647.0)]
+    {
+        let x = (DType::F32, vec![3, 2], Fill::Tame);
+        let idx = (dtype, vec![1], Fill::Below(1));
+        let update = (DType::F32, vec![1, 2], Fill::Tame);
+        for (op, operands) in [
+            (Op::from(Gather { axis: 0 }), vec![x.clone(), idx.clone()]),
+            (Scatter { axis: 0 }.into(), vec![x.clone(), idx.clone(), update]),
+        ] {
+            let module = module(&op, &operands);
+            let mut tensors: Vec<Tensor> = operands.iter().map(|s| tensor(s, 1)).collect();
+            tensors[1].data[0] = index;
+            let mut held: Vec<Buffer> = tensors
+                .iter()
+                .map(|t| {
+                    let bytes = t.to_bytes();
+                    let mut buffer = Buffer::zeroed(bytes.len() as u64, "a test").unwrap();
+                    buffer.bytes_mut().copy_from_slice(&bytes);
+                    buffer
+                })
+                .collect();
+            let mut out = Buffer::zeroed(24, "a test").unwrap();
+            let regions = Regions {
+                inputs: held.iter_mut().map(Buffer::region).collect(),
+                outputs: vec![out.region()],
+                arenas: Vec::new(),
+                states: Vec::new(),
+                weights: Vec::new(),
+            };
+            let run = Program::new(&module).unwrap().run(&module, &POOLS[0], &regions, &Bindings::new());
+            assert_eq!(run.unwrap_err().code(), "run/bad-index");
+        }
+    }
+}
