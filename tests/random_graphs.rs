@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use millrace::compiler::passes::registry;
 use millrace::ir::sampling::{RandomGraph, graph};
-use millrace::ir::{Op, text};
+use millrace::ir::{Op, Operand, text};
 use random::{Failure, Summary, examine};
 
 /// Graphs of an ordinary test run.
@@ -43,76 +43,48 @@ fn try_graph(graph: &RandomGraph, folder: &Path, summary: &mut Summary) -> Resul
     })
 }
 
-/// A smaller graph that fails too: shorter drafts of the same seed, then fewer outputs and what they need.
-fn reduce(seed: u64, folder: &Path, first: Failure) -> (RandomGraph, Failure) {
-    let mut fails = |candidate: &RandomGraph| try_graph(candidate, folder, &mut Summary::default()).err();
-    let mut best = (graph(seed, size(seed)), first);
-    for nodes in 1..size(seed) {
-        let candidate = graph(seed, nodes);
-        if let Some(failure) = fails(&candidate) {
-            best = (candidate, failure);
-            break;
-        }
-    }
-    let mut at = 0;
-    while best.0.module.graph.outputs.len() > 1 && at < best.0.module.graph.outputs.len() {
-        let mut candidate = best.0.clone();
+/// Smaller by one: without one output, or without one node that nobody reads.
+fn smaller(graph: &RandomGraph) -> Vec<RandomGraph> {
+    let mut candidates = Vec::new();
+    let outputs = graph.module.graph.outputs.len();
+    for at in (0..outputs).filter(|_| outputs > 1) {
+        let mut candidate = graph.clone();
         candidate.module.graph.outputs.remove(at);
         candidate.output_bounds.remove(at);
-        match fails(&candidate) {
-            Some(failure) => best = (candidate, failure),
-            None => at += 1,
-        }
+        candidates.push(candidate);
     }
-    let order = best.0.module.graph.order.clone();
-    for id in order.into_iter().rev() {
-        let graph = &best.0.module.graph;
-        let results = &graph.nodes[id].results;
-        let read = graph.nodes.iter().any(|(_, n)| {
-            n.operands.iter().any(|o| matches!(o, millrace::ir::Operand::Value(v) if results.contains(v)))
-        });
-        if read || graph.outputs.iter().any(|o| results.contains(&o.value)) {
+    for id in graph.module.graph.order.iter().rev() {
+        let graph_of = &graph.module.graph;
+        let results = &graph_of.nodes[*id].results;
+        let reads = |o: &Operand| matches!(o, Operand::Value(v) if results.contains(v));
+        let read = graph_of.nodes.iter().any(|(_, n)| n.operands.iter().any(reads));
+        if read || graph_of.outputs.iter().any(|o| results.contains(&o.value)) {
             continue;
         }
-        let mut candidate = best.0.clone();
-        candidate.module.graph.order.retain(|n| *n != id);
-        candidate.module.graph.remove_node(id);
-        // Numbers stay with their values; the text does not depend on those of nodes.
-        candidate.module = text::parse(&text::print(&candidate.module)).unwrap();
-        if let Some(failure) = fails(&candidate) {
-            let printed = text::print(&candidate.module);
-            best = (candidate, failure);
-            return finish_reducing(best, printed, folder);
+        let mut candidate = graph.clone();
+        candidate.module.graph.order.retain(|n| n != id);
+        candidate.module.graph.remove_node(*id);
+        // The text numbers nodes anew.
+        if let Ok(module) = text::parse(&text::print(&candidate.module)) {
+            candidate.module = module;
+            candidates.push(candidate);
         }
     }
-    best
+    candidates
 }
 
-/// Goes on with node ids of a text that was read again.
-fn finish_reducing(best: (RandomGraph, Failure), _printed: String, folder: &Path) -> (RandomGraph, Failure) {
-    let mut best = best;
-    loop {
-        let graph = &best.0.module.graph;
-        let dead = graph.order.iter().rev().copied().filter(|id| {
-            let results = &graph.nodes[*id].results;
-            let read = graph.nodes.iter().any(|(_, n)| {
-                n.operands.iter().any(|o| matches!(o, millrace::ir::Operand::Value(v) if results.contains(v)))
-            });
-            !read && !graph.outputs.iter().any(|o| results.contains(&o.value))
-        });
-        let smaller = dead.collect::<Vec<_>>().into_iter().find_map(|id| {
-            let mut candidate = best.0.clone();
-            candidate.module.graph.order.retain(|n| *n != id);
-            candidate.module.graph.remove_node(id);
-            candidate.module = text::parse(&text::print(&candidate.module)).ok()?;
-            let failure = try_graph(&candidate, folder, &mut Summary::default()).err()?;
-            Some((candidate, failure))
-        });
-        match smaller {
-            Some(found) => best = found,
-            None => return best,
-        }
+/// A graph that fails too and does not when it is smaller by one: shorter drafts of the same seed come first.
+fn reduce(seed: u64, folder: &Path, failure: Failure) -> (RandomGraph, Failure) {
+    let try_one = |candidate: RandomGraph| {
+        let failure = try_graph(&candidate, folder, &mut Summary::default()).err()?;
+        Some((candidate, failure))
+    };
+    let drafts = (1..size(seed)).map(|nodes| graph(seed, nodes));
+    let mut best = drafts.into_iter().find_map(try_one).unwrap_or((graph(seed, size(seed)), failure));
+    while let Some(found) = smaller(&best.0).into_iter().find_map(try_one) {
+        best = found;
     }
+    best
 }
 
 fn run(seeds: std::ops::Range<u64>) -> Summary {
@@ -188,4 +160,20 @@ fn random_graphs_keep_their_meaning() {
         summary.vague,
         summary.outputs
     );
+}
+
+/// Graphs on which something once went wrong, with everything that is claimed of random ones.
+#[test]
+fn regressions_stay_fixed() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/filetests/regressions");
+    let mut paths: Vec<_> = std::fs::read_dir(files).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    for path in paths.iter().filter(|p| p.extension().is_some_and(|e| e == "ir")) {
+        let module = text::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let graph = RandomGraph::of(module);
+        if let Err(failure) = try_graph(&graph, folder.path(), &mut Summary::default()) {
+            panic!("{}, pipeline {}: {}", path.display(), failure.pipeline, failure.message);
+        }
+    }
 }

@@ -1,17 +1,19 @@
 //! Samples of ops that reduce: sums, products of matrices, images, normalisations.
 
 use super::Sample;
-use super::draft::{Draft, Known, TAME, computes};
-use crate::dim::Dim;
+use super::draft::{Draft, Known, MOST, TAME, computes};
+use crate::dim::{Bindings, Dim};
 use crate::dtype::DType;
 use crate::graph::Operand;
 use crate::ops::reduce::ReduceFn;
 use crate::ops::{Conv2d, L2Normalize, LayerNorm, Matmul, Op, Pool2d, Reduce, RmsNorm, Softmax};
 use crate::types::TensorType;
 
-/// Most elements of an axis; symbolic extents of drafts are at most 12, and products of several are refused.
+/// Most elements of an axis.
 fn most(dim: &Dim) -> f64 {
-    dim.as_const().map_or(64.0, |n| n as f64)
+    let mut bindings = Bindings::new();
+    dim.symbols().into_iter().for_each(|sym| bindings.set(sym, MOST));
+    dim.eval(&bindings).map_or(f64::INFINITY, |n| n as f64)
 }
 
 fn symmetric(bound: f64) -> Option<(f64, f64)> {

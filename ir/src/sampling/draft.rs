@@ -21,6 +21,9 @@ pub const LIMIT: f64 = 2000.0;
 /// Most elements of a value at the symbols' upper bounds.
 const ELEMENTS: u64 = 1500;
 
+/// Upper bound of all symbols that shapes of values have, those of caches aside.
+pub const MOST: u64 = 7;
+
 /// Positions of a page.
 pub const TOKENS_PER_BLOCK: usize = 4;
 
@@ -84,6 +87,8 @@ pub struct Draft {
     float: DType,
     paging: Option<[Operand; 3]>,
     caches: Vec<Cache>,
+    /// What `$s` is a multiple of.
+    multiple: u64,
 }
 
 impl Draft {
@@ -105,12 +110,15 @@ impl Draft {
             float,
             paging: None,
             caches: Vec::new(),
+            multiple: 1,
         };
-        let t = draft.symbol("t", 1, 6, 4);
+        let (low, high) = (draft.random.between(1, 2) as u64, draft.random.between(4, 7) as u64);
+        let t = draft.symbol("t", low, high, 4);
         let width = draft.width();
         draft.input(TensorType::new(float, [t, width]), Fill::Uniform(-1.5, 1.5));
         if draft.random.once_in(4) {
-            let s = draft.symbol("s", 1, 5, 3);
+            let s = draft.symbol("s", 2, 6, 4);
+            draft.multiple = 2;
             let width = draft.width();
             draft.input(TensorType::new(float, [s, width]), Fill::Uniform(-1.5, 1.5));
         }
@@ -443,6 +451,7 @@ impl Draft {
                 output_bounds.push((self.known[&operand].low, self.known[&operand].high));
             }
         }
+        module.dims.iter_mut().filter(|d| d.sym.name() == "s").for_each(|d| d.multiple = self.multiple);
         module.phase = self.phase;
         if self.phase >= Phase::Fused {
             module.target = Some("cpu".to_string());

@@ -75,7 +75,7 @@ impl Sample for Unary {
 impl Sample for Binary {
     fn sample(name: &str, draft: &mut Draft) -> Option<(Op, Vec<Operand>)> {
         let function = BinaryFn::parse(name)?;
-        let integers = !matches!(function, BinaryFn::Div | BinaryFn::Pow) && draft.random.once_in(5);
+        let integers = !matches!(function, BinaryFn::Div | BinaryFn::Pow) && draft.random.once_in(3);
         let a = if function.compares() {
             draft.exact()
         } else if integers {

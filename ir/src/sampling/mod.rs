@@ -45,6 +45,7 @@ pub fn graph(seed: u64, size: usize) -> RandomGraph {
     let phase = if seed % 4 == 3 { Phase::Fused } else { Phase::Imported };
     let mut draft = Draft::new(seed, phase);
     let names = Op::all_names();
+    let fused = ["matmul.fused", "pointwise", "add_rms_norm", "add_layer_norm"];
     // Most proposals succeed; the bound ends a draft in which nothing fits any more.
     for _ in 0..size * 4 {
         if draft.nodes() >= size {
@@ -52,6 +53,9 @@ pub fn graph(seed: u64, size: usize) -> RandomGraph {
         }
         if draft.random.once_in(4) {
             motifs::add(&mut draft);
+        } else if phase == Phase::Fused && draft.random.once_in(3) {
+            let name = draft.random.pick(&fused);
+            draft.propose(name);
         } else {
             let name = draft.random.pick(&names);
             draft.propose(name);

@@ -1,7 +1,7 @@
 //! Samples of ops that move elements.
 
 use super::Sample;
-use super::draft::{Draft, Known};
+use super::draft::{Draft, Known, MOST};
 use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::graph::Operand;
@@ -154,9 +154,7 @@ impl Sample for Iota {
         Some((Iota { shape, axis, dtype }.into(), vec![]))
     }
     fn range(&self, _: &[Known]) -> Option<(f64, f64)> {
-        // Extents of drafts are below 50.
-        let extent = self.shape[self.axis].as_const().unwrap_or(12);
-        Some((0.0, (extent - 1).max(0) as f64))
+        Some((0.0, self.shape[self.axis].as_const().unwrap_or(MOST as i64) as f64 - 1.0))
     }
 }
 

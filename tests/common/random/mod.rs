@@ -14,7 +14,7 @@ use millrace::ir::sampling::{Random, RandomGraph};
 use millrace::ir::tensor::{Tensor, decode};
 use millrace::ir::verify::check;
 use millrace::ir::{Bindings, Module, Phase, plan, text};
-use millrace::{CompileOptions, Engine, SessionOptions, TensorRef, compile};
+use millrace::{Allocation, CompileOptions, Engine, SessionOptions, TensorRef, compile};
 
 /// A claim that does not hold: the pipeline it was made for, and what happened.
 #[derive(Debug)]
@@ -203,7 +203,9 @@ fn engine(
     compiled.write(&file, &mut |_, _| {}).map_err(text_of)?;
     let engine = Engine::open(&file).map_err(text_of)?;
     let pages = judge.steps[0].bindings.iter().find(|(s, _)| s.name() == "pages").map(|(_, v)| v);
-    let options = SessionOptions { threads: Some(1), kv_pages: pages, ..SessionOptions::default() };
+    let allocation = if graph.seed % 3 == 0 { Allocation::Dynamic } else { Allocation::Static };
+    let threads = Some(1 + graph.seed as usize % 2);
+    let options = SessionOptions { threads, allocation, kv_pages: pages, ..SessionOptions::default() };
     let mut session = engine.session(options).map_err(text_of)?;
     summary.sessions += 1;
     for (_, node) in module.graph.nodes.iter() {
