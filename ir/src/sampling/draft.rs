@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use super::case::{Fill, RandomGraph};
 use super::random::Random;
+use crate::arena::Id;
 use crate::builder::Builder;
 use crate::dim::{Bindings, Dim, Sym};
 use crate::dtype::DType;
-use crate::graph::{Def, Operand, Output, Phase};
+use crate::graph::{Def, Module, NodeId, Operand, Output, Phase};
 use crate::ops::{Numerics, Op};
 use crate::types::TensorType;
 
@@ -444,6 +445,10 @@ impl Draft {
                 if self.random.once_in(2) { chosen[0] } else { Operand::Value(module.graph.inputs[0]) };
             chosen.push(more);
         }
+        if !self.caches.is_empty() && self.random.once_in(8) {
+            let at = self.random.below(self.caches.len());
+            chosen.push(self.caches[at].version);
+        }
         let mut output_bounds = Vec::new();
         for (n, operand) in chosen.into_iter().enumerate() {
             if let Operand::Value(value) = operand {
@@ -466,8 +471,42 @@ impl Draft {
             node.loc =
                 node.loc.iter().map(|l| Arc::from(l.replace("matmul.fused", "linear").as_str())).collect();
         }
+        if self.random.once_in(2) {
+            shuffle(&mut module, &mut self.random);
+            module.compact();
+        }
         RandomGraph { seed, module, fills: self.fills, output_bounds, paged: self.paging.is_some() }
     }
+}
+
+/// Another order in which operands come before their users. What reads or writes states keeps its order.
+fn shuffle(module: &mut Module, random: &mut Random) {
+    let graph = &module.graph;
+    let mut waits: Vec<Vec<NodeId>> = vec![Vec::new(); graph.nodes.bound()];
+    let mut touched: Option<NodeId> = None;
+    for id in &graph.order {
+        let node = &graph.nodes[*id];
+        let values = node.operands.iter().filter_map(|o| match o {
+            Operand::Value(v) => graph.def_node(*v),
+            _ => None,
+        });
+        waits[id.index()] = values.collect();
+        if node.operands.iter().any(|o| module.state_of(*o).is_some()) {
+            waits[id.index()].extend(touched);
+            touched = Some(*id);
+        }
+    }
+    let mut done = vec![false; graph.nodes.bound()];
+    let mut rest = graph.order.clone();
+    let mut order = Vec::with_capacity(rest.len());
+    while !rest.is_empty() {
+        let ready: Vec<usize> =
+            (0..rest.len()).filter(|at| waits[rest[*at].index()].iter().all(|n| done[n.index()])).collect();
+        let id = rest.remove(random.pick(&ready));
+        done[id.index()] = true;
+        order.push(id);
+    }
+    module.graph.order = order;
 }
 
 /// The extent of which all elements of the result are indices.

@@ -56,11 +56,16 @@ fn rows(draft: &mut Draft) -> Option<Operand> {
     Some(x)
 }
 
-/// `x w^T` for a weight, and its width.
+/// `x w^T` for a weight with `n` rows.
 fn project(draft: &mut Draft, x: Operand, n: &Dim) -> Option<Operand> {
+    project_to(draft, x, n, None)
+}
+
+/// The same with results of another element type.
+fn project_to(draft: &mut Draft, x: Operand, n: &Dim, out: Option<DType>) -> Option<Operand> {
     let ty = draft.ty(x);
     let w = draft.weight(TensorType::new(ty.dtype, [n.clone(), ty.last()]), -0.6, 0.6);
-    draft.node(Matmul { transpose_b: true, out: None }, &[x, w])
+    draft.node(Matmul { transpose_b: true, out }, &[x, w])
 }
 
 fn biased(draft: &mut Draft, y: Operand) -> Option<Operand> {
@@ -94,7 +99,9 @@ fn linear(draft: &mut Draft) -> Option<Operand> {
 fn gated(draft: &mut Draft) -> Option<()> {
     let x = rows(draft)?;
     let n = draft.width();
-    let (mut g, mut u) = (project(draft, x, &n)?, project(draft, x, &n)?);
+    // A gate of width 1 broadcasts.
+    let other = if draft.random.once_in(6) { Dim::from(1i64) } else { n.clone() };
+    let (mut g, mut u) = (project(draft, x, &n)?, project(draft, x, &other)?);
     if draft.random.once_in(4) {
         (g, u) = (biased(draft, g)?, biased(draft, u)?);
     }
@@ -138,6 +145,9 @@ fn residual_norm(draft: &mut Draft) -> Option<()> {
     let ty = draft.ty(x);
     let y = draft.value(&ty, -TAME, TAME);
     let sum = binary(draft, BinaryFn::Add, x, y)?;
+    if draft.random.once_in(4) {
+        unary(draft, UnaryFn::Tanh, sum)?;
+    }
     let normed = norm(draft, sum)?;
     if draft.random.once_in(2) {
         binary(draft, BinaryFn::Add, sum, normed)?;
@@ -155,7 +165,8 @@ fn projections(draft: &mut Draft) -> Option<()> {
     let all_biased = draft.random.once_in(3);
     for _ in 0..count {
         let n = draft.width();
-        let y = project(draft, x, &n)?;
+        let out = draft.random.once_in(3).then(|| draft.random.pick(&[DType::F32, DType::BF16]));
+        let y = project_to(draft, x, &n, out)?;
         if all_biased || draft.random.once_in(8) {
             biased(draft, y)?;
         }
@@ -346,6 +357,11 @@ fn paged_block(draft: &mut Draft) -> Option<()> {
     }
     let (keys, values) = (draft.cache(dtype, kv, d), draft.cache(dtype, kv, d));
     let [starts, lens, table] = draft.paging();
+    if draft.random.once_in(3) {
+        // What reads the caches as they were comes before they are written.
+        let (keys, values) = (draft.cache_version(keys), draft.cache_version(values));
+        draft.node(PagedAttention { scale: 0.5, window: 0 }, &[q, keys, values, starts, lens, table])?;
+    }
     for (cache, x) in [(keys, k), (values, v)] {
         let version = draft.cache_version(cache);
         draft.node(KvAppend, &[version, x, starts, lens, table])?;

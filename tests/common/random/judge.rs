@@ -6,6 +6,7 @@
 
 use millrace::Result;
 use millrace::ir::eval::{evaluate, evaluate_with};
+use millrace::ir::ops::unary::UnaryFn;
 use millrace::ir::ops::{EvalCtx, Numerics};
 use millrace::ir::sampling::{Random, RandomGraph};
 use millrace::ir::tensor::Tensor;
@@ -46,6 +47,16 @@ pub struct Judge {
     states: Vec<Tensor>,
     /// Outputs whose tolerance is a tenth of their size or more.
     pub vague: usize,
+}
+
+/// Whether kernels compute it with an absolute error: `x/2 (1 + erf(..))` cancels far from 0.
+fn activates(op: &Op) -> bool {
+    use UnaryFn::{Erf, Gelu, GeluTanh, Sigmoid, Silu, Tanh};
+    match op {
+        Op::Unary(u) => matches!(u.function, Gelu | GeluTanh | Erf | Tanh | Sigmoid | Silu),
+        Op::FusedMatmul(_) | Op::Pointwise(_) => true,
+        _ => false,
+    }
 }
 
 /// `node` with noise on what it reads and makes. `dirty` says which values a rounding has reached.
@@ -90,6 +101,11 @@ fn noisy(
         if !keeps && result.dtype.is_float() {
             let size = rounding(result.dtype);
             result.data.iter_mut().for_each(|v| *v *= 1.0 + size * random.uniform(-1.0, 1.0));
+        }
+        if activates(&node.op) && result.dtype.is_float() {
+            let largest = context.operands[0].data.iter().map(|v| v.abs()).fold(0.0, f64::max);
+            let noise = largest / f64::from(1 << 24);
+            result.data.iter_mut().for_each(|v| *v += noise * random.uniform(-1.0, 1.0));
         }
     }
     Ok(results)
