@@ -69,7 +69,7 @@ fn decoder(nodes: usize) -> Result<Module> {
         let q = heads(&mut b, q, HEADS, &prefix)?;
         let k = heads(&mut b, k, KV_HEADS, &prefix)?;
         let v = heads(&mut b, v, KV_HEADS, &prefix)?;
-        let rope = Rope { base: 1e4, layout: RopeLayout::Half, scaling: RopeScaling::None, rotary: 0 };
+        let rope = Rope { base: 1e4, layout: RopeLayout::Half, scaling: RopeScaling::Default, rotary: 0 };
         let q = b.one(rope.clone(), &[q, positions], &prefix)?;
         let k = b.one(rope, &[k, positions], &prefix)?;
         let k = b.one(KvAppend, &[cache[0], k, starts, lens, table], &prefix)?;

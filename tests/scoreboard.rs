@@ -118,25 +118,21 @@ fn assert_same_kernels(pair: &str) {
 }
 
 #[test]
-#[ignore = "needs the recovery passes"]
 fn both_encoders_run_the_same_kernels() {
     assert_same_kernels("encoder");
 }
 
 #[test]
-#[ignore = "needs the recovery passes"]
 fn both_decoders_run_the_same_kernels() {
     assert_same_kernels("decoder");
 }
 
 #[test]
-#[ignore = "needs the recovery passes"]
 fn both_decoders_with_tables_run_the_same_kernels() {
     assert_same_kernels("decoder_tables");
 }
 
 #[test]
-#[ignore = "needs the recovery passes"]
 fn both_narrow_decoders_run_the_same_kernels() {
     assert_same_kernels("decoder_bf16");
 }

@@ -6,6 +6,7 @@ pub mod compile;
 pub mod import;
 pub mod pass;
 pub mod passes;
+pub mod pattern;
 pub mod pipeline;
 pub mod rewrite;
 pub mod target;

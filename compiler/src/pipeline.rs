@@ -13,8 +13,8 @@ use crate::passes::registry;
 /// Optimisation levels as pipelines.
 pub const LEVELS: [&str; 3] = [
     "canonicalize,dce,begin-fusion,schedule,plan-memory,mark-streamable",
-    "canonicalize,const-fold,cse,dce,fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,dce,pack-weights,schedule,plan-memory,mark-streamable",
-    "fixpoint{canonicalize,const-fold,cse,dce},fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,fixpoint{cse,dce},pack-weights,schedule{search=true},plan-memory,mark-streamable",
+    "canonicalize,const-fold,cse,dce,recover,canonicalize,const-fold,cse,dce,fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,dce,pack-weights,schedule,plan-memory,mark-streamable",
+    "fixpoint{canonicalize,const-fold,cse,dce},recover,fixpoint{canonicalize,const-fold,cse,dce},fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,fixpoint{cse,dce},pack-weights,schedule{search=true},plan-memory,mark-streamable",
 ];
 
 /// Most rounds of a fixpoint.

@@ -3,7 +3,12 @@
 
 use std::collections::BTreeSet;
 
-use millrace_ir::{Def, Id, Loc, Module, Node, NodeId, Op, Operand, Result, ValueId};
+use millrace_ir::{
+    Def, Id, Loc, Module, Node, NodeId, Op, Operand, Result, TensorType, ValueId, Weight, WeightExpr,
+};
+
+use millrace_ir::names::WeightNames;
+use smallvec::SmallVec;
 
 use crate::pass::{Context, Remark};
 
@@ -21,6 +26,7 @@ pub enum Outcome {
 #[derive(Default)]
 pub struct Patch {
     nodes: Vec<(Op, Vec<From>)>,
+    weights: Vec<(String, TensorType, WeightExpr)>,
     replace: Vec<(ValueId, From)>,
     sources: Vec<NodeId>,
 }
@@ -32,6 +38,8 @@ pub enum From {
     Old(Operand),
     /// Result `.1` of the patch's node `.0`.
     New(usize, usize),
+    /// Weight number `.0` of the patch.
+    Made(usize),
 }
 
 impl Patch {
@@ -46,17 +54,27 @@ impl Patch {
         self.nodes.len() - 1
     }
 
+    /// Adds a weight called `name`, or one with a number after it where another weight has the name; a weight of
+    /// this name, type and expression is used again.
+    pub fn weight(&mut self, name: impl Into<String>, ty: TensorType, expr: WeightExpr) -> From {
+        self.weights.push((name.into(), ty, expr));
+        From::Made(self.weights.len() - 1)
+    }
+
     /// Replaces every use of `value`.
     pub fn replace(&mut self, value: ValueId, with: From) {
         self.replace.push((value, with));
     }
 }
 
+/// Nodes that read a value: mostly one or two.
+type Users = SmallVec<[NodeId; 2]>;
+
 /// A view of the graph with its uses, for rules.
 pub struct View<'a> {
     /// The module.
     pub module: &'a Module,
-    uses: &'a [Vec<NodeId>],
+    uses: &'a [Users],
     outputs: &'a [bool],
     passed: &'a [bool],
 }
@@ -86,13 +104,18 @@ impl View<'_> {
         self.uses[value.index()].len() == 1 && !self.outputs[value.index()]
     }
 
+    /// Whether the value is an output of the graph.
+    pub fn is_output(&self, value: ValueId) -> bool {
+        self.outputs[value.index()]
+    }
+
     /// Whether the node stands before the one being looked at. What a patch makes comes after it.
     pub fn passed(&self, id: NodeId) -> bool {
         self.passed.get(id.index()).copied().unwrap_or(false)
     }
 
     /// The type of an operand.
-    pub fn ty(&self, operand: Operand) -> &millrace_ir::TensorType {
+    pub fn ty(&self, operand: Operand) -> &TensorType {
         self.module.operand_type(operand)
     }
 }
@@ -123,7 +146,7 @@ pub fn rewrite(
     context: &mut Context,
     rule: &dyn Rule,
 ) -> Result<usize> {
-    let mut uses: Vec<Vec<NodeId>> = vec![Vec::new(); module.graph.values.bound()];
+    let mut uses: Vec<Users> = vec![Users::new(); module.graph.values.bound()];
     let mut outputs = vec![false; module.graph.values.bound()];
     for id in &module.graph.order {
         for operand in &module.graph.nodes[*id].operands {
@@ -138,6 +161,8 @@ pub fn rewrite(
     let mut new_order: Vec<NodeId> = Vec::with_capacity(order.len());
     let mut applied = 0;
     let mut passed = vec![false; module.graph.nodes.bound()];
+    // Collected when the first patch brings a weight.
+    let mut names: Option<WeightNames> = None;
     let mut blocked: BTreeSet<(NodeId, String)> = BTreeSet::new();
     // A stack of nodes to look at: patches push their nodes, which come before what follows.
     let mut work: Vec<NodeId> = order.into_iter().rev().collect();
@@ -170,7 +195,7 @@ pub fn rewrite(
             Outcome::Rewrite(patch) => {
                 let patch = rule.prepare(module, patch)?;
                 let sources = patch.sources.clone();
-                let made = apply(module, &mut uses, &mut outputs, patch)?;
+                let made = apply(module, &mut uses, &mut outputs, &mut names, patch)?;
                 applied += 1;
                 // The anchor stays (dead, unless it still has users); its replacement is looked at next.
                 if is_live(module, &uses, &outputs, id) {
@@ -195,14 +220,14 @@ pub fn rewrite(
     Ok(applied)
 }
 
-fn is_live(module: &Module, uses: &[Vec<NodeId>], outputs: &[bool], id: NodeId) -> bool {
+fn is_live(module: &Module, uses: &[Users], outputs: &[bool], id: NodeId) -> bool {
     let node = &module.graph.nodes[id];
     node.op.traits().writes_state
         || node.results.iter().any(|r| outputs[r.index()] || !uses[r.index()].is_empty())
 }
 
 /// Removes a dead node, and whatever it was the last user of.
-fn retire(module: &mut Module, uses: &mut [Vec<NodeId>], outputs: &[bool], id: NodeId) {
+fn retire(module: &mut Module, uses: &mut [Users], outputs: &[bool], id: NodeId) {
     let mut work = vec![id];
     while let Some(id) = work.pop() {
         let Some(node) = module.graph.nodes.get(id) else { continue };
@@ -221,10 +246,16 @@ fn retire(module: &mut Module, uses: &mut [Vec<NodeId>], outputs: &[bool], id: N
 
 fn apply(
     module: &mut Module,
-    uses: &mut Vec<Vec<NodeId>>,
+    uses: &mut Vec<Users>,
     outputs: &mut Vec<bool>,
+    names: &mut Option<WeightNames>,
     patch: Patch,
 ) -> Result<Vec<NodeId>> {
+    let mut weights = Vec::with_capacity(patch.weights.len());
+    for (name, ty, expr) in patch.weights {
+        let names = names.get_or_insert_with(|| WeightNames::of(module));
+        weights.push(names.equal_or_add(module, Weight { name, ty, expr, stream: None }));
+    }
     let mut loc: Vec<Loc> = patch.sources.iter().flat_map(|n| module.graph.nodes[*n].loc.clone()).collect();
     loc.sort();
     loc.dedup();
@@ -232,11 +263,12 @@ fn apply(
     let find = |module: &Module, made: &[NodeId], from: From| match from {
         From::Old(operand) => operand,
         From::New(node, result) => Operand::Value(module.graph.nodes[made[node]].results[result]),
+        From::Made(weight) => Operand::Weight(weights[weight]),
     };
     for (op, operands) in patch.nodes {
         let operands = operands.into_iter().map(|f| find(module, &made, f)).collect();
         let id = module.new_node(op, operands, loc.clone())?;
-        uses.resize(module.graph.values.bound(), Vec::new());
+        uses.resize(module.graph.values.bound(), Users::new());
         outputs.resize(module.graph.values.bound(), false);
         for operand in module.graph.nodes[id].operands.clone() {
             if let Operand::Value(v) = operand {

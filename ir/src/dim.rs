@@ -362,6 +362,21 @@ impl Dim {
         if let (Repr::Const(a), Repr::Const(b)) = (&self.0, &other.0) {
             return Dim(Repr::Const(a.saturating_mul(*b)));
         }
+        if let (Repr::Const(factor), Repr::Sum(terms)) | (Repr::Sum(terms), Repr::Const(factor)) =
+            (&self.0, &other.0)
+        {
+            return match factor {
+                0 => Dim::from(0i64),
+                1 => Dim(Repr::Sum(terms.clone())),
+                _ => {
+                    let scaled = |t: &Term| Term {
+                        factors: t.factors.clone(),
+                        coeff: t.coeff.saturating_mul(*factor),
+                    };
+                    Dim(Repr::Sum(Arc::new(terms.iter().map(scaled).collect())))
+                }
+            };
+        }
         let (left, right) = (self.terms(), other.terms());
         if left.len().saturating_mul(right.len()) > MAX_TERMS {
             return Dim(Repr::Const(i64::MAX));

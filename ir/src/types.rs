@@ -35,8 +35,11 @@ impl TensorType {
 
     /// Bytes of the dense tensor, without padding.
     pub fn bytes(&self) -> Dim {
-        let bits = self.elements().mul(&Dim::from(self.dtype.bits() as u64));
-        bits.ceil_div(8)
+        let bits = self.dtype.bits() as u64;
+        if bits.is_multiple_of(8) {
+            return self.elements().mul(&Dim::from(bits / 8));
+        }
+        self.elements().mul(&Dim::from(bits)).ceil_div(8)
     }
 
     /// The shape if it is free of symbols and no extent is negative.
@@ -63,7 +66,13 @@ impl TensorType {
 
 /// Product of extents.
 pub fn product(shape: &[Dim]) -> Dim {
-    shape.iter().fold(Dim::from(1i64), |acc, d| acc.mul(d))
+    // Constants first: they multiply without making a new sum.
+    let constant = shape.iter().filter_map(Dim::as_const).fold(1i64, i64::saturating_mul);
+    let symbolic = shape.iter().filter(|d| d.as_const().is_none()).cloned();
+    match symbolic.reduce(|acc, d| acc.mul(&d)) {
+        Some(dim) => dim.mul(&Dim::from(constant)),
+        None => Dim::from(constant),
+    }
 }
 
 /// Bytes of a dense tensor with constant extents; `None` on overflow.

@@ -14,10 +14,12 @@ mod mapping;
 #[allow(unsafe_code)]
 mod memory;
 pub mod models;
+pub mod profile;
 pub mod session;
 mod weights;
 
 pub use engine::Engine;
 pub use ledger::{Class, Ledger};
 pub use models::{Decoder, Encoder};
+pub use profile::Profile;
 pub use session::{Allocation, AllocationGuard, Session, SessionOptions, TensorRef};

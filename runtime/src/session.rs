@@ -16,6 +16,7 @@ use crate::cpu::{Program, Regions};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger};
 use crate::memory::{Buffer, Region};
+use crate::profile::{Profile, sequences};
 use crate::weights::Weights;
 
 /// When activation memory is allocated.
@@ -70,6 +71,7 @@ pub struct Session<'e> {
     allocation: Allocation,
     cap: Option<u64>,
     ledger: Ledger,
+    profile: Option<Profile>,
 }
 
 /// The symbol that sizes caches.
@@ -124,6 +126,7 @@ impl<'e> Session<'e> {
             allocation: options.allocation,
             cap: options.cap,
             ledger: Ledger::default(),
+            profile: None,
         };
         session.check_cap()?;
         let checkpoint = options.weights.as_deref().map(Checkpoint::open).transpose()?;
@@ -318,6 +321,10 @@ impl<'e> Session<'e> {
             tensors.push((&state.name, &state.ty, shape));
         }
         let bindings = bind(&module.dims, &tensors)?;
+        if let Some(profile) = &mut self.profile {
+            let names: Vec<&str> = declared.iter().map(|(n, _)| *n).collect();
+            profile.begin(bindings.clone(), sequences(&names, inputs), module.graph.order.len());
+        }
         if self.allocation == Allocation::Dynamic {
             self.allocate(&bindings)?;
         }
@@ -359,12 +366,30 @@ impl<'e> Session<'e> {
             ),
         };
         self.output_shapes = outputs.into_iter().map(|(shape, _)| shape).collect();
-        let result = self.program.run(module, &self.pool, &regions, &bindings);
+        let result = self.program.run(module, &self.pool, &regions, &bindings, self.profile.as_mut());
+        if let Some(profile) = &mut self.profile {
+            profile.end();
+        }
         if self.allocation == Allocation::Dynamic {
             self.arenas.clear();
             self.ledger.set(Class::Activations, 0);
         }
         result
+    }
+
+    /// Attaches a profile that records every step from here on; returns the one attached before.
+    pub fn attach_profile(&mut self, profile: Profile) -> Option<Profile> {
+        self.profile.replace(profile)
+    }
+
+    /// Detaches the profile, which ends recording.
+    pub fn detach_profile(&mut self) -> Option<Profile> {
+        self.profile.take()
+    }
+
+    /// Threads that kernels use.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
     }
 
     /// Output `index` of the last step.

@@ -1,20 +1,24 @@
 //! `millrace bench`: the field's sweep over batch sizes and lengths.
 
+mod profile;
+mod report;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
-use millrace::generation::{Generator, Request};
+use millrace::generation::{EmbedModel, Generator, Request};
 use millrace::ir::manifest::ModelKind;
 use millrace::ir::weights::normal;
 use millrace::kernels::cpu::Isa;
-use millrace::{Class, Decoder, Engine, Result};
+use millrace::{Class, Decoder, Encoder, Engine, Profile, Result, Session};
 use serde_json::json;
 
 use super::compile::ModelOptions;
 use super::run::{MemoryOptions, open};
-use super::{print, print_json, usage};
+use super::usage;
+use profile::{Ceilings, Trace};
 
-/// Time prefill and decoding over batch sizes and lengths.
+/// Time prefill and decoding, or encoding, over batch sizes and lengths.
 #[derive(clap::Args)]
 pub struct Args {
     /// An engine file or a model folder
@@ -22,7 +26,7 @@ pub struct Args {
     /// Batch sizes, separated by semicolons
     #[arg(long, default_value = "1")]
     batch_size: String,
-    /// Input and output lengths, such as 256,32;128,128
+    /// Input and output lengths, such as 256,32;128,128; encoders need no output length
     #[arg(long, default_value = "128,32")]
     input_output_len: String,
     /// Counted runs of each row, after one that is not
@@ -31,61 +35,158 @@ pub struct Args {
     /// Form of the report: table, md, csv or json
     #[arg(short, long, default_value = "table")]
     output: String,
+    /// One more run of each row, timed kernel by kernel against measured ceilings
+    #[arg(long)]
+    profile: bool,
+    /// Write that run as Chrome trace events, one for each node
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     #[command(flatten)]
     memory: MemoryOptions,
     #[command(flatten)]
     model_options: ModelOptions,
 }
 
-struct Row {
-    batch: usize,
-    input: usize,
-    output: usize,
-    prefill_ms: [f64; 3],
-    decode_ms: [f64; 3],
-    activations: u64,
-}
-
+/// Smallest, median and largest.
 fn spread(mut values: Vec<f64>) -> [f64; 3] {
     values.sort_by(f64::total_cmp);
     let at = |i: usize| values.get(i).copied().unwrap_or(0.0);
     [at(0), at(values.len() / 2), at(values.len().saturating_sub(1))]
 }
 
-fn measure(args: &Args, engine: &Engine, batch: usize, input: usize, output: usize) -> Result<Row> {
+/// One row of the sweep.
+#[derive(Clone, Copy)]
+struct Work {
+    batch: usize,
+    input: usize,
+    /// New tokens; encoders make none.
+    output: usize,
+}
+
+/// Milliseconds of one run: to the first token of every sequence (or the whole step of an encoder), and each decode
+/// step after it.
+struct Times {
+    first: f64,
+    decode: f64,
+}
+
+/// Token ids of sequence `index`.
+fn token_ids(engine: &Engine, index: usize, length: usize) -> Vec<u32> {
     let vocab = engine.manifest().model.as_ref().map_or(2, |m| m.vocab_size);
-    let requests: Vec<Request> = (0..batch)
-        .map(|b| {
-            let ids = (0..input)
-                .map(|i| ((normal(b as u64 + 1, i as u64).abs() * 0.37).fract() * vocab as f64) as u32)
-                .map(|t| t.min(vocab as u32 - 1))
-                .collect();
-            Request { stop_at_eos: false, ..Request::greedy(ids, output) }
+    (0..length)
+        .map(|i| ((normal(index as u64 + 1, i as u64).abs() * 0.37).fract() * vocab as f64) as u32)
+        .map(|t| t.min(vocab as u32 - 1))
+        .collect()
+}
+
+fn generate(engine: &Engine, session: &mut Session<'_>, work: Work) -> Result<Times> {
+    let requests: Vec<Request> = (0..work.batch)
+        .map(|b| Request {
+            stop_at_eos: false,
+            ..Request::greedy(token_ids(engine, b, work.input), work.output)
         })
         .collect();
-    let mut session = engine.session(args.memory.resolve()?)?;
-    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
-    for run in 0..=args.runs {
-        let mut model = Decoder::new(&mut session)?;
-        let mut generator = Generator::new(&mut model)?;
-        let start = Instant::now();
-        let mut first = None;
-        let mut seen = 0;
-        generator.generate(&requests, |_, _| {
-            seen += 1;
-            if seen == batch {
-                first = Some(start.elapsed());
-            }
-        })?;
-        let total = start.elapsed().as_secs_f64();
-        if run > 0 {
-            let first = first.map_or(total, |f| f.as_secs_f64());
-            prefill.push(first * 1e3);
-            decode.push((total - first) * 1e3 / output.saturating_sub(1).max(1) as f64);
+    let mut model = Decoder::new(session)?;
+    let mut generator = Generator::new(&mut model)?;
+    let start = Instant::now();
+    let mut first = None;
+    let mut seen = 0;
+    generator.generate(&requests, |_, _| {
+        seen += 1;
+        if seen == work.batch {
+            first = Some(start.elapsed());
+        }
+    })?;
+    let total = start.elapsed().as_secs_f64();
+    let first = first.map_or(total, |f| f.as_secs_f64());
+    let decode = (total - first) * 1e3 / work.output.saturating_sub(1).max(1) as f64;
+    Ok(Times { first: first * 1e3, decode })
+}
+
+fn encode(engine: &Engine, session: &mut Session<'_>, work: Work) -> Result<Times> {
+    let ids: Vec<Vec<u32>> = (0..work.batch).map(|b| token_ids(engine, b, work.input)).collect();
+    let mut model = Encoder::new(session)?;
+    let limits = model.limits();
+    let (batch, length, tokens) = (limits.max_batch_size, limits.max_input_len, limits.max_num_tokens);
+    if work.batch > batch || work.input > length || work.batch * work.input > tokens {
+        let message = format!("{} x {} does not fit the engine", work.batch, work.input);
+        return Err(usage("usage/sweep", message).hint(format!(
+            "it takes {batch} sequences of {length} tokens, {tokens} in all: compile with larger limits"
+        )));
+    }
+    let start = Instant::now();
+    model.embed(&ids)?;
+    Ok(Times { first: start.elapsed().as_secs_f64() * 1e3, decode: 0.0 })
+}
+
+/// What stays the same over the sweep.
+struct Sweep<'a> {
+    args: &'a Args,
+    engine: &'a Engine,
+    kind: ModelKind,
+    threads: usize,
+    hardware: String,
+    build: String,
+}
+
+impl Sweep<'_> {
+    fn once(&self, session: &mut Session<'_>, work: Work) -> Result<Times> {
+        match self.kind {
+            ModelKind::Encoder => encode(self.engine, session, work),
+            _ => generate(self.engine, session, work),
         }
     }
-    let activations = session.ledger().peak(Class::Activations);
-    Ok(Row { batch, input, output, prefill_ms: spread(prefill), decode_ms: spread(decode), activations })
+
+    /// The row's cells by column, and the profile if one was asked for.
+    fn row(&self, work: Work, profiled: bool) -> Result<(report::Cells, Option<Profile>)> {
+        let mut session = self.engine.session(self.args.memory.resolve()?)?;
+        let (mut first, mut decode) = (Vec::new(), Vec::new());
+        for run in 0..=self.args.runs {
+            let times = self.once(&mut session, work)?;
+            if run > 0 {
+                first.push(times.first);
+                decode.push(times.decode);
+            }
+        }
+        let round = |v: f64| json!((v * 1e4).round() / 1e4);
+        let rate = |count: usize, ms: f64| round(if ms > 0.0 { count as f64 * 1e3 / ms } else { 0.0 });
+        let ([f_min, f, f_max], [d_min, d, d_max]) = (spread(first), spread(decode));
+        let mut cells = vec![("batch_size", json!(work.batch)), ("input_len", json!(work.input))];
+        if self.kind == ModelKind::Encoder {
+            cells.extend([
+                ("step_ms", round(f)),
+                ("step_ms_min", round(f_min)),
+                ("step_ms_max", round(f_max)),
+                ("sequences_per_s", rate(work.batch, f)),
+                ("tokens_per_s", rate(work.batch * work.input, f)),
+            ]);
+        } else {
+            cells.extend([
+                ("output_len", json!(work.output)),
+                ("prefill_ms", round(f)),
+                ("prefill_ms_min", round(f_min)),
+                ("prefill_ms_max", round(f_max)),
+                ("decode_ms_per_step", round(d)),
+                ("decode_ms_min", round(d_min)),
+                ("decode_ms_max", round(d_max)),
+                ("decode_tokens_per_s", rate(work.batch, d)),
+            ]);
+        }
+        cells.extend([
+            ("activation_bytes", json!(session.ledger().peak(Class::Activations))),
+            ("runs", json!(self.args.runs)),
+            ("threads", json!(self.threads)),
+            ("hardware", json!(self.hardware)),
+            ("build", json!(self.build)),
+        ]);
+        let mut profile = None;
+        if profiled {
+            session.attach_profile(Profile::new());
+            self.once(&mut session, work)?;
+            profile = session.detach_profile();
+        }
+        Ok((cells, profile))
+    }
 }
 
 fn numbers(text: &str, separator: char) -> Result<Vec<usize>> {
@@ -101,35 +202,13 @@ fn numbers(text: &str, separator: char) -> Result<Vec<usize>> {
         .collect()
 }
 
-const COLUMNS: [&str; 15] = [
-    "batch_size",
-    "input_len",
-    "output_len",
-    "prefill_ms",
-    "prefill_ms_min",
-    "prefill_ms_max",
-    "decode_ms_per_step",
-    "decode_ms_min",
-    "decode_ms_max",
-    "decode_tokens_per_s",
-    "activation_bytes",
-    "runs",
-    "threads",
-    "hardware",
-    "build",
-];
-
-/// Runs the verb.
-pub fn main(args: &Args) -> Result<()> {
-    if !["table", "md", "csv", "json"].contains(&args.output.as_str()) {
-        return Err(
-            usage("usage/output", format!("`{}` is no form", args.output)).hint("use table, md, csv or json")
-        );
-    }
+/// Every pair of a batch size and lengths.
+fn sweep(args: &Args, kind: ModelKind) -> Result<Vec<Work>> {
     let batches = numbers(&args.batch_size, ';')?;
     let mut lengths = Vec::new();
     for pair in args.input_output_len.split(';').filter(|p| !p.trim().is_empty()) {
         match numbers(pair, ',')?.as_slice() {
+            [input] if kind == ModelKind::Encoder => lengths.push((*input, 0)),
             [input, output] => lengths.push((*input, *output)),
             _ => {
                 return Err(usage("usage/sweep", format!("`{pair}` is no pair of lengths"))
@@ -137,87 +216,56 @@ pub fn main(args: &Args) -> Result<()> {
             }
         }
     }
-    let (engine, _scratch) = open(&args.engine, &args.model_options)?;
-    engine.need_kind(ModelKind::Decoder)?;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let hardware = format!("{} {:?} {threads} threads", std::env::consts::ARCH, Isa::detect());
-    let build = format!(
-        "millrace {} engine {}",
-        env!("CARGO_PKG_VERSION"),
-        &millrace::compiler::compile::hex(&engine.file().identity())[..12]
-    );
-    let mut rows: Vec<Vec<serde_json::Value>> = Vec::new();
-    for batch in &batches {
-        for (input, output) in &lengths {
-            let row = measure(args, &engine, *batch, *input, *output)?;
-            let [p_min, p, p_max] = row.prefill_ms;
-            let [d_min, d, d_max] = row.decode_ms;
-            let round = |v: f64| json!((v * 1e4).round() / 1e4);
-            let rate = if d > 0.0 { row.batch as f64 * 1e3 / d } else { 0.0 };
-            rows.push(vec![
-                json!(row.batch),
-                json!(row.input),
-                json!(row.output),
-                round(p),
-                round(p_min),
-                round(p_max),
-                round(d),
-                round(d_min),
-                round(d_max),
-                round(rate),
-                json!(row.activations),
-                json!(args.runs),
-                json!(threads),
-                json!(hardware),
-                json!(build),
-            ]);
-        }
+    Ok(batches
+        .iter()
+        .flat_map(|batch| lengths.iter().map(|(input, output)| (*batch, *input, *output)))
+        .map(|(batch, input, output)| Work { batch, input, output })
+        .collect())
+}
+
+/// Runs the verb.
+pub fn main(args: &Args) -> Result<()> {
+    let form = report::Form::parse(&args.output)?;
+    if args.profile && form == report::Form::Csv {
+        return Err(usage("usage/output", "a profile does not fit into one table of csv")
+            .hint("use --output json, md or table"));
     }
-    let cell = |v: &serde_json::Value| v.as_str().map_or_else(|| v.to_string(), str::to_string);
-    match args.output.as_str() {
-        "json" => {
-            let objects = rows.iter().map(|row| {
-                COLUMNS
-                    .iter()
-                    .map(|c| c.to_string())
-                    .zip(row.iter().cloned())
-                    .collect::<serde_json::Map<_, _>>()
-            });
-            print_json(&json!(objects.collect::<Vec<_>>()))
+    let (engine, _scratch) = open(&args.engine, &args.model_options)?;
+    let kind = engine.manifest().kind;
+    if kind != ModelKind::Encoder {
+        engine.need_kind(ModelKind::Decoder)?;
+    }
+    let works = sweep(args, kind)?;
+    let all = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.memory.resolve()?.threads.unwrap_or(all).max(1);
+    let sweep = Sweep {
+        args,
+        engine: &engine,
+        kind,
+        threads,
+        hardware: format!("{} {:?} {threads} threads", std::env::consts::ARCH, Isa::detect()),
+        build: format!(
+            "millrace {} engine {}",
+            env!("CARGO_PKG_VERSION"),
+            &millrace::compiler::compile::hex(&engine.file().identity())[..12]
+        ),
+    };
+    let ceilings = args.profile.then(|| Ceilings::measure(threads));
+    let mut trace = args.trace.as_ref().map(|_| Trace::default());
+    let mut rows = Vec::new();
+    for work in works {
+        let (cells, recorded) = sweep.row(work, args.profile || args.trace.is_some())?;
+        let title = format!("batch {}, input {}", work.batch, work.input);
+        if let (Some(trace), Some(recorded)) = (&mut trace, &recorded) {
+            trace.add(&title, engine.module(), recorded);
         }
-        "csv" => {
-            print(&format!("{}\n", COLUMNS.join(",")))?;
-            rows.iter().try_for_each(|row| {
-                print(&format!("{}\n", row.iter().map(cell).collect::<Vec<_>>().join(",")))
-            })
-        }
-        "md" => {
-            print(&format!("| {} |\n|{}\n", COLUMNS.join(" | "), " --- |".repeat(COLUMNS.len())))?;
-            rows.iter().try_for_each(|row| {
-                print(&format!("| {} |\n", row.iter().map(cell).collect::<Vec<_>>().join(" | ")))
-            })
-        }
-        _ => {
-            print(&format!(
-                "{hardware}, {build}\n{:>6} {:>6} {:>6} {:>22} {:>26} {:>10}\n",
-                "batch", "input", "output", "prefill ms", "decode ms a step", "tokens/s"
-            ))?;
-            rows.iter().try_for_each(|r| {
-                let f = |i: usize| r[i].as_f64().unwrap_or(0.0);
-                print(&format!(
-                    "{:>6} {:>6} {:>6} {:>8.2} ({:>5.2}..{:>5.2}) {:>10.3} ({:>6.3}..{:>6.3}) {:>10.1}\n",
-                    cell(&r[0]),
-                    cell(&r[1]),
-                    cell(&r[2]),
-                    f(3),
-                    f(4),
-                    f(5),
-                    f(6),
-                    f(7),
-                    f(8),
-                    f(9)
-                ))
-            })
-        }
+        let profile =
+            ceilings.zip(recorded).map(|(c, recorded)| profile::summarise(engine.module(), &recorded, c));
+        rows.push(report::Row { title, cells, profile });
+    }
+    report::write(form, &rows)?;
+    match (&args.trace, trace) {
+        (Some(path), Some(trace)) => trace.write(path),
+        _ => Ok(()),
     }
 }

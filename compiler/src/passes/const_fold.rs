@@ -1,5 +1,6 @@
 //! Nodes that read only weights become weight expressions; small ones that need no file become literals.
 
+use millrace_ir::names::WeightNames;
 use millrace_ir::ops::EvalCtx;
 use millrace_ir::weights::WeightReader;
 use millrace_ir::{Bindings, Id, Module, NodeId, Op, Operand, Phase, Result, Weight, WeightExpr, WeightId};
@@ -24,9 +25,9 @@ impl Pass for ConstFold {
         let mut folded: Vec<Option<WeightId>> = vec![None; module.graph.values.bound()];
         let mut count = 0;
         let order = module.graph.order.clone();
-        let is_output = |module: &Module, id: NodeId| {
-            module.graph.nodes[id].results.iter().any(|r| module.graph.outputs.iter().any(|o| o.value == *r))
-        };
+        let mut outputs = vec![false; module.graph.values.bound()];
+        module.graph.outputs.iter().for_each(|o| outputs[o.value.index()] = true);
+        let mut names = WeightNames::of(module);
         for id in order {
             for operand in &mut module.graph.nodes[id].operands {
                 if let Operand::Value(v) = operand
@@ -35,13 +36,13 @@ impl Pass for ConstFold {
                     *operand = Operand::Weight(weight);
                 }
             }
-            if is_output(module, id) {
+            if module.graph.nodes[id].results.iter().any(|r| outputs[r.index()]) {
                 continue;
             }
             if let Some((ty, expr)) = fold(module, id) {
                 let result = module.graph.nodes[id].results[0];
-                let name = fresh(module, id);
-                let weight = module.weights.push(Weight { name, ty, expr, stream: None });
+                let name = base_name(module, id);
+                let weight = names.add(module, Weight { name, ty, expr, stream: None });
                 folded[result.index()] = Some(weight);
                 count += 1;
             }
@@ -61,16 +62,9 @@ impl Pass for ConstFold {
     }
 }
 
-fn fresh(module: &Module, id: NodeId) -> String {
+fn base_name(module: &Module, id: NodeId) -> String {
     let node = &module.graph.nodes[id];
-    let base = node.loc.first().map_or_else(|| "folded".to_string(), |l| format!("{l}.{}", node.op.name()));
-    let mut name = base.clone();
-    let mut n = 1;
-    while module.weight_named(&name).is_some() || module.states.iter().any(|(_, s)| s.name == name) {
-        n += 1;
-        name = format!("{base}.{n}");
-    }
-    name
+    node.loc.first().map_or_else(|| "folded".to_string(), |l| format!("{l}.{}", node.op.name()))
 }
 
 fn fold(module: &Module, id: NodeId) -> Option<(millrace_ir::TensorType, WeightExpr)> {

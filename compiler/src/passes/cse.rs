@@ -22,7 +22,8 @@ impl Pass for Cse {
     }
     fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
         let graph = &mut module.graph;
-        let mut known: BTreeMap<(String, Vec<Operand>), NodeId> = BTreeMap::new();
+        // Nodes by op name and operands; those of one entry differ in their parameters.
+        let mut known: BTreeMap<(&'static str, Vec<Operand>), Vec<NodeId>> = BTreeMap::new();
         let mut renamed: Vec<Option<ValueId>> = vec![None; graph.values.bound()];
         let mut removed = Vec::new();
         for id in graph.order.clone() {
@@ -38,12 +39,9 @@ impl Pass for Cse {
             if node.op.traits().writes_state {
                 continue;
             }
-            let attrs: Vec<String> = node.op.attrs().0.into_iter().map(|(k, v)| format!("{k}={v}")).collect();
-            let key = (format!("{}{{{}}}", node.op.name(), attrs.join(",")), node.operands.clone());
-            match known.get(&key) {
-                None => {
-                    known.insert(key, id);
-                }
+            let equal = known.entry((node.op.name(), node.operands.clone())).or_default();
+            match equal.iter().find(|first| graph.nodes[**first].op == node.op) {
+                None => equal.push(id),
                 Some(first) => {
                     let pairs: Vec<_> = graph.nodes[id]
                         .results

@@ -4,6 +4,7 @@
 //! matmul.fused(x, @q), matmul.fused(x, @k)  ->  a, b = matmul.fused(x, concat(@q, @k)) {segments = [nq, nk]}
 //! ```
 
+use millrace_ir::names::WeightNames;
 use millrace_ir::ops::FusedMatmul;
 use millrace_ir::ops::fused_matmul::Epilogue;
 use millrace_ir::{
@@ -38,6 +39,9 @@ impl Pass for MergeMatmuls {
             }
         }
         let mut merged = 0;
+        let mut names = WeightNames::of(module);
+        let mut places = vec![usize::MAX; module.graph.nodes.bound()];
+        module.graph.order.iter().enumerate().for_each(|(at, id)| places[id.index()] = at);
         for group in by_operand.into_iter().filter(|g| g.len() > 1) {
             let key = |id: &NodeId| match &module.graph.nodes[*id].op {
                 Op::FusedMatmul(f) => (f.epilogue.clone(), f.out, weight_dtype(module, *id)),
@@ -53,9 +57,11 @@ impl Pass for MergeMatmuls {
                 });
                 continue;
             }
-            merge(module, &group)?;
+            merge(module, &mut names, &places, &group)?;
             merged += 1;
         }
+        let Module { graph, .. } = module;
+        graph.order.retain(|id| graph.nodes.get(*id).is_some());
         context.count("merge-matmuls.merged", merged);
         Ok(merged > 0)
     }
@@ -69,7 +75,7 @@ fn weight_dtype(module: &Module, id: NodeId) -> Option<millrace_ir::DType> {
 }
 
 /// The weights at operand `index` of all nodes joined along their rows.
-fn join(module: &mut Module, group: &[NodeId], index: usize) -> Option<WeightId> {
+fn join(module: &mut Module, names: &mut WeightNames, group: &[NodeId], index: usize) -> Option<WeightId> {
     let parts: Vec<WeightId> =
         group
             .iter()
@@ -77,20 +83,20 @@ fn join(module: &mut Module, group: &[NodeId], index: usize) -> Option<WeightId>
                 if let Operand::Weight(w) = module.graph.nodes[*id].operands[index] { Some(w) } else { None }
             })
             .collect::<Option<_>>()?;
-    let names: Vec<&str> = parts.iter().map(|w| module.weights[*w].name.as_str()).collect();
-    let name = names.join("+");
-    if let Some(known) = module.weight_named(&name) {
-        return Some(known);
-    }
-    let mut shape = module.weights[parts[0]].ty.shape.clone();
-    for part in &parts[1..] {
-        shape[0] = shape[0].add(&module.weights[*part].ty.shape[0]);
-    }
-    let ty = TensorType { dtype: module.weights[parts[0]].ty.dtype, shape };
-    Some(module.weights.push(Weight { name, ty, expr: WeightExpr::Concat { axis: 0, parts }, stream: None }))
+    let joined: Vec<&str> = parts.iter().map(|w| module.weights[*w].name.as_str()).collect();
+    let name = joined.join("+");
+    Some(names.get_or_add(module, &name.clone(), |module| {
+        let mut shape = module.weights[parts[0]].ty.shape.clone();
+        for part in &parts[1..] {
+            shape[0] = shape[0].add(&module.weights[*part].ty.shape[0]);
+        }
+        let ty = TensorType { dtype: module.weights[parts[0]].ty.dtype, shape };
+        Weight { name, ty, expr: WeightExpr::Concat { axis: 0, parts }, stream: None }
+    }))
 }
 
-fn merge(module: &mut Module, group: &[NodeId]) -> Result<()> {
+/// Replaces the group's nodes by one; its other nodes stay in the order for the caller to drop.
+fn merge(module: &mut Module, names: &mut WeightNames, places: &[usize], group: &[NodeId]) -> Result<()> {
     let Op::FusedMatmul(first) = module.graph.nodes[group[0]].op.clone() else { return Ok(()) };
     let segments = group
         .iter()
@@ -98,10 +104,10 @@ fn merge(module: &mut Module, group: &[NodeId]) -> Result<()> {
             if let Op::FusedMatmul(f) = &module.graph.nodes[*id].op { Some(f.segments[0]) } else { None }
         })
         .collect();
-    let Some(weight) = join(module, group, 1) else { return Ok(()) };
+    let Some(weight) = join(module, names, group, 1) else { return Ok(()) };
     let mut operands = vec![module.graph.nodes[group[0]].operands[0], Operand::Weight(weight)];
     if !first.epilogue.is_empty() {
-        let Some(bias) = join(module, group, 2) else { return Ok(()) };
+        let Some(bias) = join(module, names, group, 2) else { return Ok(()) };
         operands.push(Operand::Weight(bias));
     }
     let mut loc: Vec<_> = group.iter().flat_map(|id| module.graph.nodes[*id].loc.clone()).collect();
@@ -109,11 +115,9 @@ fn merge(module: &mut Module, group: &[NodeId]) -> Result<()> {
     loc.dedup();
     let new = module.new_node(FusedMatmul { segments, ..first }.into(), operands, loc)?;
     // The first node of the group gives its place; its neighbours' values move to the new node.
-    let place = module.graph.order.iter().position(|id| *id == group[0]);
-    if let Some(place) = place {
-        module.graph.order[place] = new;
+    if let Some(slot) = places.get(group[0].index()).and_then(|at| module.graph.order.get_mut(*at)) {
+        *slot = new;
     }
-    module.graph.order.retain(|id| !group[1..].contains(id));
     for (index, id) in group.iter().enumerate() {
         let Node { results, .. } = module.graph.nodes[*id].clone();
         let to = module.graph.nodes[new].results[index];

@@ -13,6 +13,7 @@ mod mark_streamable;
 mod merge_matmuls;
 mod pack_weights;
 mod plan_memory;
+mod recover;
 mod schedule;
 
 pub use plan_memory::{ARENA, PlanReport, plan_report};
@@ -28,6 +29,7 @@ pub fn registry() -> Vec<Box<dyn Pass>> {
         Box::new(const_fold::ConstFold),
         Box::new(cse::Cse),
         Box::new(dce::Dce),
+        Box::new(recover::Recover),
         Box::new(BeginFusion),
         Box::new(fuse_linear::FuseLinear),
         Box::new(merge_matmuls::MergeMatmuls),

@@ -4,6 +4,7 @@
 //! matmul.fused(x, @w)  ->  matmul.fused(x, pack(@w)) {panel = 32}
 //! ```
 
+use millrace_ir::names::WeightNames;
 use millrace_ir::ops::FusedMatmul;
 use millrace_ir::{Module, Op, Operand, Phase, Result, TensorType, Weight, WeightExpr};
 
@@ -28,6 +29,7 @@ impl Pass for PackWeights {
             return Ok(false);
         }
         let mut packed = 0;
+        let mut names = WeightNames::of(module);
         for id in module.graph.order.clone() {
             let node = &module.graph.nodes[id];
             let (Op::FusedMatmul(fused), Some(&Operand::Weight(of))) = (&node.op, node.operands.get(1))
@@ -41,13 +43,13 @@ impl Pass for PackWeights {
             let segments = fused.segments.clone();
             let suffix: Vec<String> = segments.iter().map(ToString::to_string).collect();
             let name = format!("{}.pack{panel}.{}", module.weights[of].name, suffix.join("-"));
-            let weight = module.weight_named(&name).unwrap_or_else(|| {
+            let weight = names.get_or_add(module, &name.clone(), |module| {
                 let panels: usize = segments.iter().map(|s| s.div_ceil(panel)).sum();
                 let source = &module.weights[of].ty;
                 let shape = vec![panels.into(), source.shape[1].clone(), panel.into()];
                 let ty = TensorType { dtype: source.dtype, shape };
                 let expr = WeightExpr::Pack { panel, segments, of };
-                module.weights.push(Weight { name, ty, expr, stream: None })
+                Weight { name, ty, expr, stream: None }
             });
             let node = &mut module.graph.nodes[id];
             node.op = new_op.into();

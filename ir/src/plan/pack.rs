@@ -308,7 +308,7 @@ mod tests {
             let seconds = start.elapsed().as_secs_f64();
             check_packing(&items, &packing.offsets, 1 << 20)
                 .unwrap_or_else(|(a, b, why)| panic!("{name}: {a} and {b} {why}; peak {}", packing.peak));
-            println!("{name} {} {} {seconds}", packing.peak, packing.lower_bound);
+
             assert!(seconds < 3.0, "{name}: {seconds} s");
         }
     }

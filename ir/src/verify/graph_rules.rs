@@ -3,6 +3,7 @@
 use std::fmt::Display;
 
 use super::Report;
+use super::distinct::{Ops, TypeId, Types};
 use crate::arena::Id;
 use crate::graph::*;
 
@@ -92,9 +93,19 @@ pub(super) fn structure(module: &Module, report: &mut Report) {
     }
 }
 
-pub(super) fn types(module: &Module, report: &mut Report) {
+pub(super) fn types(module: &Module, distinct: &Types<'_>, report: &mut Report) {
     let graph = &module.graph;
+    // Operand and result types of nodes that were found good, by op.
+    let mut good: Ops<'_, (Vec<TypeId>, Vec<TypeId>)> = Ops::new();
+    let (mut operands, mut results) = (Vec::new(), Vec::new());
     for (id, node) in graph.nodes.iter() {
+        operands.clear();
+        operands.extend(node.operands.iter().map(|o| distinct.operand(*o)));
+        results.clear();
+        results.extend(node.results.iter().map(|r| distinct.value(*r)));
+        if good.find(&node.op, |(o, r)| *o == operands && *r == results).is_some() {
+            continue;
+        }
         match node.op.infer(&module.operand_types(&node.operands)) {
             Err(message) => report.add(8, Some(id), format!("`{}` {message}", node.op.name())),
             Ok(inferred) => {
@@ -105,6 +116,8 @@ pub(super) fn types(module: &Module, report: &mut Report) {
                         Some(id),
                         format!("results are declared {declared:?}, inferred {inferred:?}"),
                     );
+                } else {
+                    good.remember(&node.op, (operands.clone(), results.clone()));
                 }
             }
         }

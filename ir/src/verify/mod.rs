@@ -19,6 +19,7 @@
 //!
 //! Whether two buffers that live at the same time overlap is the plan checker's question, not the verifier's.
 
+mod distinct;
 mod graph_rules;
 mod module_rules;
 mod place_rules;
@@ -26,6 +27,7 @@ mod place_rules;
 use std::fmt;
 use std::ops::Deref;
 
+use self::distinct::Types;
 use crate::error::{Error, Kind};
 use crate::graph::{Module, NodeId};
 use crate::text::print_node;
@@ -113,17 +115,18 @@ impl Report {
 pub fn verify(module: &Module) -> Result<Verified<'_>, Vec<Violation>> {
     let mut report = Report::default();
     module_rules::names(module, &mut report);
-    module_rules::symbols(module, &mut report);
+    let types = Types::of(module);
+    module_rules::symbols(module, &types, &mut report);
     module_rules::weights(module, &mut report);
     graph_rules::structure(module, &mut report);
     // The rules below follow ids and evaluate dims without asking again whether they may.
     if !report.breaks(&[2, 5, 6, 7]) {
-        module_rules::sizes(module, &mut report);
+        module_rules::sizes(module, &types, &mut report);
         place_rules::phases(module, &mut report);
         if !report.breaks(&[3]) {
-            graph_rules::types(module, &mut report);
+            graph_rules::types(module, &types, &mut report);
             let versions = graph_rules::states(module, &mut report);
-            place_rules::places(module, &versions, &mut report);
+            place_rules::places(module, &types, &versions, &mut report);
         }
     }
     if report.found.is_empty() { Ok(Verified(module)) } else { Err(report.found) }

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::Report;
+use super::distinct::{Ops, Types};
 use crate::arena::Id;
 use crate::attr::Quoted;
 use crate::dim::{Bindings, Dim, MAX_EXTENT, MAX_NESTING, MAX_SIZE, SymDecl};
@@ -15,7 +16,7 @@ use crate::weights::MAX_DEPTH;
 
 pub(super) fn names(module: &Module, report: &mut Report) {
     let mut unique = |what: &str, names: Vec<&str>| {
-        let mut seen = HashSet::new();
+        let mut seen = HashSet::with_capacity(names.len());
         for name in names {
             if name.is_empty() {
                 report.add(1, None, format!("a {what} has no name"));
@@ -42,7 +43,7 @@ pub(super) fn names(module: &Module, report: &mut Report) {
 /// Most symbols of a module: tables of them are searched front to back.
 const MAX_SYMBOLS: usize = 64;
 
-pub(super) fn symbols(module: &Module, report: &mut Report) {
+pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
     for decl in &module.dims {
         let SymDecl { sym, min, max, multiple, hint: _ } = decl;
         if !(1 <= *min && min <= max && *max <= MAX_EXTENT as u64) {
@@ -70,19 +71,44 @@ pub(super) fn symbols(module: &Module, report: &mut Report) {
             }
         }
     };
+    // Ops, types and offsets that were found good need no second look.
+    let mut ops: Ops<'_, ()> = Ops::new();
     for (id, node) in module.graph.nodes.iter() {
+        if ops.find(&node.op, |()| true).is_some() {
+            continue;
+        }
+        let before = report.found.len();
         for (_, attr) in &node.op.attrs().0 {
             attr.visit_dims(&mut |dim| declared(dim, report, Some(id)));
         }
-    }
-    for (_, value) in module.graph.values.iter() {
-        let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
-        value.ty.shape.iter().for_each(|d| declared(d, report, node));
-        if let Some(Place::Arena { offset, .. }) = &value.place {
-            declared(offset, report, node);
+        if report.found.len() == before {
+            ops.remember(&node.op, ());
         }
     }
-    module.states.iter().for_each(|(_, s)| s.ty.shape.iter().for_each(|d| declared(d, report, None)));
+    let mut good = vec![false; types.list.len()];
+    let mut offsets: HashSet<&Dim> = HashSet::new();
+    for (id, value) in module.graph.values.iter() {
+        let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
+        let before = report.found.len();
+        if !good[types.value(id) as usize] {
+            value.ty.shape.iter().for_each(|d| declared(d, report, node));
+            good[types.value(id) as usize] = report.found.len() == before;
+        }
+        if let Some(Place::Arena { offset, .. }) = &value.place
+            && !offsets.contains(offset)
+        {
+            let before = report.found.len();
+            declared(offset, report, node);
+            if report.found.len() == before {
+                offsets.insert(offset);
+            }
+        }
+    }
+    for (id, state) in module.states.iter() {
+        if !good[types.operand(Operand::State(id)) as usize] {
+            state.ty.shape.iter().for_each(|d| declared(d, report, None));
+        }
+    }
     module.arenas.iter().for_each(|(_, a)| declared(&a.size, report, None));
 }
 
@@ -232,7 +258,7 @@ pub(super) fn simple(dim: &Dim) -> bool {
 }
 
 /// V3 and V9 over everything that has a size.
-pub(super) fn sizes(module: &Module, report: &mut Report) {
+pub(super) fn sizes(module: &Module, types: &Types<'_>, report: &mut Report) {
     let (minima, maxima) = (Bindings::minima(&module.dims), Bindings::maxima(&module.dims));
     let mut check = |what: String, ty: &TensorType, node: Option<NodeId>| {
         let constant = ty.shape.iter().all(|d| d.as_const().is_some_and(|c| c >= 0));
@@ -259,11 +285,19 @@ pub(super) fn sizes(module: &Module, report: &mut Report) {
             report.add(9, node, format!("the size {bytes} of {what} does not grow with every symbol"));
         }
     };
+    // Each distinct type is named by the first value that has it.
+    let mut seen = vec![false; types.list.len()];
     for (id, value) in module.graph.values.iter() {
-        let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
-        check(id.to_string(), &value.ty, node);
+        if !std::mem::replace(&mut seen[types.value(id) as usize], true) {
+            let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
+            check(id.to_string(), &value.ty, node);
+        }
     }
-    module.states.iter().for_each(|(_, s)| check(format!("@{}", s.name), &s.ty, None));
+    for (id, state) in module.states.iter() {
+        if !std::mem::replace(&mut seen[types.operand(Operand::State(id)) as usize], true) {
+            check(format!("@{}", state.name), &state.ty, None);
+        }
+    }
     for (_, arena) in module.arenas.iter() {
         if !simple(&arena.size) {
             report.add(3, None, format!("the size of arena {} is too complex", arena.name));

@@ -1,6 +1,9 @@
 //! Rules about phases (V11) and places (V12).
 
+use std::collections::HashSet;
+
 use super::Report;
+use super::distinct::{TypeId, Types};
 use super::module_rules::simple;
 use crate::arena::Id;
 use crate::dim::{Bindings, Dim};
@@ -43,9 +46,11 @@ pub(super) fn phases(module: &Module, report: &mut Report) {
 }
 
 /// V12, and V9 for offsets. `versions` is the state each value is a version of.
-pub(super) fn places(module: &Module, versions: &[Option<StateId>], report: &mut Report) {
+pub(super) fn places(module: &Module, types: &Types<'_>, versions: &[Option<StateId>], report: &mut Report) {
     let graph = &module.graph;
     let ends = [Bindings::minima(&module.dims), Bindings::maxima(&module.dims)];
+    // Offset and type of places that were found good.
+    let mut good: HashSet<(ArenaId, &Dim, TypeId)> = HashSet::new();
     for (id, value) in graph.values.iter() {
         let Def::Node { node, .. } = value.def else {
             if value.place.is_some() {
@@ -69,7 +74,9 @@ pub(super) fn places(module: &Module, versions: &[Option<StateId>], report: &mut
                 Some(_) if !simple(offset) => {
                     report.add(3, node, format!("the offset of {id} is too complex"));
                 }
-                Some(arena) => {
+                Some(_) if good.contains(&(*arena, offset, types.value(id))) => {}
+                Some(declared) => {
+                    let before = report.found.len();
                     if !offset.is_monotone(&module.dims) {
                         report.add(
                             9,
@@ -77,8 +84,11 @@ pub(super) fn places(module: &Module, versions: &[Option<StateId>], report: &mut
                             format!("offset {offset} of {id} does not grow with every symbol"),
                         );
                     }
-                    if let Err(message) = fits(value, arena, offset, &ends) {
+                    if let Err(message) = fits(value, declared, offset, &ends) {
                         report.add(12, node, format!("{id} {message}"));
+                    }
+                    if report.found.len() == before {
+                        good.insert((*arena, offset, types.value(id)));
                     }
                 }
             },

@@ -133,7 +133,7 @@ fn execute(module: &Module, tensors: &[Tensor], pool: &Pool, in_place: bool) -> 
         states: Vec::new(),
         weights: Vec::new(),
     };
-    Program::new(module).unwrap().run(module, pool, &regions, &Bindings::new()).unwrap();
+    Program::new(module).unwrap().run(module, pool, &regions, &Bindings::new(), None).unwrap();
     drop(regions);
     outputs.iter().map(|b| b.bytes().to_vec()).collect()
 }
@@ -587,7 +587,8 @@ fn bad_indices_are_errors() {
                 states: Vec::new(),
                 weights: Vec::new(),
             };
-            let run = Program::new(&module).unwrap().run(&module, &POOLS[0], &regions, &Bindings::new());
+            let run =
+                Program::new(&module).unwrap().run(&module, &POOLS[0], &regions, &Bindings::new(), None);
             assert_eq!(run.unwrap_err().code(), "run/bad-index");
         }
     }

@@ -9,11 +9,14 @@ mod numeric;
 mod reference;
 mod tensors;
 
+use std::time::Instant;
+
 use millrace_ir::{Bindings, Def, Error, Id, Kind, Module, NodeId, Op, Operand, Place, Result};
 use millrace_kernels::cpu::Pool;
 use millrace_kernels::cpu::select::{REFERENCE, select};
 
 use crate::memory::Region;
+use crate::profile::Profile;
 
 /// Memory of one step.
 pub(crate) struct Regions {
@@ -61,8 +64,15 @@ impl Program {
         Ok(Program { frequencies })
     }
 
-    /// Runs every node.
-    pub fn run(&self, module: &Module, pool: &Pool, regions: &Regions, bindings: &Bindings) -> Result<()> {
+    /// Runs every node; the time of each goes into `profile`, if there is one.
+    pub fn run(
+        &self,
+        module: &Module,
+        pool: &Pool,
+        regions: &Regions,
+        bindings: &Bindings,
+        mut profile: Option<&mut Profile>,
+    ) -> Result<()> {
         let graph = &module.graph;
         let mut values: Vec<Option<Region>> = vec![None; graph.values.bound()];
         for (id, region) in graph.inputs.iter().zip(&regions.inputs) {
@@ -93,10 +103,14 @@ impl Program {
                 bindings,
                 frequencies: self.frequencies[id.index()].as_deref(),
             };
+            let start = profile.as_ref().map(|_| Instant::now());
             step.run(pool).map_err(|e| match node.loc.first() {
                 Some(loc) => e.at(format!("{id} ({loc})")),
                 None => e.at(id),
             })?;
+            if let (Some(profile), Some(start)) = (profile.as_deref_mut(), start) {
+                profile.node(*id, start);
+            }
         }
         // Inputs, versions of states and values with several names end up where the caller looks for them.
         for (n, (output, region)) in graph.outputs.iter().zip(&regions.outputs).enumerate() {

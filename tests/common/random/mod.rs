@@ -107,7 +107,7 @@ fn before(pass: &str, first: Phase, module: &Module) -> &'static str {
 
 /// A pipeline of all passes in an order that the levels do not use.
 fn shuffled(random: &mut Random) -> String {
-    let early = ["canonicalize", "const-fold", "cse", "dce"];
+    let early = ["canonicalize", "const-fold", "cse", "dce", "recover"];
     let late = [
         "merge-matmuls",
         "fuse-glu",

@@ -1,0 +1,304 @@
+//! Where a step's time goes: times of nodes by kernel against what this machine can do, and as a Chrome trace.
+//!
+//! Operations and bytes are those of [`millrace::ir::step_cost`]: each byte counts once, whatever caches do. A rate
+//! above a ceiling is therefore possible where data stays in a cache.
+
+use std::path::Path;
+use std::time::Duration;
+
+use millrace::ir::cost::Cost;
+use millrace::ir::step_cost::step_cost;
+use millrace::ir::{Module, NodeId};
+use millrace::kernels::cpu::{Pool, ceilings};
+use millrace::runtime::profile::Step;
+use millrace::{Error, Profile, Result};
+use serde_json::{Value, json};
+
+/// What the threads of a run can do at most, measured.
+#[derive(Clone, Copy)]
+pub struct Ceilings {
+    /// Multiply-add rate in f32, in GFLOP/s.
+    pub gflops: f64,
+    /// Memory read rate in GB/s.
+    pub read_gbs: f64,
+}
+
+impl Ceilings {
+    /// Measures with `threads` threads; takes a second or two. The multiply-add rate is that of one thread times
+    /// `threads`.
+    pub fn measure(threads: usize) -> Self {
+        Ceilings {
+            gflops: ceilings::fma_gflops(&Pool::new(1)) * threads as f64,
+            read_gbs: ceilings::read_gbs(&Pool::new(threads)),
+        }
+    }
+}
+
+/// Time and work of some nodes.
+#[derive(Clone, Default)]
+struct Family {
+    kernel: String,
+    calls: usize,
+    time: Duration,
+    cost: Cost,
+}
+
+impl Family {
+    fn add(&mut self, time: Duration, cost: Cost) {
+        self.calls += 1;
+        self.time += time;
+        self.cost = self.cost.plus(cost);
+    }
+
+    fn bytes(&self) -> u64 {
+        self.cost.read.saturating_add(self.cost.written)
+    }
+
+    /// Billions a second.
+    fn rate(&self, count: u64) -> f64 {
+        let seconds = self.time.as_secs_f64();
+        if seconds > 0.0 { count as f64 / seconds / 1e9 } else { 0.0 }
+    }
+}
+
+/// Steps of one kind.
+struct Phase {
+    name: &'static str,
+    steps: usize,
+    /// Of whole steps.
+    total: Family,
+    /// By kernel, the longest first.
+    families: Vec<Family>,
+}
+
+impl Phase {
+    fn outside(&self) -> Duration {
+        let inside: Duration = self.families.iter().map(|f| f.time).sum();
+        self.total.time.saturating_sub(inside)
+    }
+}
+
+/// A profile by phase and kernel.
+pub struct Summary {
+    ceilings: Ceilings,
+    phases: Vec<Phase>,
+}
+
+fn kernel(module: &Module, node: NodeId) -> &str {
+    let kernel = module.graph.nodes.get(node).and_then(|n| n.kernel).and_then(|k| module.kernels.get(k));
+    kernel.map_or("none", |k| k.name.as_str())
+}
+
+/// Prefill steps have a sequence with several new tokens and a cache; encoders have no cache.
+fn phase_of(module: &Module, step: &Step) -> &'static str {
+    if module.states.iter().next().is_none() {
+        "step"
+    } else if step.sequences.iter().any(|s| s.queries > 1) {
+        "prefill"
+    } else {
+        "decode"
+    }
+}
+
+/// Adds up a profile of `module`.
+pub fn summarise(module: &Module, profile: &Profile, ceilings: Ceilings) -> Summary {
+    let mut phases: Vec<Phase> = Vec::new();
+    for step in &profile.steps {
+        let name = phase_of(module, step);
+        let index = phases.iter().position(|p| p.name == name).unwrap_or_else(|| {
+            phases.push(Phase { name, steps: 0, total: Family::default(), families: Vec::new() });
+            phases.len() - 1
+        });
+        let phase = &mut phases[index];
+        phase.steps += 1;
+        phase.total.time += step.duration;
+        for span in &step.spans {
+            let cost = step_cost(module, span.node, &step.bindings, &step.sequences).unwrap_or_default();
+            let kernel = kernel(module, span.node);
+            let index = phase.families.iter().position(|f| f.kernel == kernel).unwrap_or_else(|| {
+                phase.families.push(Family { kernel: kernel.to_string(), ..Family::default() });
+                phase.families.len() - 1
+            });
+            phase.families[index].add(span.duration, cost);
+            phase.total.cost = phase.total.cost.plus(cost);
+            phase.total.calls += 1;
+        }
+    }
+    phases.iter_mut().for_each(|p| p.families.sort_by_key(|f| std::cmp::Reverse(f.time)));
+    Summary { ceilings, phases }
+}
+
+const COLUMNS: [&str; 8] =
+    ["kernel", "calls", "ms", "share %", "GFLOP/s", "% of peak", "GB/s", "% of read rate"];
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn percent(part: f64, whole: f64) -> f64 {
+    if whole > 0.0 { part / whole * 100.0 } else { 0.0 }
+}
+
+impl Summary {
+    fn head(&self, phase: &Phase) -> String {
+        format!(
+            "{}: {} steps of {:.3} ms, kernel by kernel; ceilings {:.0} GFLOP/s (f32) and {:.1} GB/s",
+            phase.name,
+            phase.steps,
+            ms(phase.total.time) / phase.steps.max(1) as f64,
+            self.ceilings.gflops,
+            self.ceilings.read_gbs
+        )
+    }
+
+    /// Cells below [`COLUMNS`], the last two for the time between kernels and for the whole.
+    fn cells(&self, phase: &Phase) -> Vec<[String; 8]> {
+        let share = |time: Duration| format!("{:.1}", percent(ms(time), ms(phase.total.time)));
+        let line = |name: &str, f: &Family| {
+            let (flops, bytes) = (f.rate(f.cost.flops), f.rate(f.bytes()));
+            [
+                name.to_string(),
+                f.calls.to_string(),
+                format!("{:.3}", ms(f.time)),
+                share(f.time),
+                format!("{flops:.1}"),
+                format!("{:.1}", percent(flops, self.ceilings.gflops)),
+                format!("{bytes:.1}"),
+                format!("{:.1}", percent(bytes, self.ceilings.read_gbs)),
+            ]
+        };
+        let mut lines: Vec<_> = phase.families.iter().map(|f| line(&f.kernel, f)).collect();
+        let outside = phase.outside();
+        let mut between = [const { String::new() }; 8];
+        between[0] = "between kernels".to_string();
+        between[2] = format!("{:.3}", ms(outside));
+        between[3] = share(outside);
+        lines.push(between);
+        lines.push(line("total", &phase.total));
+        lines
+    }
+
+    /// Aligned columns.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        for phase in &self.phases {
+            text += &format!("{}\n", self.head(phase));
+            let mut lines = self.cells(phase);
+            lines.insert(0, COLUMNS.map(str::to_string));
+            for [name, cells @ ..] in lines {
+                let cells: String = cells.iter().map(|c| format!(" {c:>14}")).collect();
+                text += &format!("  {name:<24}{cells}\n");
+            }
+        }
+        text
+    }
+
+    /// Tables of markdown.
+    pub fn markdown(&self) -> String {
+        let mut text = String::new();
+        for phase in &self.phases {
+            text += &format!(
+                "\n{}\n\n| {} |\n| ---{}\n",
+                self.head(phase),
+                COLUMNS.join(" | "),
+                " | ---:".repeat(7) + " |"
+            );
+            for line in self.cells(phase) {
+                text += &format!("| {} |\n", line.join(" | "));
+            }
+        }
+        text
+    }
+
+    /// Everything, with counts of operations and bytes.
+    pub fn json(&self) -> Value {
+        let family = |f: &Family, phase: &Phase| {
+            let (flops, bytes) = (f.rate(f.cost.flops), f.rate(f.bytes()));
+            json!({
+                "calls": f.calls,
+                "ms": ms(f.time),
+                "share": percent(ms(f.time), ms(phase.total.time)) / 100.0,
+                "flops": f.cost.flops,
+                "read_bytes": f.cost.read,
+                "written_bytes": f.cost.written,
+                "gflops": flops,
+                "of_peak": percent(flops, self.ceilings.gflops) / 100.0,
+                "gbs": bytes,
+                "of_read_rate": percent(bytes, self.ceilings.read_gbs) / 100.0,
+            })
+        };
+        let phases = self.phases.iter().map(|phase| {
+            let kernels = phase.families.iter().map(|f| {
+                let mut object = json!({"kernel": f.kernel});
+                if let (Value::Object(object), Value::Object(rest)) = (&mut object, family(f, phase)) {
+                    object.extend(rest);
+                }
+                object
+            });
+            json!({
+                "phase": phase.name,
+                "steps": phase.steps,
+                "kernels": kernels.collect::<Vec<_>>(),
+                "between_kernels_ms": ms(phase.outside()),
+                "total": family(&phase.total, phase),
+            })
+        });
+        json!({
+            "ceilings": {"gflops": self.ceilings.gflops, "read_gbs": self.ceilings.read_gbs},
+            "phases": phases.collect::<Vec<_>>(),
+        })
+    }
+}
+
+/// Trace events as `chrome://tracing` and Perfetto read them: one complete event for each node of each step, one process
+/// for each row of the sweep.
+#[derive(Default)]
+pub struct Trace {
+    events: Vec<Value>,
+    rows: usize,
+}
+
+impl Trace {
+    /// Adds a row's profile.
+    pub fn add(&mut self, title: &str, module: &Module, profile: &Profile) {
+        self.rows += 1;
+        let pid = self.rows;
+        self.events.push(json!({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": title}}));
+        let us = |time: Duration| time.as_nanos() as f64 / 1e3;
+        for (index, step) in profile.steps.iter().enumerate() {
+            for span in &step.spans {
+                let node = module.graph.nodes.get(span.node);
+                let cost = step_cost(module, span.node, &step.bindings, &step.sequences).unwrap_or_default();
+                let kernel = kernel(module, span.node);
+                self.events.push(json!({
+                    "ph": "X",
+                    "name": kernel,
+                    "cat": node.map_or("", |n| n.op.name()),
+                    "pid": pid,
+                    "tid": 1,
+                    "ts": us(span.start),
+                    "dur": us(span.duration),
+                    "args": {
+                        "node": span.node.to_string(),
+                        "kernel": kernel,
+                        "layers": node.map_or_else(Vec::new, |n| n.loc.iter().map(|l| l.to_string()).collect()),
+                        "phase": phase_of(module, step),
+                        "step": index,
+                        "flops": cost.flops,
+                        "read_bytes": cost.read,
+                        "written_bytes": cost.written,
+                    },
+                }));
+            }
+        }
+    }
+
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write(self, path: &Path) -> Result<()> {
+        let text = json!({"displayTimeUnit": "ms", "traceEvents": self.events}).to_string();
+        std::fs::write(path, text).map_err(|e| Error::io("write", path, &e))
+    }
+}
