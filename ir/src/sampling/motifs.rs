@@ -19,7 +19,7 @@ use crate::types::TensorType;
 
 /// Adds one motif, as far as it fits: what a motif has made stays.
 pub(super) fn add(draft: &mut Draft) {
-    let _ = match draft.random.below(18) {
+    let _ = match draft.random.below(19) {
         0 | 1 => linear(draft).map(|_| ()),
         2 => gated(draft),
         3 => residual_norm(draft),
@@ -36,6 +36,7 @@ pub(super) fn add(draft: &mut Draft) {
         14 => masked(draft),
         15 => packed_block(draft),
         16 => spelled_attention(draft),
+        17 => spelled_rope(draft),
         _ => split_and_join(draft),
     };
 }
@@ -252,7 +253,8 @@ fn spelled_norm(draft: &mut Draft) -> Option<()> {
     let x = draft.float(1, -8.0, 8.0);
     let ty = draft.ty(x);
     ty.last().as_const()?;
-    let axis = ty.rank() - 1;
+    // Over another axis it is no norm of rows.
+    let axis = if draft.random.once_in(6) { 0 } else { ty.rank() - 1 };
     let centred = if draft.random.once_in(2) {
         let mean = reduce(draft, ReduceFn::Mean, x, axis)?;
         draft.node(Binary { function: BinaryFn::Sub }, &[x, mean])?
@@ -291,6 +293,8 @@ fn spelled_norm(draft: &mut Draft) -> Option<()> {
 fn spelled_activation(draft: &mut Draft) -> Option<()> {
     let x = draft.tame(1);
     let dtype = draft.ty(x).dtype;
+    // A constant that is slightly off makes another function of it.
+    let off = if draft.random.once_in(4) { 1.125 } else { 1.0 };
     let constant = |draft: &mut Draft, value: f64| {
         let value = crate::tensor::round_to(dtype, value);
         draft.splat(dtype, vec![], value)
@@ -303,7 +307,7 @@ fn spelled_activation(draft: &mut Draft) -> Option<()> {
             binary(draft, BinaryFn::Mul, x, s)?;
         }
         1 => {
-            let root = constant(draft, 0.5f64.sqrt());
+            let root = constant(draft, 0.5f64.sqrt() * off);
             let scaled = binary(draft, BinaryFn::Mul, x, root)?;
             let e = unary(draft, UnaryFn::Erf, scaled)?;
             let e = binary(draft, BinaryFn::Add, e, one)?;
@@ -311,7 +315,8 @@ fn spelled_activation(draft: &mut Draft) -> Option<()> {
             binary(draft, BinaryFn::Mul, h, e)?;
         }
         _ => {
-            let (c, k) = (constant(draft, 0.044715), constant(draft, (2.0 / std::f64::consts::PI).sqrt()));
+            let (c, k) =
+                (constant(draft, 0.044715 * off), constant(draft, (2.0 / std::f64::consts::PI).sqrt()));
             let square = binary(draft, BinaryFn::Mul, x, x)?;
             let cube = binary(draft, BinaryFn::Mul, square, x)?;
             let scaled = binary(draft, BinaryFn::Mul, cube, c)?;
@@ -408,7 +413,10 @@ fn spelled_attention(draft: &mut Draft) -> Option<()> {
     };
     let dtype = draft.ty(scores).dtype;
     let scale = draft.splat(dtype, vec![], 0.5);
-    let scores = binary(draft, BinaryFn::Mul, scores, scale)?;
+    let mut scores = binary(draft, BinaryFn::Mul, scores, scale)?;
+    if draft.random.once_in(2) {
+        scores = mask(draft, scores)?;
+    }
     let weights = draft.node(Softmax { axis: 2 }, &[scores])?;
     let y = draft.node(Matmul { transpose_b: false, out: None }, &[weights, turned[2]])?;
     let y = draft.node(Transpose { perm: vec![1, 0, 2] }, &[y])?;
@@ -495,17 +503,63 @@ fn neutral(draft: &mut Draft) -> Option<()> {
     Some(())
 }
 
-/// A causal mask over scores, as exporters write it.
 fn masked(draft: &mut Draft) -> Option<()> {
     let scores = draft.float(2, -TAME, TAME);
+    let scores = mask(draft, scores)?;
+    let axis = draft.ty(scores).rank() - 1;
+    draft.node(Softmax { axis }, &[scores])?;
+    Some(())
+}
+
+/// Scores under a mask of coordinates as exporters write it: causal, or nearly so.
+fn mask(draft: &mut Draft, scores: Operand) -> Option<Operand> {
     let ty = draft.ty(scores);
     let shape = ty.shape[ty.rank() - 2..].to_vec();
     let iota = |axis| crate::ops::Iota { shape: shape.clone(), axis, dtype: DType::I32 };
     let (row, column) = (draft.node(iota(0), &[])?, draft.node(iota(1), &[])?);
-    let seen = draft.node(Binary { function: BinaryFn::Ge }, &[row, column])?;
-    let low = draft.splat(ty.dtype, vec![], -20.0);
-    let scores = draft.node(Select, &[seen, scores, low])?;
-    draft.node(Softmax { axis: ty.rank() - 1 }, &[scores])?;
+    let function = draft.random.pick(&[BinaryFn::Ge, BinaryFn::Ge, BinaryFn::Gt, BinaryFn::Le]);
+    let seen = draft.node(Binary { function }, &[row, column])?;
+    let low = draft.random.pick(&[-1000.0, -1000.0, -8.0]);
+    let low = draft.splat(ty.dtype, vec![], low);
+    draft.node(Select, &[seen, scores, low])
+}
+
+/// Rotation of halves out of tables of sines and cosines, with frequencies that may be none of a rotation.
+fn spelled_rope(draft: &mut Draft) -> Option<()> {
+    let (n, _, half) = head_counts(draft);
+    let (t, d) = (draft.rows(), 2 * half);
+    let x = draft.value(&TensorType::new(DType::F32, [t.clone(), n.into(), d.into()]), -4.0, 4.0);
+    let positions = draft.value(&TensorType::new(DType::I32, [t.clone()]), 0.0, 40.0);
+    let off = if draft.random.once_in(4) { 0.75 } else { 1.0 };
+    let base = draft.random.pick(&[100.0f64, 10000.0]);
+    let exponent = |i: usize| -(2.0 * i as f64) / d as f64;
+    let mut frequencies: Vec<f64> =
+        (0..half).map(|i| crate::tensor::round_to(DType::F32, base.powf(exponent(i)))).collect();
+    frequencies[half - 1] *= off;
+    let frequencies = draft.add_weight(
+        TensorType::new(DType::F32, [half]),
+        crate::graph::WeightExpr::Dense(frequencies),
+        (0.0, 1.0),
+    );
+    let places = draft.node(Cast { to: DType::F32 }, &[positions])?;
+    let places = draft.node(Reshape { shape: vec![t.clone(), Dim::from(1i64)] }, &[places])?;
+    let angles = binary(draft, BinaryFn::Mul, places, frequencies)?;
+    let (c, s) = (unary(draft, UnaryFn::Cos, angles)?, unary(draft, UnaryFn::Sin, angles)?);
+    let shape = vec![t, Dim::from(1i64), Dim::from(half)];
+    let c = draft.node(Reshape { shape: shape.clone() }, &[c])?;
+    let s = draft.node(Reshape { shape }, &[s])?;
+    let part = |start: usize| crate::ops::Slice {
+        axis: 2,
+        start: start.into(),
+        end: (start + half).into(),
+        step: 1,
+    };
+    let (a, b) = (draft.node(part(0), &[x])?, draft.node(part(half), &[x])?);
+    let (ac, bs) = (binary(draft, BinaryFn::Mul, a, c)?, binary(draft, BinaryFn::Mul, b, s)?);
+    let (bc, as_) = (binary(draft, BinaryFn::Mul, b, c)?, binary(draft, BinaryFn::Mul, a, s)?);
+    let first = draft.node(Binary { function: BinaryFn::Sub }, &[ac, bs])?;
+    let second = binary(draft, BinaryFn::Add, bc, as_)?;
+    draft.node(Concat { axis: 2 }, &[first, second])?;
     Some(())
 }
 
