@@ -1,7 +1,8 @@
 //! Samples of ops that reduce: sums, products of matrices, images, normalisations.
 
 use super::Sample;
-use super::draft::{Draft, Known, MOST, TAME, computes};
+use super::draft::{Draft, MOST, TAME};
+use super::known::{Known, computes};
 use crate::dim::{Bindings, Dim};
 use crate::dtype::DType;
 use crate::graph::Operand;

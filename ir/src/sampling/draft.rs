@@ -1,9 +1,9 @@
-//! A graph under construction: what its values are known to hold, and where ops find their operands.
+//! A graph under construction, and where ops find their operands.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use super::case::{Fill, RandomGraph};
+use super::known::{Known, computes, counts, index_bound};
 use super::random::Random;
 use crate::arena::Id;
 use crate::builder::Builder;
@@ -27,44 +27,6 @@ pub const MOST: u64 = 7;
 
 /// Positions of a page.
 pub const TOKENS_PER_BLOCK: usize = 4;
-
-/// What is known of a tensor's elements, whatever the inputs.
-#[derive(Clone, Debug)]
-pub struct Known {
-    /// Type.
-    pub ty: TensorType,
-    /// No element is smaller.
-    pub low: f64,
-    /// No element is larger.
-    pub high: f64,
-    /// Every legal implementation gives the same bits.
-    pub exact: bool,
-    /// All elements are valid indices of an axis of this extent.
-    pub below: Option<Dim>,
-}
-
-impl Known {
-    /// Largest magnitude.
-    pub fn bound(&self) -> f64 {
-        self.low.abs().max(self.high.abs())
-    }
-
-    /// Whether every element is an index of an axis of `extent`.
-    pub fn indexes(&self, extent: &Dim) -> bool {
-        let within = extent.as_const().is_some_and(|n| self.high < n as f64);
-        self.low >= 0.0 && (within || self.below.as_ref() == Some(extent))
-    }
-}
-
-/// Whether kernels compute in this element type.
-pub fn computes(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::BF16 | DType::F16)
-}
-
-/// Whether it is an integer type.
-pub fn counts(dtype: DType) -> bool {
-    matches!(dtype, DType::I8 | DType::U8 | DType::I32 | DType::I64)
-}
 
 /// A cache and its present version.
 struct Cache {
@@ -467,10 +429,6 @@ impl Draft {
                 *spelled = name.to_string();
             }
         }
-        for (_, node) in module.graph.nodes.iter_mut() {
-            node.loc =
-                node.loc.iter().map(|l| Arc::from(l.replace("matmul.fused", "linear").as_str())).collect();
-        }
         if self.random.once_in(2) {
             shuffle(&mut module, &mut self.random);
             module.compact();
@@ -507,15 +465,4 @@ fn shuffle(module: &mut Module, random: &mut Random) {
         order.push(id);
     }
     module.graph.order = order;
-}
-
-/// The extent of which all elements of the result are indices.
-fn index_bound(op: &Op, known: &[Known], inferred: &[TensorType]) -> Option<Dim> {
-    match op {
-        Op::Iota(iota) => Some(inferred[0].shape[iota.axis].clone()),
-        Op::Reshape(_) | Op::Transpose(_) | Op::Slice(_) | Op::Broadcast(_) | Op::Gather(_) => {
-            known[0].below.clone()
-        }
-        _ => None,
-    }
 }

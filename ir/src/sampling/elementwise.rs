@@ -1,7 +1,8 @@
 //! Samples of elementwise ops, and the arithmetic of bounds that fused regions share.
 
 use super::Sample;
-use super::draft::{Draft, Known, TAME, computes, counts};
+use super::draft::{Draft, TAME};
+use super::known::{Known, computes, counts};
 use crate::dtype::DType;
 use crate::graph::Operand;
 use crate::ops::binary::BinaryFn;

@@ -2,8 +2,9 @@
 
 use super::Sample;
 use super::contraction::eps;
-use super::draft::{Draft, Known, TAME, computes};
+use super::draft::{Draft, TAME};
 use super::elementwise::{binary_range, unary_range};
+use super::known::{Known, computes};
 use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::graph::{Operand, WeightExpr};

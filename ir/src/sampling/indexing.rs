@@ -1,7 +1,8 @@
 //! Samples of ops that read or write at computed places.
 
 use super::Sample;
-use super::draft::{Draft, Known};
+use super::draft::Draft;
+use super::known::Known;
 use super::movement::with_extent;
 use crate::dim::Dim;
 use crate::graph::Operand;

@@ -16,14 +16,17 @@ mod draft;
 mod elementwise;
 mod fused;
 mod indexing;
+mod known;
 mod motifs;
 mod movement;
 mod random;
 mod sequences;
+mod spelled;
 mod weights;
 
 pub use case::{Fill, RandomGraph};
-pub use draft::{Draft, Known};
+pub use draft::Draft;
+pub use known::Known;
 pub use random::Random;
 
 use crate::graph::{Operand, Phase};

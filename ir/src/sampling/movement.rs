@@ -1,7 +1,8 @@
 //! Samples of ops that move elements.
 
 use super::Sample;
-use super::draft::{Draft, Known, MOST};
+use super::draft::{Draft, MOST};
+use super::known::Known;
 use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::graph::Operand;

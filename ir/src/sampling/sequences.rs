@@ -1,7 +1,8 @@
 //! Samples of ops on packed sequences. Their index operands are the draft's own: only those fit together.
 
 use super::Sample;
-use super::draft::{Draft, Known, TAME, computes};
+use super::draft::{Draft, TAME};
+use super::known::{Known, computes};
 use crate::dtype::DType;
 use crate::graph::Operand;
 use crate::ops::attention::Mask;

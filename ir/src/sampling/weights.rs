@@ -1,6 +1,7 @@
 //! Weights of every kind of expression, with elements in given bounds.
 
-use super::draft::{Draft, computes, counts};
+use super::draft::Draft;
+use super::known::{computes, counts};
 use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::graph::{Operand, WeightExpr};
