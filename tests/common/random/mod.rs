@@ -203,7 +203,7 @@ fn engine(
     compiled.write(&file, &mut |_, _| {}).map_err(text_of)?;
     let engine = Engine::open(&file).map_err(text_of)?;
     let pages = judge.steps[0].bindings.iter().find(|(s, _)| s.name() == "pages").map(|(_, v)| v);
-    let allocation = if graph.seed % 3 == 0 { Allocation::Dynamic } else { Allocation::Static };
+    let allocation = if graph.seed.is_multiple_of(3) { Allocation::Dynamic } else { Allocation::Static };
     let threads = Some(1 + graph.seed as usize % 2);
     let options = SessionOptions { threads, allocation, kv_pages: pages, ..SessionOptions::default() };
     let mut session = engine.session(options).map_err(text_of)?;
