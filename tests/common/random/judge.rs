@@ -6,6 +6,7 @@
 
 use millrace::Result;
 use millrace::ir::eval::{evaluate, evaluate_with};
+use millrace::ir::ops::fused_matmul::Epilogue;
 use millrace::ir::ops::unary::UnaryFn;
 use millrace::ir::ops::{EvalCtx, Numerics};
 use millrace::ir::sampling::{Random, RandomGraph};
@@ -59,6 +60,28 @@ fn activates(op: &Op) -> bool {
     }
 }
 
+/// Bound of that error: a rounding of the largest value that an activation may read, times what its result meets.
+fn activation_error(op: &Op, operands: &[&Tensor]) -> f64 {
+    let largest = |t: &Tensor| t.data.iter().map(|v| v.abs()).fold(0.0, f64::max);
+    let ulp = 1.0 / f64::from(1 << 24);
+    let Op::FusedMatmul(fused) = op else { return largest(operands[0]) * ulp };
+    let mut bound = operands[0].last() as f64 * largest(operands[0]) * largest(operands[1]);
+    let mut error = 0.0;
+    let mut more = operands[2..].iter().map(|t| largest(t));
+    for step in &fused.epilogue {
+        match step {
+            Epilogue::Bias | Epilogue::Residual => bound += more.next().unwrap_or(0.0),
+            Epilogue::Activation(_) => error += bound * ulp,
+            Epilogue::Glu(_) => (error, bound) = (bound * bound * ulp, bound * bound),
+            Epilogue::Mul => {
+                let factor = more.next().unwrap_or(0.0);
+                (error, bound) = (error * factor, bound * factor);
+            }
+        }
+    }
+    error
+}
+
 /// `node` with noise on what it reads and makes. `dirty` says which values a rounding has reached.
 fn noisy(
     module: &Module,
@@ -103,8 +126,7 @@ fn noisy(
             result.data.iter_mut().for_each(|v| *v *= 1.0 + size * random.uniform(-1.0, 1.0));
         }
         if activates(&node.op) && result.dtype.is_float() {
-            let largest = context.operands[0].data.iter().map(|v| v.abs()).fold(0.0, f64::max);
-            let noise = largest / f64::from(1 << 24);
+            let noise = activation_error(&node.op, context.operands);
             result.data.iter_mut().for_each(|v| *v += noise * random.uniform(-1.0, 1.0));
         }
     }

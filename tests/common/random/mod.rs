@@ -166,6 +166,10 @@ pub fn examine(graph: &RandomGraph, folder: &Path, summary: &mut Summary) -> Res
         engine(graph, &judge, pipeline, n == 2 || n == also, folder, summary)
             .map_err(|m| fail(pipeline, m))?;
     }
+    // A long run would otherwise fill the folder.
+    for extension in ["ir", "engine"] {
+        let _ = std::fs::remove_file(folder.join(format!("{}.{extension}", graph.seed)));
+    }
     Ok(())
 }
 
