@@ -5,11 +5,14 @@ use std::rc::Rc;
 use crate::arena::Id;
 use crate::bind::bind;
 use crate::error::{Error, Kind, Result};
-use crate::graph::{Module, Operand};
+use crate::graph::{Module, Node, Operand};
 use crate::ops::EvalCtx;
 use crate::tensor::Tensor;
 use crate::types::TensorType;
 use crate::weights::WeightReader;
+
+/// What a node computes from its operands.
+pub type Compute<'a> = dyn FnMut(&Node, &EvalCtx<'_>) -> std::result::Result<Vec<Tensor>, String> + 'a;
 
 /// Runs `module` once. `inputs` are in the order of the graph's inputs, `states` in the order of the module's
 /// states and updated in place; results are in the order of the outputs.
@@ -22,6 +25,25 @@ pub fn evaluate(
     weights: &mut WeightReader<'_>,
     inputs: &[Tensor],
     states: &mut [Tensor],
+) -> Result<Vec<Tensor>> {
+    evaluate_with(module, weights, inputs, states, &mut |node, context| {
+        let mut results = node.op.eval(context)?;
+        results.iter_mut().for_each(Tensor::round);
+        Ok(results)
+    })
+}
+
+/// Runs `module` as [`evaluate`] does, with another meaning of its nodes: `compute` gets a node with its
+/// operands and returns the results as they are stored.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn evaluate_with(
+    module: &Module,
+    weights: &mut WeightReader<'_>,
+    inputs: &[Tensor],
+    states: &mut [Tensor],
+    compute: &mut Compute<'_>,
 ) -> Result<Vec<Tensor>> {
     let declared = module.input_types();
     if declared.len() != inputs.len() || module.states.len() != states.len() {
@@ -90,12 +112,9 @@ pub fn evaluate(
             .collect::<Result<Vec<_>>>()?;
         let types: Vec<TensorType> = node.results.iter().map(|r| graph.values[*r].ty.clone()).collect();
         let refs: Vec<&Tensor> = operands.iter().map(Rc::as_ref).collect();
-        let results = node
-            .op
-            .eval(&EvalCtx { operands: &refs, results: &types, bindings: &bindings })
-            .map_err(failed)?;
-        for (result, mut tensor) in node.results.iter().zip(results) {
-            tensor.round();
+        let context = EvalCtx { operands: &refs, results: &types, bindings: &bindings };
+        let results = compute(node, &context).map_err(failed)?;
+        for (result, tensor) in node.results.iter().zip(results) {
             if node.op.traits().writes_state
                 && let Some(state) = module.state_of(Operand::Value(*result))
                 && let Some(i) = state_index[state.index()]

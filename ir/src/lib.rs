@@ -57,6 +57,7 @@ pub mod nearest;
 pub mod ops;
 pub mod plan;
 mod positioned;
+pub mod sampling;
 pub mod step_cost;
 pub mod tensor;
 pub mod text;

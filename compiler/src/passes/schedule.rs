@@ -8,6 +8,8 @@ use millrace_ir::plan::{Item, liveness, lower_bound};
 use millrace_ir::{Bindings, Id, Module, NodeId, Operand, Phase, Result};
 
 use crate::options::{OptionKind, PassOption, PassOptions};
+use smallvec::SmallVec;
+
 use crate::pass::{Context, Pass};
 
 /// See the module.
@@ -69,6 +71,9 @@ fn peak(module: &Module, align: u64) -> u64 {
     lower_bound(&items)
 }
 
+/// Nodes around another, mostly one or two.
+type Few = SmallVec<[NodeId; 2]>;
+
 /// List scheduling: among the nodes whose operands exist, the one that adds least to the live set; the given
 /// order breaks ties.
 fn memory_aware(module: &Module) -> Vec<NodeId> {
@@ -92,13 +97,13 @@ fn memory_aware(module: &Module) -> Vec<NodeId> {
     };
     let mut position = vec![0usize; graph.nodes.bound()];
     graph.order.iter().enumerate().for_each(|(at, id)| position[id.index()] = at);
-    let mut readers: Vec<Vec<NodeId>> = vec![Vec::new(); graph.values.bound()];
+    let mut readers: Vec<Few> = vec![Few::new(); graph.values.bound()];
     let mut remaining = vec![0usize; graph.values.bound()];
     let mut waits: Vec<usize> = vec![0; graph.nodes.bound()];
-    let mut wakes: Vec<Vec<NodeId>> = vec![Vec::new(); graph.nodes.bound()];
-    let mut state_readers: Vec<Vec<NodeId>> = vec![Vec::new(); module.states.bound()];
+    let mut wakes: Vec<Few> = vec![Few::new(); graph.nodes.bound()];
+    let mut state_readers: Vec<Few> = vec![Few::new(); module.states.bound()];
     for id in &graph.order {
-        let mut values: Vec<_> = graph.nodes[*id]
+        let mut values: SmallVec<[_; 8]> = graph.nodes[*id]
             .operands
             .iter()
             .filter_map(|o| if let Operand::Value(v) = o { Some(*v) } else { None })
@@ -125,10 +130,10 @@ fn memory_aware(module: &Module) -> Vec<NodeId> {
         if !node.op.traits().writes_state {
             continue;
         }
-        let before: Vec<NodeId> = match node.operands.first() {
+        let before: Few = match node.operands.first() {
             Some(Operand::State(s)) => state_readers[s.index()].clone(),
             Some(Operand::Value(v)) => readers[v.index()].clone(),
-            _ => Vec::new(),
+            _ => Few::new(),
         };
         for other in before.into_iter().filter(|o| o != id) {
             waits[id.index()] += 1;
@@ -138,7 +143,7 @@ fn memory_aware(module: &Module) -> Vec<NodeId> {
     let cost = |id: NodeId, remaining: &[usize]| -> i64 {
         let node = &graph.nodes[id];
         let made: i64 = node.results.iter().map(|r| size[r.index()]).sum();
-        let mut freed: Vec<_> = node
+        let mut freed: SmallVec<[_; 8]> = node
             .operands
             .iter()
             .filter_map(|o| if let Operand::Value(v) = o { Some(*v) } else { None })
@@ -163,7 +168,7 @@ fn memory_aware(module: &Module) -> Vec<NodeId> {
         ready.remove(&best);
         let id = best.1;
         order.push(id);
-        let mut read: Vec<_> = graph.nodes[id]
+        let mut read: SmallVec<[_; 8]> = graph.nodes[id]
             .operands
             .iter()
             .filter_map(|o| if let Operand::Value(v) = o { Some(*v) } else { None })

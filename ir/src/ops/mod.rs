@@ -1,7 +1,8 @@
 //! Ops: a closed enum, one line per op in the table below, one file per op family.
 //!
 //! Semantics come first: an op is its [`OpDef::eval`]. Adding an op is one file with an [`OpDef`] and one line
-//! in the table; the exhaustive matches of codegen are then the to-do list.
+//! in the table; the exhaustive matches of codegen are then the to-do list. The table also asks for a
+//! [`Sample`] under `sampling/`, which puts the op into random graphs.
 
 #[cfg(test)]
 mod absurdity_tests;
@@ -33,6 +34,8 @@ pub mod unary;
 pub use def::{EvalCtx, InferCtx, Numerics, OpDef, OpTraits};
 
 use crate::attr::{AttrReader, Attrs};
+use crate::graph::Operand;
+use crate::sampling::{Draft, Known, Sample};
 use crate::tensor::Tensor;
 use crate::types::TensorType;
 
@@ -68,6 +71,21 @@ macro_rules! op_table {
                     return Some(parsed.and_then(|op| reader.finish().map(|()| Op::$ty(op))));
                 })*
                 None
+            }
+
+            /// An op spelled `name` for a random graph, with operands; see [`Sample`].
+            pub fn sample(name: &str, draft: &mut Draft) -> Option<(Op, Vec<Operand>)> {
+                $(if <$ty as OpDef>::NAMES.contains(&name) {
+                    return <$ty as Sample>::sample(name, draft);
+                })*
+                None
+            }
+
+            /// Bounds of the results' elements in a random graph; see [`Sample`].
+            pub fn range(&self, operands: &[Known]) -> Option<(f64, f64)> {
+                match self {
+                    $(Op::$ty(op) => Sample::range(op, operands),)*
+                }
             }
 
             fn def(&self) -> &dyn DynOp {

@@ -86,6 +86,17 @@ fn activation(f: UnaryFn) -> Result<Activation> {
     }
 }
 
+/// Copies a value to another place.
+pub(super) fn copy(from: Region, to: Region) -> Result<()> {
+    if from.overlaps(to) || from.len() != to.len() {
+        return Err(internal("a value is copied onto itself or to another size"));
+    }
+    // SAFETY: both live for the step and are disjoint, and no kernel runs.
+    let (source, target) = unsafe { (from.slice::<u8>()?, to.slice_mut::<u8>()?) };
+    target.copy_from_slice(source);
+    Ok(())
+}
+
 impl<'a> Node<'a> {
     pub(super) fn read<T: Plain>(&self, index: usize) -> Result<&'a [T]> {
         let region = self.operands.get(index).ok_or_else(|| internal("an operand is missing"))?;

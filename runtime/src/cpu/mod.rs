@@ -112,6 +112,19 @@ impl Program {
                 profile.node(*id, start);
             }
         }
+        // Inputs, versions of states and values with several names end up where the caller looks for them.
+        for (n, (output, region)) in graph.outputs.iter().zip(&regions.outputs).enumerate() {
+            let value = graph.values.get(output.value);
+            if value.is_some_and(|v| v.place != Some(Place::Output(n))) {
+                let from = values.get(output.value.index()).copied().flatten();
+                let missing = || {
+                    Error::new(Kind::BadInput, "engine/forged", "an output has no memory")
+                        .at(format!("\"{}\"", output.name))
+                        .hint("the engine was altered: build it again")
+                };
+                execute::copy(from.ok_or_else(missing)?, *region)?;
+            }
+        }
         Ok(())
     }
 }
