@@ -86,7 +86,8 @@ impl From<Error> for Failure {
 }
 
 impl Manager<'_> {
-    /// Runs `pipeline` on `module`; verifies before the first pass, at every phase change and at the end.
+    /// Runs `pipeline` on `module`; verifies before the first pass, when fusion begins, when the plan stands and at
+    /// the end; with `verify_each` after every pass.
     ///
     /// # Errors
     /// `ir/invalid` for a module that breaks rules, `compile/phase` for a pass that does not accept the module's
@@ -189,7 +190,9 @@ impl Manager<'_> {
         context.remarks_left_out += context.remarks.len().saturating_sub(Context::REMARKS) as u64;
         context.remarks.truncate(Context::REMARKS);
         let time = start.elapsed();
-        if self.verify_each || module.phase != before {
+        // The last pass to reach these phases is followed by passes that build on their promises.
+        let gate = module.phase != before && matches!(module.phase, Phase::Fused | Phase::Planned);
+        if self.verify_each || gate {
             verified(module, Some((name, spelled)))?;
         }
         self.runs.push(PassRun { name, time, changed, nodes: module.graph.nodes.len() });

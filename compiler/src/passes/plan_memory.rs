@@ -87,7 +87,7 @@ impl Pass for PlanMemory {
             }
         }
         let minima = Bindings::minima(&module.dims);
-        for bindings in [&maxima, &minima, &Bindings::hints(&module.dims)] {
+        for bindings in [&maxima, &minima] {
             check(module, bindings).map_err(|overlap| {
                 Error::new(
                     Kind::Internal,
