@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use millrace::compiler::passes::registry;
+use millrace::compiler::passes::all as registry;
 use millrace::ir::sampling::{RandomGraph, graph};
 use millrace::ir::{Op, Operand, text};
 use random::{Failure, Summary, examine};

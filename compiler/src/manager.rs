@@ -68,6 +68,31 @@ pub struct Manager<'a> {
     pub controls: Controls,
     /// Whether [`Controls::stop`] ended the run.
     pub stopped: bool,
+    /// Which passes need not run again.
+    pub settled: Settled,
+}
+
+/// The passes that changed nothing since the module last changed.
+#[derive(Debug, Default)]
+pub struct Settled {
+    /// Counts the runs that changed the module.
+    changes: u64,
+    /// Calls that changed nothing, with the count then.
+    calls: Vec<(String, u64)>,
+}
+
+impl Settled {
+    fn contains(&self, call: &str) -> bool {
+        self.calls.iter().any(|(c, at)| c == call && *at == self.changes)
+    }
+
+    fn ran(&mut self, call: &str, changed: bool, moved: bool) {
+        self.changes += u64::from(changed || moved);
+        self.calls.retain(|(c, _)| c != call);
+        if !changed {
+            self.calls.push((call.to_string(), self.changes));
+        }
+    }
 }
 
 /// A pass that failed.
@@ -101,6 +126,7 @@ impl Manager<'_> {
         }
         let origin = self.controls.reproducers.is_some().then(|| (module.clone(), context.clone()));
         self.stopped = false;
+        self.settled = Settled::default();
         let first = self.runs.len();
         match self.steps(pipeline.steps(), module, context, None).and_then(|_| verified(module, None)) {
             Ok(()) => Ok(()),
@@ -180,6 +206,10 @@ impl Manager<'_> {
             let error = Error::new(Kind::Usage, "compile/phase", message);
             return Err(error.hint("change the order of the pipeline").into());
         }
+        // A pass that found nothing to do finds nothing again until another one changes the module.
+        if self.settled.contains(spelled) && !pass.leaves().is_some_and(|phase| phase > module.phase) {
+            return Ok(false);
+        }
         let start = Instant::now();
         let allowed = !disabled && (context.allow_run(name) || pass.required());
         let changed = allowed && guarded(pass, spelled, module, context)?;
@@ -195,6 +225,7 @@ impl Manager<'_> {
         if self.verify_each || gate {
             verified(module, Some((name, spelled)))?;
         }
+        self.settled.ran(spelled, changed, module.phase != before);
         self.runs.push(PassRun { name, time, changed, nodes: module.graph.nodes.len() });
         if let Some(observer) = &mut self.observer {
             observer(name, module, changed);

@@ -1,6 +1,6 @@
 //! Gives every value its place: states in themselves, outputs with the caller, the rest in one arena.
 
-use millrace_ir::plan::{Item, Packing, aligned_size, check, liveness, lower_bound, pack, symbolic};
+use millrace_ir::plan::{Item, Packing, aligned_size, check_all, liveness, lower_bound, pack, symbolic};
 use millrace_ir::{ArenaDecl, Bindings, Dim, Error, Id, Kind, Module, Operand, Phase, Place, Result};
 
 use crate::pass::{Context, Pass};
@@ -87,16 +87,11 @@ impl Pass for PlanMemory {
             }
         }
         let minima = Bindings::minima(&module.dims);
-        for bindings in [&maxima, &minima] {
-            check(module, bindings).map_err(|overlap| {
-                Error::new(
-                    Kind::Internal,
-                    "compile/bad-plan",
-                    format!("the plan overlaps: {}", overlap.message),
-                )
+        check_all(module, &[&maxima, &minima]).map_err(|overlap| {
+            let message = format!("the plan overlaps: {}", overlap.message);
+            Error::new(Kind::Internal, "compile/bad-plan", message)
                 .hint("please report this with the model's configuration")
-            })?;
-        }
+        })?;
         context.count("plan-memory.buffers", buffers.len() as u64);
         context.count("plan-memory.peak_bytes", packing.peak);
         context.count("plan-memory.lower_bound_bytes", packing.lower_bound);

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use millrace_ir::distinct::Types;
-use millrace_ir::plan::{Item, liveness, lower_bound};
+use millrace_ir::plan::{Item, liveness_of, lower_bound};
 use millrace_ir::{Bindings, Id, Module, NodeId, Operand, Phase, Result};
 
 use crate::options::{OptionKind, PassOption, PassOptions};
@@ -45,22 +45,22 @@ impl Pass for Schedule {
         if !self.search {
             return Ok(false);
         }
-        let given = peak(module, context.align);
-        let old = module.graph.order.clone();
-        module.graph.order = memory_aware(module);
-        let found = peak(module, context.align);
+        let types = Types::of(module);
+        let given = peak(module, &types, &module.graph.order, context.align);
+        let order = memory_aware(module, &types);
+        let found = peak(module, &types, &order, context.align);
         context.count("schedule.saved_bytes", given.saturating_sub(found));
-        if found >= given {
-            module.graph.order = old;
+        if found < given {
+            module.graph.order = order;
         }
         Ok(found < given)
     }
 }
 
 /// Largest live set at the symbols' upper bounds, in bytes.
-fn peak(module: &Module, align: u64) -> u64 {
+fn peak(module: &Module, types: &Types<'_>, order: &[NodeId], align: u64) -> u64 {
     let maxima = Bindings::maxima(&module.dims);
-    let items: Vec<Item> = liveness(module, true)
+    let items: Vec<Item> = liveness_of(module, types, order, true)
         .buffers
         .iter()
         .map(|b| {
@@ -76,11 +76,10 @@ type Few = SmallVec<[NodeId; 2]>;
 
 /// List scheduling: among the nodes whose operands exist, the one that adds least to the live set; the given
 /// order breaks ties.
-fn memory_aware(module: &Module) -> Vec<NodeId> {
+fn memory_aware(module: &Module, types: &Types<'_>) -> Vec<NodeId> {
     let graph = &module.graph;
     let maxima = Bindings::maxima(&module.dims);
     let size: Vec<i64> = {
-        let types = Types::of(module);
         let bytes: Vec<i64> =
             types.list().iter().map(|t| t.bytes().eval(&maxima).unwrap_or(i64::MAX / 1024)).collect();
         let mut outputs = vec![false; graph.values.bound()];

@@ -24,6 +24,19 @@ pub struct Overlap {
 /// # Errors
 /// The first overlap found, or a value whose place has no number here.
 pub fn check(module: &Module, bindings: &Bindings) -> Result<(), Overlap> {
+    check_all(module, &[bindings])
+}
+
+/// [`check`] under each of `many` bindings.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_all(module: &Module, many: &[&Bindings]) -> Result<(), Overlap> {
+    let types = Types::of(module);
+    many.iter().try_for_each(|bindings| check_types(module, &types, bindings))
+}
+
+fn check_types(module: &Module, types: &Types<'_>, bindings: &Bindings) -> Result<(), Overlap> {
     struct Placed {
         value: ValueId,
         arena: ArenaId,
@@ -34,7 +47,6 @@ pub fn check(module: &Module, bindings: &Bindings) -> Result<(), Overlap> {
         dies: usize,
     }
     let graph = &module.graph;
-    let types = Types::of(module);
     let sizes: Vec<Option<u64>> = types.list().iter().map(|t| t.bytes().extent(bindings)).collect();
     let mut placed: Vec<Placed> = Vec::new();
     for (at, id) in graph.order.iter().enumerate() {

@@ -30,12 +30,16 @@ pub struct Liveness {
 /// A view shares its operand's buffer. With `in_place`, a result takes the buffer of the operand its op names, if
 /// the types have one size and shape and nothing reads that buffer afterwards.
 pub fn liveness(module: &Module, in_place: bool) -> Liveness {
+    liveness_of(module, &Types::of(module), &module.graph.order, in_place)
+}
+
+/// [`liveness`] as if the nodes ran in `order`.
+pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_place: bool) -> Liveness {
     let graph = &module.graph;
-    let types = Types::of(module);
     let bytes: Vec<Dim> = types.list().iter().map(|t| t.bytes()).collect();
     let bytes_of = |value: ValueId| &bytes[types.value(value) as usize];
     let mut last_use: Vec<usize> = vec![0; graph.values.bound()];
-    for (at, id) in graph.order.iter().enumerate() {
+    for (at, id) in order.iter().enumerate() {
         for operand in &graph.nodes[*id].operands {
             if let Operand::Value(v) = operand {
                 last_use[v.index()] = at;
@@ -43,7 +47,7 @@ pub fn liveness(module: &Module, in_place: bool) -> Liveness {
         }
     }
     // Memory that a view keeps alive: walk backwards so that chains of views pass their last use on.
-    for id in graph.order.iter().rev() {
+    for id in order.iter().rev() {
         let node = &graph.nodes[*id];
         if node.op.traits().view
             && let (Some(Operand::Value(from)), Some(to)) = (node.operands.first(), node.results.first())
@@ -55,7 +59,7 @@ pub fn liveness(module: &Module, in_place: bool) -> Liveness {
     graph.outputs.iter().for_each(|o| is_output[o.value.index()] = true);
     let mut buffer_of: Vec<Option<usize>> = vec![None; graph.values.bound()];
     let mut liveness = Liveness::default();
-    for (at, id) in graph.order.iter().enumerate() {
+    for (at, id) in order.iter().enumerate() {
         let node = &graph.nodes[*id];
         let traits = node.op.traits();
         if traits.writes_state {

@@ -11,9 +11,10 @@ mod liveness;
 mod pack;
 mod search;
 mod symbolic;
+mod windows;
 
-pub use check::{Overlap, check};
+pub use check::{Overlap, check, check_all};
 pub use item::{Item, Packing, check_packing, lower_bound};
-pub use liveness::{Buffer, Liveness, liveness};
+pub use liveness::{Buffer, Liveness, liveness, liveness_of};
 pub use pack::{Effort, pack, pack_with};
 pub use symbolic::{aligned_size, symbolic};

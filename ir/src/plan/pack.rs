@@ -7,6 +7,7 @@
 use super::greedy::{best_fit, first_fit, squeaky_wheel};
 use super::item::{Item, Packing, lower_bound};
 use super::search::{Found, Sections};
+use super::windows::windows;
 
 /// Neighbours that one constructive packing may look at.
 const GREEDY_WORK: usize = 40_000_000;
@@ -57,6 +58,12 @@ pub fn pack_with(items: &[Item], effort: Effort) -> Packing {
     }
     if peak > goal {
         peak = search(items, &mut offsets, goal, effort.steps);
+    }
+    if peak > goal
+        && let Some(found) = windows(items, goal, effort.steps)
+    {
+        peak = items.iter().zip(&found).map(|(i, o)| o + i.size).max().unwrap_or(0);
+        offsets = found;
     }
     Packing { offsets, peak, lower_bound: bound }
 }
@@ -140,6 +147,31 @@ fn search(items: &[Item], offsets: &mut [u64], goal: u64, steps: u64) -> u64 {
         reached = reached.max(top);
     }
     parts.iter().map(|p| height(p, offsets)).max().unwrap_or(0)
+}
+
+/// Searches `items` with fixed ones at the bottom and ceilings `(start, end, offset)`; returns offsets and steps.
+pub(super) fn search_between(
+    items: &[Item],
+    bottom: &[(u32, u64)],
+    ceilings: &[(usize, usize, u64)],
+    capacity: u64,
+    steps: u64,
+) -> (Option<Vec<u64>>, u64) {
+    let end = items.iter().map(|i| i.end).max().unwrap_or(0);
+    let directions = [Direction::forwards(items), Direction::backwards(items)];
+    let sections = [false, true].map(|mirrored| {
+        let direction = &directions[usize::from(mirrored)];
+        let mut sections = Sections::of(&direction.items);
+        let place = |i: u32| direction.index.iter().position(|x| *x == i).unwrap_or(0) as u32;
+        sections.fix(bottom.iter().map(|(i, offset)| (place(*i), *offset)).collect());
+        for (from, to, cap) in ceilings {
+            let (from, to) = (*from.min(&end), *to.min(&end));
+            let (from, to) = if mirrored { (end - to, end - from) } else { (from, to) };
+            sections.cap(from, to, *cap);
+        }
+        sections
+    });
+    restarts(&directions, &sections, capacity, steps)
 }
 
 /// A part in one direction of time, in order of birth: a search that fails from one end may be easy from the other.

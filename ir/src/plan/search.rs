@@ -39,6 +39,14 @@ pub(super) struct Sections<'a> {
     members: Vec<Vec<u32>>,
     /// Sum of sizes in each section.
     totals: Vec<u64>,
+    /// Items that lie at the bottom already, in order of offset.
+    bottom: Vec<(u32, u64)>,
+    /// Highest end of each item.
+    item_caps: Vec<u64>,
+    /// Highest end in each section.
+    section_caps: Vec<u64>,
+    /// First instant of each section.
+    times: Vec<usize>,
 }
 
 impl<'a> Sections<'a> {
@@ -73,7 +81,37 @@ impl<'a> Sections<'a> {
                 meets[b as usize].push(a);
             }
         }
-        Sections { items, spans, meets, members, totals }
+        Sections {
+            items,
+            spans,
+            meets,
+            members,
+            bottom: Vec::new(),
+            item_caps: vec![u64::MAX; items.len()],
+            section_caps: vec![u64::MAX; count],
+            totals,
+            times,
+        }
+    }
+
+    /// Fixes some items at the bottom, in order of offset.
+    pub(super) fn fix(&mut self, bottom: Vec<(u32, u64)>) {
+        self.bottom = bottom;
+    }
+
+    /// Nothing may lie above `cap` from `start` to `end`.
+    pub(super) fn cap(&mut self, start: usize, end: usize, cap: u64) {
+        let covered = |from: usize, to: usize| from < end && start < to;
+        for (s, limit) in self.section_caps.iter_mut().enumerate() {
+            if covered(self.times[s], self.times[s + 1]) {
+                *limit = cap.min(*limit);
+            }
+        }
+        for (item, limit) in self.items.iter().zip(&mut self.item_caps) {
+            if covered(item.start, item.end) {
+                *limit = cap.min(*limit);
+            }
+        }
     }
 
     /// Items by falling `key`, without those that need no memory.
@@ -89,7 +127,7 @@ impl<'a> Sections<'a> {
     /// Searches for a packing of height at most `capacity`, with at most `placements` placements and about `steps`
     /// steps; returns the steps it took as well.
     pub(super) fn search(&self, order: &[u32], capacity: u64, placements: u64, steps: u64) -> (Found, u64) {
-        if self.totals.iter().any(|t| *t > capacity) {
+        if self.totals.iter().zip(&self.section_caps).any(|(t, cap)| *t > capacity.min(*cap)) {
             return (Found::Impossible, 1);
         }
         let mut crossing = vec![0u32; self.totals.len() + 1];
@@ -115,7 +153,14 @@ impl<'a> Sections<'a> {
             dirty: vec![false; self.totals.len()],
             scratch: Vec::new(),
         };
-        let found = match state.split(order.to_vec(), 0, 0) {
+        let fixed = |i: &u32| self.bottom.iter().any(|(b, _)| b == i);
+        let mut order: Vec<u32> = order.iter().copied().filter(|i| !fixed(i)).collect();
+        for (i, offset) in &self.bottom {
+            if !state.put(*i, *offset, &[]).0 {
+                return (Found::Impossible, state.steps + 1);
+            }
+        }
+        let found = match state.split(std::mem::take(&mut order), 0, 0) {
             Verdict::Yes => Found::Packing(state.offsets),
             Verdict::No => Found::Impossible,
             Verdict::Spent => Found::Budget,
@@ -209,7 +254,7 @@ impl State<'_> {
         if let [i] = *open {
             // Nothing else lies here: the item needs no order.
             let offset = items[i as usize].at_or_above(self.low[i as usize]);
-            if offset + items[i as usize].size > self.capacity {
+            if offset + items[i as usize].size > self.limit(i) {
                 return Verdict::No;
             }
             self.put(i, offset, open);
@@ -226,7 +271,7 @@ impl State<'_> {
             let offset = item.at_or_above(self.low[i as usize]);
             let ordered = offset > height || (offset == height && i >= last);
             let known = self.bound[i as usize] <= offset;
-            if ordered && known && offset < ceiling && offset + item.size <= self.capacity {
+            if ordered && known && offset < ceiling && offset + item.size <= self.limit(i) {
                 candidates.push((offset, rank as u32, i));
             }
         }
@@ -290,6 +335,10 @@ impl State<'_> {
         (self.propagate(), cut)
     }
 
+    fn limit(&self, i: u32) -> u64 {
+        self.capacity.min(self.sections.item_caps[i as usize])
+    }
+
     /// Item `j` starts at `bound` or above; returns whether it fits.
     fn raise(&mut self, j: u32, bound: u64) -> bool {
         let item = &self.sections.items[j as usize];
@@ -305,7 +354,7 @@ impl State<'_> {
                 self.queue.push(s);
             }
         }
-        bound.saturating_add(item.size) <= self.capacity
+        bound.saturating_add(item.size) <= self.limit(j)
     }
 
     /// Draws conclusions in every section with a raised item until nothing changes; returns whether all can hold
@@ -320,6 +369,7 @@ impl State<'_> {
                 // The rest of the queue is only emptied.
                 continue;
             }
+            let capacity = self.capacity.min(self.sections.section_caps[s as usize]);
             stack.clear();
             for &j in &self.sections.members[s as usize] {
                 if self.open[j as usize] {
@@ -332,11 +382,11 @@ impl State<'_> {
             for n in 0..stack.len() {
                 let (bound, j) = stack[n];
                 rest += self.sections.items[j as usize].size;
-                if bound + rest > self.capacity {
+                if bound + rest > capacity {
                     fits = false;
                     break;
                 }
-                if n > 0 && stack[n - 1].0 > bound && stack[n - 1].0 + rest > self.capacity {
+                if n > 0 && stack[n - 1].0 > bound && stack[n - 1].0 + rest > capacity {
                     let above = bound + self.sections.items[j as usize].size;
                     for &(_, k) in &stack[..n] {
                         fits &= self.raise(k, above);

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use judge::Judge;
 use millrace::compiler::pass::Context;
-use millrace::compiler::passes::registry;
+use millrace::compiler::passes::all as registry;
 use millrace::compiler::pipeline::{Manager, Pipeline};
 use millrace::ir::sampling::{Random, RandomGraph};
 use millrace::ir::tensor::{Tensor, decode};
