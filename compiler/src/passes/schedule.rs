@@ -49,6 +49,10 @@ impl Pass for Schedule {
         context.count("schedule.saved_bytes", given.saturating_sub(found));
         if found >= given {
             module.graph.order = old;
+            if let Some(first) = module.graph.order.first() {
+                let reason = format!("the given order needs {given} bytes, the order tried {found}");
+                context.blocked(self.name(), &module.graph, *first, &reason);
+            }
         }
         Ok(found < given)
     }
