@@ -46,14 +46,26 @@ impl Pass for MergeMatmuls {
                     Some(reason) => reasons.push((id, reason)),
                 }
             }
-            let differs = plain.iter().skip(1).find_map(|id| Some((*id, difference(module, plain[0], *id)?)));
-            let merges = plain.len() > 1 && differs.is_none();
-            for (id, reason) in reasons.into_iter().chain(differs) {
+            // Those that agree merge; what differs from the first of the group says why it does not join it.
+            let mut alike: Vec<Vec<NodeId>> = Vec::new();
+            for id in plain {
+                match alike.iter_mut().find(|a| difference(module, a[0], id).is_none()) {
+                    Some(group) => group.push(id),
+                    None => {
+                        let first = alike.first().and_then(|a| difference(module, a[0], id));
+                        reasons.extend(first.map(|reason| (id, reason)));
+                        alike.push(vec![id]);
+                    }
+                }
+            }
+            for (id, reason) in reasons {
                 context.blocked(self.name(), &module.graph, id, &reason);
             }
-            if merges && context.allow(self.name(), &module.graph, plain[0]) {
-                merge(module, &mut names, &places, &plain)?;
-                merged += 1;
+            for group in alike.into_iter().filter(|a| a.len() > 1) {
+                if context.allow(self.name(), &module.graph, group[0]) {
+                    merge(module, &mut names, &places, &group)?;
+                    merged += 1;
+                }
             }
         }
         let Module { graph, .. } = module;

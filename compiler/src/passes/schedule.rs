@@ -48,9 +48,12 @@ impl Pass for Schedule {
         let found = peak(module, context.align);
         context.count("schedule.saved_bytes", given.saturating_sub(found));
         if found >= given {
-            module.graph.order = old;
+            let tried = std::mem::replace(&mut module.graph.order, old);
             if let Some(first) = module.graph.order.first() {
-                let reason = format!("the given order needs {given} bytes, the order tried {found}");
+                let reason = match tried == module.graph.order {
+                    true => format!("the search finds the given order, which needs {given} bytes"),
+                    false => format!("the given order needs {given} bytes, the order tried {found}"),
+                };
                 context.blocked(self.name(), &module.graph, *first, &reason);
             }
         }
