@@ -165,6 +165,17 @@ impl Context {
         self.remark(pass, graph, node, format!("blocked: {reason}"));
     }
 
+    /// [`Context::blocked`], unless it was said already: for passes that run several times in a pipeline and decline
+    /// few nodes.
+    pub(crate) fn blocked_once(&mut self, pass: &'static str, graph: &Graph, node: NodeId, reason: &str) {
+        let said = |r: &Remark| {
+            (r.pass, r.node) == (pass, node) && r.message.strip_prefix("blocked: ") == Some(reason)
+        };
+        if !self.remarks.iter().any(said) {
+            self.blocked(pass, graph, node, reason);
+        }
+    }
+
     /// Gives the rewrite of `node` that is about to happen a number; false if it is beyond the limit and must not
     /// happen. [`crate::rewrite::rewrite`] asks for every patch; other passes ask before each change that stands on
     /// its own, which makes a wrong one findable.

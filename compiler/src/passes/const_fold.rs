@@ -3,7 +3,9 @@
 use millrace_ir::names::WeightNames;
 use millrace_ir::ops::EvalCtx;
 use millrace_ir::weights::WeightReader;
-use millrace_ir::{Bindings, Id, Module, NodeId, Op, Operand, Phase, Result, Weight, WeightExpr, WeightId};
+use millrace_ir::{
+    Bindings, Id, Module, Node, NodeId, Op, Operand, Phase, Result, TensorType, Weight, WeightExpr, WeightId,
+};
 
 use super::BEFORE_FUSION;
 use crate::pass::{Context, Pass};
@@ -36,12 +38,22 @@ impl Pass for ConstFold {
                     *operand = Operand::Weight(weight);
                 }
             }
-            if module.graph.nodes[id].results.iter().any(|r| outputs[r.index()]) {
-                continue;
-            }
-            if let Some((ty, expr)) = fold(module, id)
-                && context.allow(self.name(), &module.graph, id)
-            {
+            let Some(parts) = constants(&module.graph.nodes[id]) else { continue };
+            let folds = if module.graph.nodes[id].results.iter().any(|r| outputs[r.index()]) {
+                Err("the result is an output of the graph".to_string())
+            } else {
+                fold(module, id, &parts)
+            };
+            let (ty, expr) = match folds {
+                Ok(folded) => folded,
+                // A node without operands is no constant expression that somebody wrote.
+                Err(_) if parts.is_empty() => continue,
+                Err(reason) => {
+                    context.blocked_once(self.name(), &module.graph, id, &reason);
+                    continue;
+                }
+            };
+            if context.allow(self.name(), &module.graph, id) {
                 let result = module.graph.nodes[id].results[0];
                 let name = base_name(module, id);
                 let names = names.get_or_insert_with(|| WeightNames::of(module));
@@ -70,52 +82,68 @@ fn base_name(module: &Module, id: NodeId) -> String {
     node.loc.first().map_or_else(|| "folded".to_string(), |l| format!("{l}.{}", node.op.name()))
 }
 
-fn fold(module: &Module, id: NodeId) -> Option<(millrace_ir::TensorType, WeightExpr)> {
-    let node = &module.graph.nodes[id];
-    let [result] = node.results[..] else { return None };
-    let ty = module.graph.values[result].ty.clone();
-    ty.const_shape()?;
-    let parts: Option<Vec<WeightId>> =
-        node.operands.iter().map(|o| if let Operand::Weight(w) = o { Some(*w) } else { None }).collect();
-    let parts = parts?;
-    let by_bytes = ty.dtype.size_bytes().is_some()
-        && parts.iter().all(|p| module.weights[*p].ty.dtype.size_bytes().is_some());
-    let expr = match (&node.op, parts.as_slice()) {
-        (Op::Transpose(t), [of]) if by_bytes => Some(WeightExpr::Transpose { perm: t.perm.clone(), of: *of }),
-        (Op::Reshape(_), [of]) if by_bytes => Some(WeightExpr::Reshape { of: *of }),
-        (Op::Cast(_), [of]) if by_bytes => Some(WeightExpr::Cast { of: *of }),
-        (Op::Concat(c), [_, ..]) if by_bytes => {
-            Some(WeightExpr::Concat { axis: c.axis, parts: parts.clone() })
-        }
-        _ => None,
-    };
-    expr.or_else(|| literal(module, id, &parts, &ty)).map(|expr| (ty, expr))
+/// The operands of a node that reads only weights.
+fn constants(node: &Node) -> Option<Vec<WeightId>> {
+    node.operands.iter().map(|o| if let Operand::Weight(w) = o { Some(*w) } else { None }).collect()
 }
 
-/// The value of a small node whose weights need no file.
+/// Type and expression of the node's result, or why it has none.
+fn fold(
+    module: &Module,
+    id: NodeId,
+    parts: &[WeightId],
+) -> std::result::Result<(TensorType, WeightExpr), String> {
+    let node = &module.graph.nodes[id];
+    let [result] = node.results[..] else { return Err("the node has several results".into()) };
+    let ty = module.graph.values[result].ty.clone();
+    if ty.const_shape().is_none() {
+        return Err(format!("the shape of {ty} is known at run time only"));
+    }
+    let by_bytes = ty.dtype.size_bytes().is_some()
+        && parts.iter().all(|p| module.weights[*p].ty.dtype.size_bytes().is_some());
+    let expr = match (&node.op, parts) {
+        (Op::Transpose(t), [of]) if by_bytes => WeightExpr::Transpose { perm: t.perm.clone(), of: *of },
+        (Op::Reshape(_), [of]) if by_bytes => WeightExpr::Reshape { of: *of },
+        (Op::Cast(_), [of]) if by_bytes => WeightExpr::Cast { of: *of },
+        (Op::Concat(c), [_, ..]) if by_bytes => WeightExpr::Concat { axis: c.axis, parts: parts.to_vec() },
+        _ => literal(module, id, parts, &ty)?,
+    };
+    Ok((ty, expr))
+}
+
+/// The value of a small node whose weights need no file, or why there is none.
 fn literal(
     module: &Module,
     id: NodeId,
     parts: &[WeightId],
-    ty: &millrace_ir::TensorType,
-) -> Option<WeightExpr> {
+    ty: &TensorType,
+) -> std::result::Result<WeightExpr, String> {
     let node = &module.graph.nodes[id];
-    let small = |ty: &millrace_ir::TensorType| {
-        ty.elements().as_const().is_some_and(|n| (0..=WeightExpr::DENSE_LIMIT as i64).contains(&n))
+    let name = node.op.name();
+    let large = |ty: &TensorType| {
+        !ty.elements().as_const().is_some_and(|n| (0..=WeightExpr::DENSE_LIMIT as i64).contains(&n))
     };
-    if !small(ty) || !parts.iter().all(|p| small(&module.weights[*p].ty)) || node.op.traits().fused_only {
-        return None;
+    if node.op.traits().fused_only {
+        return Err(format!("{name} runs in kernels only"));
+    }
+    let mut types = parts.iter().map(|p| &module.weights[*p].ty).chain([ty]);
+    if let Some(ty) = types.find(|ty| large(ty)) {
+        return Err(format!("{ty} has more than the {} elements of a literal", WeightExpr::DENSE_LIMIT));
     }
     let mut reader = WeightReader::new(module);
-    // A part that needs a file has no source here and ends the attempt.
-    let tensors: Vec<_> = parts.iter().map(|p| reader.tensor(*p).ok()).collect::<Option<_>>()?;
+    let mut tensors = Vec::with_capacity(parts.len());
+    for part in parts {
+        let missing = |_| format!("{name} of @{}, whose values are in a file", module.weights[*part].name);
+        tensors.push(reader.tensor(*part).map_err(missing)?);
+    }
     let refs: Vec<_> = tensors.iter().collect();
     let results = [ty.clone()];
     let context = EvalCtx { operands: &refs, results: &results, bindings: &Bindings::new() };
-    let mut value = node.op.eval(&context).ok()?.into_iter().next()?;
+    let value = node.op.eval(&context).ok().and_then(|results| results.into_iter().next());
+    let mut value = value.ok_or_else(|| format!("{name} cannot be evaluated on these values"))?;
     value.round();
-    match value.data.first() {
-        Some(first) if value.data.iter().all(|v| v == first) => Some(WeightExpr::Splat(*first)),
-        _ => Some(WeightExpr::Dense(value.data)),
-    }
+    Ok(match value.data.first() {
+        Some(first) if value.data.iter().all(|v| v == first) => WeightExpr::Splat(*first),
+        _ => WeightExpr::Dense(value.data),
+    })
 }

@@ -86,7 +86,7 @@ impl Rule for FusePointwise {
                 view.ty(*bad)
             ));
         }
-        let mut operands = node.operands.clone();
+        let mut operands = distinct(&mut whole, &node.operands);
         let mut sources = vec![id];
         let mut grew = !matches!(node.op, Op::Pointwise(_));
         let mut at = 0;
@@ -113,6 +113,26 @@ impl Rule for FusePointwise {
         patch.replace(node.results[0], From::New(new, 0));
         Outcome::Rewrite(patch)
     }
+}
+
+/// The operands, each once, with the region's inputs renamed to them. What makes an operand is inlined for each
+/// place of it in the list, so a second place would compute it twice.
+fn distinct(whole: &mut Pointwise, operands: &[Operand]) -> Vec<Operand> {
+    let mut list: Vec<Operand> = Vec::new();
+    let mut index = Vec::with_capacity(operands.len());
+    for operand in operands {
+        index.push(list.iter().position(|o| o == operand).unwrap_or_else(|| {
+            list.push(*operand);
+            list.len() - 1
+        }));
+    }
+    let renamed = |s: Source| match s {
+        Source::Input(i) => Source::Input(index[i]),
+        other => other,
+    };
+    whole.body = whole.body.iter().map(|s| s.map(renamed)).collect();
+    whole.out = whole.out.iter().map(|s| renamed(*s)).collect();
+    list
 }
 
 /// What became of an operand.

@@ -1,7 +1,7 @@
 //! Marks the weights that may be brought in during a step: when they are first read, and how their bytes can be cut.
 
 use millrace_ir::types::const_bytes;
-use millrace_ir::{Module, Operand, Phase, Result, Stream};
+use millrace_ir::{Id, Module, Operand, Phase, Result, Stream};
 
 use crate::pass::{Context, Pass};
 
@@ -20,6 +20,7 @@ impl Pass for MarkStreamable {
     }
     fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
         let mut bytes = 0;
+        let mut whole = vec![false; module.weights.bound()];
         for (at, id) in module.graph.order.iter().enumerate() {
             for operand in &module.graph.nodes[*id].operands {
                 let Operand::Weight(w) = operand else { continue };
@@ -34,7 +35,13 @@ impl Pass for MarkStreamable {
                     continue;
                 };
                 // A scalar has no axis to cut and stays with the engine.
-                let Some(slices) = shape.first().map(|s| (*s).max(1)) else { continue };
+                let Some(slices) = shape.first().map(|s| (*s).max(1)) else {
+                    if !std::mem::replace(&mut whole[w.index()], true) {
+                        let reason = format!("@{} is a scalar, there is no axis to cut", weight.name);
+                        context.blocked(self.name(), &module.graph, *id, &reason);
+                    }
+                    continue;
+                };
                 weight.stream =
                     Some(Stream { first_use: at, tile_axis: 0, tile_bytes: total.div_ceil(slices) });
                 bytes += total;

@@ -30,11 +30,7 @@ impl Pass for MergeMatmuls {
         let mut by_operand: Vec<Vec<NodeId>> = vec![Vec::new(); module.graph.values.bound()];
         for id in &module.graph.order {
             let node = &module.graph.nodes[*id];
-            if let (Op::FusedMatmul(f), Some(Operand::Value(x))) = (&node.op, node.operands.first())
-                && f.panel == 0
-                && f.segments.len() == 1
-                && f.epilogue.iter().all(|e| *e == Epilogue::Bias)
-            {
+            if let (Op::FusedMatmul(_), Some(Operand::Value(x))) = (&node.op, node.operands.first()) {
                 by_operand[x.index()].push(*id);
             }
         }
@@ -43,22 +39,34 @@ impl Pass for MergeMatmuls {
         let mut places = vec![usize::MAX; module.graph.nodes.bound()];
         module.graph.order.iter().enumerate().for_each(|(at, id)| places[id.index()] = at);
         for group in by_operand.into_iter().filter(|g| g.len() > 1) {
-            let key = |id: &NodeId| match &module.graph.nodes[*id].op {
-                Op::FusedMatmul(f) => (f.epilogue.clone(), f.out, weight_dtype(module, *id)),
-                _ => (Vec::new(), None, None),
-            };
-            if !context.allow(self.name(), &module.graph, group[0]) {
-                continue;
+            let (mut plain, mut reasons) = (Vec::new(), Vec::new());
+            for id in group {
+                match not_plain(module, id) {
+                    None => plain.push(id),
+                    Some(reason) => reasons.push((id, reason)),
+                }
             }
-            let first = key(&group[0]);
-            if let Some(other) = group.iter().find(|id| key(id) != first) {
-                let other = *other;
-                let reason = "bias or element type differs from its neighbours";
-                context.blocked(self.name(), &module.graph, other, reason);
-                continue;
+            // Those that agree merge; what differs from the first of the group says why it does not join it.
+            let mut alike: Vec<Vec<NodeId>> = Vec::new();
+            for id in plain {
+                match alike.iter_mut().find(|a| difference(module, a[0], id).is_none()) {
+                    Some(group) => group.push(id),
+                    None => {
+                        let first = alike.first().and_then(|a| difference(module, a[0], id));
+                        reasons.extend(first.map(|reason| (id, reason)));
+                        alike.push(vec![id]);
+                    }
+                }
             }
-            merge(module, &mut names, &places, &group)?;
-            merged += 1;
+            for (id, reason) in reasons {
+                context.blocked(self.name(), &module.graph, id, &reason);
+            }
+            for group in alike.into_iter().filter(|a| a.len() > 1) {
+                if context.allow(self.name(), &module.graph, group[0]) {
+                    merge(module, &mut names, &places, &group)?;
+                    merged += 1;
+                }
+            }
         }
         let Module { graph, .. } = module;
         graph.order.retain(|id| graph.nodes.get(*id).is_some());
@@ -67,11 +75,35 @@ impl Pass for MergeMatmuls {
     }
 }
 
-fn weight_dtype(module: &Module, id: NodeId) -> Option<millrace_ir::DType> {
-    match module.graph.nodes[id].operands[1] {
-        Operand::Weight(w) => Some(module.weights[w].ty.dtype),
-        _ => None,
+/// Why a fused matmul merges with no other.
+fn not_plain(module: &Module, id: NodeId) -> Option<String> {
+    let node = &module.graph.nodes[id];
+    let Op::FusedMatmul(fused) = &node.op else { return Some("it is no fused matmul".into()) };
+    if fused.panel != 0 {
+        return Some("its weight is packed already".into());
     }
+    if fused.segments.len() != 1 {
+        return Some("it has several results already".into());
+    }
+    if fused.epilogue.iter().any(|e| *e != Epilogue::Bias) {
+        return Some("its epilogue is more than a bias".into());
+    }
+    let constant = node.operands[1..].iter().all(|o| matches!(o, Operand::Weight(_)));
+    (!constant).then(|| "its weight or bias is computed during the step".into())
+}
+
+/// What keeps two plain fused matmuls of one operand apart. Their weights have the operand's element type.
+fn difference(module: &Module, first: NodeId, other: NodeId) -> Option<String> {
+    let facts = |id: NodeId| {
+        let node = &module.graph.nodes[id];
+        (node.operands.len() > 2, module.graph.values[node.results[0]].ty.dtype)
+    };
+    let (a, b) = (facts(first), facts(other));
+    let has = |bias: bool| if bias { "a bias" } else { "no bias" };
+    if a.0 != b.0 {
+        return Some(format!("it has {}, {first} has {}", has(b.0), has(a.0)));
+    }
+    (a.1 != b.1).then(|| format!("its result is {}, that of {first} is {}", b.1, a.1))
 }
 
 /// The weights at operand `index` of all nodes joined along their rows.

@@ -6,7 +6,7 @@
 
 use millrace_ir::names::WeightNames;
 use millrace_ir::ops::FusedMatmul;
-use millrace_ir::{Module, Op, Operand, Phase, Result, TensorType, Weight, WeightExpr};
+use millrace_ir::{Id, Module, Op, Operand, Phase, Result, TensorType, Weight, WeightExpr};
 
 use crate::pass::{Context, Pass};
 
@@ -30,9 +30,15 @@ impl Pass for PackWeights {
         }
         let mut packed = 0;
         let mut names = WeightNames::of(module);
+        let unpacked = read_unpacked(module);
         for id in module.graph.order.clone() {
             let node = &module.graph.nodes[id];
-            let Some(&Operand::Weight(of)) = node.operands.get(1) else { continue };
+            let Some(&Operand::Weight(of)) = node.operands.get(1) else {
+                if matches!(node.op, Op::FusedMatmul(_)) {
+                    context.blocked(self.name(), &module.graph, id, "the weight is computed during the step");
+                }
+                continue;
+            };
             if matches!(node.op, Op::Matmul(_)) {
                 context.blocked(self.name(), &module.graph, id, "the matmul is not fused");
                 continue;
@@ -53,6 +59,10 @@ impl Pass for PackWeights {
                 let expr = WeightExpr::Pack { panel, segments, of };
                 Weight { name, ty, expr, stream: None }
             });
+            if unpacked[of.index()] {
+                let said = format!("packs a copy: @{} is read as it is elsewhere", module.weights[of].name);
+                context.remark(self.name(), &module.graph, id, said);
+            }
             let node = &mut module.graph.nodes[id];
             node.op = new_op.into();
             node.operands[1] = Operand::Weight(weight);
@@ -61,4 +71,20 @@ impl Pass for PackWeights {
         context.count("pack-weights.packed", packed);
         Ok(packed > 0)
     }
+}
+
+/// The weights that some node reads otherwise than as the weight of a fused matmul: an embedding table that is the
+/// output projection as well.
+fn read_unpacked(module: &Module) -> Vec<bool> {
+    let mut unpacked = vec![false; module.weights.bound()];
+    for (_, node) in module.graph.nodes.iter() {
+        for (index, operand) in node.operands.iter().enumerate() {
+            if let Operand::Weight(w) = operand
+                && !(index == 1 && matches!(node.op, Op::FusedMatmul(_)))
+            {
+                unpacked[w.index()] = true;
+            }
+        }
+    }
+    unpacked
 }

@@ -1,6 +1,8 @@
 //! Gives every value its place: states in themselves, outputs with the caller, the rest in one arena.
 
-use millrace_ir::plan::{Item, Packing, aligned_size, check_all, liveness, lower_bound, pack, symbolic};
+use millrace_ir::plan::{
+    Buffer, Item, Packing, aligned_size, check_all, liveness, lower_bound, pack, symbolic,
+};
 use millrace_ir::{ArenaDecl, Bindings, Dim, Error, Id, Kind, Module, Operand, Phase, Place, Result};
 
 use crate::pass::{Context, Pass};
@@ -86,6 +88,7 @@ impl Pass for PlanMemory {
                 }
             }
         }
+        lives_on(module, context, &buffers);
         let minima = Bindings::minima(&module.dims);
         check_all(module, &[&maxima, &minima]).map_err(|overlap| {
             let message = format!("the plan overlaps: {}", overlap.message);
@@ -96,5 +99,34 @@ impl Pass for PlanMemory {
         context.count("plan-memory.peak_bytes", packing.peak);
         context.count("plan-memory.lower_bound_bytes", packing.lower_bound);
         Ok(true)
+    }
+}
+
+/// Remarks about nodes that could write over their operand, were its memory not read later.
+fn lives_on(module: &Module, context: &mut Context, buffers: &[Buffer]) {
+    let graph = &module.graph;
+    let mut buffer_of = vec![None; graph.values.bound()];
+    for (index, buffer) in buffers.iter().enumerate() {
+        buffer.values.iter().for_each(|v| buffer_of[v.index()] = Some(index));
+    }
+    for (at, id) in graph.order.iter().enumerate() {
+        let node = &graph.nodes[*id];
+        let traits = node.op.traits();
+        let (Some(&Operand::Value(from)), Some(&to)) =
+            (traits.in_place.and_then(|operand| node.operands.get(operand)), node.results.first())
+        else {
+            continue;
+        };
+        let (Some(read), Some(written)) = (buffer_of[from.index()], buffer_of[to.index()]) else { continue };
+        if traits.view || read == written || graph.values[from].ty != graph.values[to].ty {
+            continue;
+        }
+        // A buffer ends behind its last reader.
+        let last = buffers[read].end.checked_sub(1).filter(|last| *last > at);
+        let reason = match last.and_then(|last| graph.order.get(last)) {
+            Some(reader) => format!("not in place: {reader} reads the memory of {from} later"),
+            None => format!("not in place: another operand shares the memory of {from}"),
+        };
+        context.blocked("plan-memory", graph, *id, &reason);
     }
 }

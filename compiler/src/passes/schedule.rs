@@ -52,6 +52,12 @@ impl Pass for Schedule {
         context.count("schedule.saved_bytes", given.saturating_sub(found));
         if found < given {
             module.graph.order = order;
+        } else if let Some(first) = module.graph.order.first() {
+            let reason = match order == module.graph.order {
+                true => format!("the search finds the given order, which needs {given} bytes"),
+                false => format!("the given order needs {given} bytes, the order tried {found}"),
+            };
+            context.blocked(self.name(), &module.graph, *first, &reason);
         }
         Ok(found < given)
     }
