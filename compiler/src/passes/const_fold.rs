@@ -2,6 +2,7 @@
 
 use millrace_ir::names::WeightNames;
 use millrace_ir::ops::EvalCtx;
+use millrace_ir::ops::movement::Slice;
 use millrace_ir::weights::WeightReader;
 use millrace_ir::{Bindings, Id, Module, NodeId, Op, Operand, Phase, Result, Weight, WeightExpr, WeightId};
 
@@ -83,12 +84,23 @@ fn fold(module: &Module, id: NodeId) -> Option<(millrace_ir::TensorType, WeightE
         (Op::Transpose(t), [of]) if by_bytes => Some(WeightExpr::Transpose { perm: t.perm.clone(), of: *of }),
         (Op::Reshape(_), [of]) if by_bytes => Some(WeightExpr::Reshape { of: *of }),
         (Op::Cast(_), [of]) if by_bytes => Some(WeightExpr::Cast { of: *of }),
+        // Literals can be looked into: masks and angles are recognised by them.
+        (Op::Slice(s), [of]) if by_bytes && s.step == 1 => {
+            literal(module, id, &parts, &ty).or_else(|| slice(s, *of))
+        }
         (Op::Concat(c), [_, ..]) if by_bytes => {
             Some(WeightExpr::Concat { axis: c.axis, parts: parts.clone() })
         }
         _ => None,
     };
     expr.or_else(|| literal(module, id, &parts, &ty)).map(|expr| (ty, expr))
+}
+
+/// A cut with constant bounds.
+fn slice(slice: &Slice, of: WeightId) -> Option<WeightExpr> {
+    let start = usize::try_from(slice.start.as_const()?).ok()?;
+    let end = usize::try_from(slice.end.as_const()?).ok()?;
+    Some(WeightExpr::Slice { axis: slice.axis, start, len: end.checked_sub(start)?, of })
 }
 
 /// The value of a small node whose weights need no file.
