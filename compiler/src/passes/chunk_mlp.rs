@@ -14,8 +14,8 @@
 //!
 //! All layers are tried with 2, 4 and 8 parts (`parts=N`: with N only), and the largest live set at the symbols' upper
 //! bounds decides: the fewest parts within 5 % of the best (`limit=BYTES`: the fewest that reach the limit, and nothing
-//! where it is kept already). Nothing changes unless it falls. A part is a whole number of the target's weight panels.
-//! Levels do not run this pass.
+//! where it is kept already). Nothing changes unless it falls (`force=true`: even then). A part is a whole number of
+//! the target's weight panels. No level runs this pass.
 
 use std::cell::RefCell;
 
@@ -39,6 +39,8 @@ pub(super) struct ChunkMlp {
     parts: usize,
     /// Bytes the peak should not exceed; 0 for as few as pay.
     limit: u64,
+    /// Whether the peak need not fall.
+    force: bool,
 }
 
 const NAME: &str = "chunk-mlp";
@@ -93,12 +95,17 @@ impl Pass for ChunkMlp {
                 help: "bytes of activations to get below with as few parts as possible; 0 takes what pays",
                 kind: OptionKind::Integer { default: 0, min: 0, max: i64::MAX },
             },
+            PassOption {
+                name: "force",
+                help: "splits layers where the peak does not fall as well, to test and measure the parts",
+                kind: OptionKind::Flag { default: false },
+            },
         ]
     }
     fn with_options(&self, options: &PassOptions) -> Option<Box<dyn Pass>> {
         let parts = usize::try_from(options.integer("parts")).unwrap_or(0);
         let limit = u64::try_from(options.integer("limit")).unwrap_or(0);
-        Some(Box::new(ChunkMlp { parts, limit }))
+        Some(Box::new(ChunkMlp { parts, limit, force: options.flag("force") }))
     }
     fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
         let before = peak(module, context.align);
@@ -114,13 +121,13 @@ impl Pass for ChunkMlp {
             // Nothing applies; this says why.
             return Ok(rewrite(NAME, module, context, &Chunk::new(module, context, candidates[0]))? > 0);
         };
-        if chosen.peak >= before {
+        if chosen.peak >= before && !self.force {
             let reason = format!("the peak of {before} bytes does not fall");
             context.blocked(NAME, &module.graph, chosen.first, &reason);
             return Ok(false);
         }
         let parts = chosen.parts;
-        let message = format!("{parts} parts lower the peak from {before} to {} bytes", chosen.peak);
+        let message = format!("{parts} parts change the peak from {before} to {} bytes", chosen.peak);
         context.remark(NAME, &module.graph, chosen.first, message);
         if self.limit > 0 && chosen.peak > self.limit {
             let message = format!("the limit of {} bytes is not reached", self.limit);
