@@ -1,17 +1,22 @@
 //! Plans of real shapes against their lower bounds, and compiling without weights.
 
+#![allow(clippy::print_stdout)]
+
 #[path = "common/models.rs"]
 mod common;
 
 use std::time::Instant;
 
-use common::root;
+use common::{root, with_pass};
 use millrace::compiler::import::Precision;
 use millrace::ir::{Bindings, DType, Sym, plan};
 use millrace::{CompileOptions, Compiled, compile};
 
 fn dummy(folder: &str, dtype: DType) -> Compiled {
-    let mut options = CompileOptions::default();
+    dummy_with(folder, dtype, CompileOptions::default())
+}
+
+fn dummy_with(folder: &str, dtype: DType, mut options: CompileOptions) -> Compiled {
     options.import.dummy_weights = true;
     options.import.precision = Precision::Fixed(dtype);
     compile(&root(folder), &options, None).unwrap()
@@ -38,6 +43,47 @@ fn plans_are_at_most_two_percent_over_the_bound() {
             plan::check(module, &bindings).unwrap_or_else(|o| panic!("{folder} at {tokens}: {}", o.message));
         }
     }
+}
+
+/// Feed-forward layers in parts: the arena of an 8B shape falls to what attention needs.
+#[test]
+fn chunked_layers_need_a_smaller_arena() {
+    for (folder, dtype, parts, most) in [
+        ("tests/data/configs/llama-3.1-8b", DType::BF16, "parts=2", 0.87),
+        ("tests/data/configs/llama-3.1-8b", DType::BF16, "parts=4", 0.71),
+        ("tests/data/configs/llama-3.1-8b", DType::BF16, "", 0.64),
+        ("tests/data/configs/llama-3.1-8b", DType::F32, "", 0.64),
+        ("tests/data/configs/minilm", DType::F32, "", 0.84),
+    ] {
+        let plain = dummy(folder, dtype).plan().unwrap().peak_bytes;
+        let pipeline = with_pass(&format!("chunk-mlp{{{parts}}}"));
+        let chunked = dummy_with(folder, dtype, CompileOptions { pipeline, ..CompileOptions::default() });
+        let found = chunked.plan().unwrap();
+        let ratio = found.peak_bytes as f64 / plain as f64;
+        println!("{folder} {dtype} {parts}: {plain} -> {} bytes, {ratio:.3}", found.peak_bytes);
+        assert!(ratio <= most, "{folder} {dtype} {parts}: {ratio}");
+        assert!(found.peak_bytes as f64 <= found.lower_bound_bytes as f64 * 1.02, "{found:?}");
+        let saved = chunked.context.stats.iter().find(|(name, _)| name == "chunk-mlp.saved_bytes").unwrap().1;
+        assert!(
+            saved > 0 && saved.abs_diff(plain - found.peak_bytes) <= plain / 50,
+            "{saved} bytes reported"
+        );
+        for tokens in [1u64, 7, 100] {
+            let mut bindings = Bindings::minima(&chunked.module.dims);
+            bindings.set(Sym::new("t").unwrap(), tokens);
+            plan::check(&chunked.module, &bindings).unwrap_or_else(|o| panic!("{tokens}: {}", o.message));
+        }
+    }
+}
+
+/// Attention has the peak here, so nothing changes: the engine is the one without the pass.
+#[test]
+fn layers_stay_whole_where_parts_save_nothing() {
+    let folder = "examples/models/baker-street-6m";
+    let options = CompileOptions { pipeline: with_pass("chunk-mlp"), ..CompileOptions::default() };
+    let found = dummy_with(folder, DType::F32, options);
+    assert!(found.context.remarks.iter().any(|r| r.message.contains("does not fall")));
+    assert_eq!(found.module.graph.order.len(), dummy(folder, DType::F32).module.graph.order.len());
 }
 
 #[test]

@@ -274,9 +274,10 @@ pub fn splat(module: &Module, weight: WeightId) -> Option<f64> {
                 let first = *values.first()?;
                 return values.iter().all(|v| *v == first).then_some(first);
             }
-            WeightExpr::Cast { of } | WeightExpr::Reshape { of } | WeightExpr::Transpose { of, .. } => {
-                at = *of
-            }
+            WeightExpr::Cast { of }
+            | WeightExpr::Reshape { of }
+            | WeightExpr::Transpose { of, .. }
+            | WeightExpr::Slice { of, .. } => at = *of,
             WeightExpr::File { .. }
             | WeightExpr::Random { .. }
             | WeightExpr::Concat { .. }

@@ -134,6 +134,17 @@ pub enum WeightExpr {
         /// Source.
         of: WeightId,
     },
+    /// The elements `start..start + len` along `axis`.
+    Slice {
+        /// Axis of the cut.
+        axis: usize,
+        /// First element along the axis.
+        start: usize,
+        /// Number of elements along the axis.
+        len: usize,
+        /// Source.
+        of: WeightId,
+    },
     /// Rows of a `[n, k]` source in the matmul kernels' panel order: each segment of rows is padded to a
     /// multiple of `panel` with zeros; type `[panels, k, panel]`.
     Pack {

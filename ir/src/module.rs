@@ -213,6 +213,7 @@ impl WeightExpr {
             WeightExpr::Transpose { of, .. }
             | WeightExpr::Reshape { of }
             | WeightExpr::Cast { of }
+            | WeightExpr::Slice { of, .. }
             | WeightExpr::Pack { of, .. } => vec![*of],
         }
     }
@@ -228,6 +229,7 @@ impl WeightExpr {
             WeightExpr::Transpose { of, .. }
             | WeightExpr::Reshape { of }
             | WeightExpr::Cast { of }
+            | WeightExpr::Slice { of, .. }
             | WeightExpr::Pack { of, .. } => vec![of],
         }
     }

@@ -98,6 +98,7 @@ impl Printed {
                 WeightExpr::Transpose { .. } => "transpose",
                 WeightExpr::Reshape { .. } => "reshape",
                 WeightExpr::Cast { .. } => "cast",
+                WeightExpr::Slice { .. } => "slice",
                 WeightExpr::Pack { .. } => "pack",
             };
             let key = (fold::generalise(&weight.name), weight.ty.clone(), kind, weight.stream.is_some());

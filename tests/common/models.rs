@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use millrace::compiler::import::Precision;
+use millrace::compiler::pipeline::Pipeline;
 use millrace::generation::{StepInputs, StepModel};
 use millrace::ir::DType;
 use millrace::{CompileOptions, Engine, compile};
@@ -38,6 +39,13 @@ pub fn engine(folder: &str, dtype: DType, adjust: impl FnOnce(&mut CompileOption
     let compiled = compile(&root(folder), &options, None).unwrap();
     compiled.write(file.path(), &mut |_, _| {}).unwrap();
     Engine::open(file.path()).unwrap()
+}
+
+/// Level 2 with `pass` between fusion and packing: what follows the pass finds nothing left to fuse.
+pub fn with_pass(pass: &str) -> Pipeline {
+    let before = "canonicalize,const-fold,cse,dce,recover,canonicalize";
+    let fusion = "fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue";
+    Pipeline::parse(&format!("{before},{fusion},{pass},O2")).unwrap()
 }
 
 /// One prefill of `prompt` from an empty cache; the logits of `rows`.

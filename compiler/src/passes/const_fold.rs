@@ -2,6 +2,7 @@
 
 use millrace_ir::names::WeightNames;
 use millrace_ir::ops::EvalCtx;
+use millrace_ir::ops::movement::Slice;
 use millrace_ir::weights::WeightReader;
 use millrace_ir::{
     Bindings, Id, Module, Node, NodeId, Op, Operand, Phase, Result, TensorType, Weight, WeightExpr, WeightId,
@@ -105,10 +106,24 @@ fn fold(
         (Op::Transpose(t), [of]) if by_bytes => WeightExpr::Transpose { perm: t.perm.clone(), of: *of },
         (Op::Reshape(_), [of]) if by_bytes => WeightExpr::Reshape { of: *of },
         (Op::Cast(_), [of]) if by_bytes => WeightExpr::Cast { of: *of },
+        // Literals can be looked into: masks and angles are recognised by them.
+        (Op::Slice(s), [of]) if by_bytes && s.step == 1 => {
+            match (literal(module, id, parts, &ty), slice(s, *of)) {
+                (Err(_), Some(slice)) => slice,
+                (literal, _) => literal?,
+            }
+        }
         (Op::Concat(c), [_, ..]) if by_bytes => WeightExpr::Concat { axis: c.axis, parts: parts.to_vec() },
         _ => literal(module, id, parts, &ty)?,
     };
     Ok((ty, expr))
+}
+
+/// A cut with constant bounds.
+fn slice(slice: &Slice, of: WeightId) -> Option<WeightExpr> {
+    let start = usize::try_from(slice.start.as_const()?).ok()?;
+    let end = usize::try_from(slice.end.as_const()?).ok()?;
+    Some(WeightExpr::Slice { axis: slice.axis, start, len: end.checked_sub(start)?, of })
 }
 
 /// The value of a small node whose weights need no file, or why there is none.

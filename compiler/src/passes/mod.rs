@@ -3,6 +3,7 @@
 
 mod begin_fusion;
 mod canonicalize;
+mod chunk_mlp;
 mod const_fold;
 mod cse;
 mod dce;
@@ -25,7 +26,7 @@ use millrace_ir::Phase;
 
 use crate::pass::Pass;
 
-/// Every pass with its default options, in the order of the default pipeline.
+/// Every pass with its default options, in the order of the default pipeline; `chunk-mlp` stands where it may be put in.
 pub fn all() -> Vec<Box<dyn Pass>> {
     vec![
         Box::new(canonicalize::Canonicalize),
@@ -40,6 +41,7 @@ pub fn all() -> Vec<Box<dyn Pass>> {
         Box::new(fuse_add_norm::FuseAddNorm),
         Box::new(fuse_epilogue::FuseEpilogue),
         Box::new(fuse_pointwise::FusePointwise),
+        Box::new(chunk_mlp::ChunkMlp::default()),
         Box::new(pack_weights::PackWeights),
         Box::new(schedule::Schedule::default()),
         Box::new(plan_memory::PlanMemory),

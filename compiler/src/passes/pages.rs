@@ -34,6 +34,7 @@ pages! {
     "fuse-add-norm" "fuse_add_norm",
     "fuse-epilogue" "fuse_epilogue",
     "fuse-pointwise" "fuse_pointwise",
+    "chunk-mlp" "chunk_mlp",
     "pack-weights" "pack_weights",
     "schedule" "schedule",
     "plan-memory" "plan_memory",

@@ -64,7 +64,7 @@ impl Pass for Schedule {
 }
 
 /// Largest live set at the symbols' upper bounds, in bytes.
-fn peak(module: &Module, types: &Types<'_>, order: &[NodeId], align: u64) -> u64 {
+pub(super) fn peak(module: &Module, types: &Types<'_>, order: &[NodeId], align: u64) -> u64 {
     let maxima = Bindings::maxima(&module.dims);
     let items: Vec<Item> = liveness_of(module, types, order, true)
         .buffers

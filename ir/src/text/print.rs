@@ -147,6 +147,9 @@ fn write_expr(f: &mut Formatter<'_>, module: &Module, expr: &WeightExpr) -> fmt:
         WeightExpr::Transpose { perm, of } => write!(f, "transpose({}, perm = [{}])", name(of), List(perm)),
         WeightExpr::Reshape { of } => write!(f, "reshape({})", name(of)),
         WeightExpr::Cast { of } => write!(f, "cast({})", name(of)),
+        WeightExpr::Slice { axis, start, len, of } => {
+            write!(f, "slice({}, axis = {axis}, start = {start}, len = {len})", name(of))
+        }
         WeightExpr::Pack { panel, segments, of } => {
             write!(f, "pack({}, panel = {panel}, segments = [{}])", name(of), List(segments))
         }

@@ -239,6 +239,23 @@ fn expression(module: &Module, weight: &Weight) -> Result<(), String> {
             let (_, part_shape) = part(of)?;
             same(part_shape, ty.dtype, "cast")
         }
+        WeightExpr::Slice { axis, start, len, of } => {
+            let (part_ty, mut part_shape) = part(of)?;
+            let end = start.checked_add(*len).map(|end| end as u64);
+            match part_shape.get_mut(*axis) {
+                Some(extent) if end.is_some_and(|end| end <= *extent) => *extent = *len as u64,
+                _ => {
+                    let message =
+                        format!("{len} elements from {start} along axis {axis} are no part of {part_ty}");
+                    return Err(message);
+                }
+            }
+            // A piece of elements that share bytes does not begin at a byte.
+            if ty.dtype.size_bytes().is_none() {
+                return Err(format!("{} elements share bytes and cannot be sliced", ty.dtype));
+            }
+            same(part_shape, part_ty.dtype, "slice")
+        }
         WeightExpr::Pack { panel, segments, of } => {
             let (part_ty, part_shape) = part(of)?;
             let rows = segments.iter().try_fold(0usize, |acc, s| acc.checked_add(*s));

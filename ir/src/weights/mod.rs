@@ -118,6 +118,9 @@ impl<'a> WeightReader<'a> {
             WeightExpr::Transpose { perm, of } => {
                 self.read_transposed(id, weight, perm, *of, offset, out, depth)
             }
+            WeightExpr::Slice { axis, start, len, of } => {
+                self.read_slice(weight, *axis, (*start, *len), *of, offset, out, depth)
+            }
             WeightExpr::Pack { panel, segments, of } => {
                 self.read_packed(id, weight, *panel, segments, *of, offset, out, depth)
             }
@@ -180,6 +183,47 @@ impl<'a> WeightReader<'a> {
             let take = usize::try_from(widths[part] - within).unwrap_or(usize::MAX).min(out.len() - filled);
             let chunk = &mut out[filled..filled + take];
             self.read_at(parts[part], outer * widths[part] + within, chunk, depth + 1)?;
+            filled += take;
+            at += take as u64;
+        }
+        Ok(())
+    }
+
+    /// A slice is one run of bytes for each index of the axes before `axis`; along the first axis with more than one
+    /// element it is a single run.
+    #[allow(clippy::too_many_arguments)]
+    fn read_slice(
+        &mut self,
+        weight: &Weight,
+        axis: usize,
+        (start, len): (usize, usize),
+        of: WeightId,
+        offset: u64,
+        out: &mut [u8],
+        depth: usize,
+    ) -> Result<()> {
+        let shape = const_shape(self.weight(of)?)?;
+        let overflow = || broken(weight, "the slice overflows");
+        let extent = *shape.get(axis).ok_or_else(|| broken(weight, "the source lacks the axis"))?;
+        let inner = shape[axis + 1..]
+            .iter()
+            .try_fold(element_bytes(weight)?, |bytes, d| bytes.checked_mul(*d))
+            .ok_or_else(overflow)?;
+        let scaled = |count: u64| count.checked_mul(inner).ok_or_else(overflow);
+        let (first, run, source_run) = (scaled(start as u64)?, scaled(len as u64)?, scaled(extent)?);
+        if first.checked_add(run).is_none_or(|end| end > source_run) {
+            return Err(broken(weight, "the slice leaves its source"));
+        }
+        let (mut at, mut filled) = (offset, 0usize);
+        while filled < out.len() {
+            let outer = at.checked_div(run).ok_or_else(|| broken(weight, "the slice is empty"))?;
+            let within = at % run;
+            let take = usize::try_from(run - within).unwrap_or(usize::MAX).min(out.len() - filled);
+            let source = outer
+                .checked_mul(source_run)
+                .and_then(|at| at.checked_add(first + within))
+                .ok_or_else(overflow)?;
+            self.read_at(of, source, &mut out[filled..filled + take], depth + 1)?;
             filled += take;
             at += take as u64;
         }

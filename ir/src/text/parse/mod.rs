@@ -195,6 +195,18 @@ impl<'a> Parser<'a> {
             }
             "reshape" => WeightExpr::Reshape { of: self.weight_ref()? },
             "cast" => WeightExpr::Cast { of: self.weight_ref()? },
+            "slice" => {
+                let of = self.weight_ref()?;
+                self.expect(",")?;
+                self.key("axis")?;
+                let axis = self.usize()?;
+                self.expect(",")?;
+                self.key("start")?;
+                let start = self.usize()?;
+                self.expect(",")?;
+                self.key("len")?;
+                WeightExpr::Slice { axis, start, len: self.usize()?, of }
+            }
             "pack" => {
                 let of = self.weight_ref()?;
                 self.expect(",")?;
