@@ -32,7 +32,6 @@ use super::schedule::peak;
 use crate::options::{OptionKind, PassOption, PassOptions};
 use crate::pass::{Context, Numbering, Pass};
 use crate::rewrite::{From, Outcome, Patch, Rule, View, rewrite};
-use millrace_ir::distinct::Types;
 
 /// See the module.
 #[derive(Default)]
