@@ -207,7 +207,7 @@ impl Manager<'_> {
             return Err(error.hint("change the order of the pipeline").into());
         }
         // A pass that found nothing to do finds nothing again until another one changes the module.
-        if self.settled.contains(spelled) && !pass.leaves().is_some_and(|phase| phase > module.phase) {
+        if self.settled.contains(spelled) && pass.leaves().is_none_or(|phase| phase <= module.phase) {
             return Ok(false);
         }
         let start = Instant::now();

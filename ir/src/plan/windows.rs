@@ -15,6 +15,9 @@ const WINDOW: std::ops::Range<usize> = 24..240;
 /// Steps of one window's search.
 const STEPS: u64 = 60_000;
 
+/// What makes windows equal: size, lifetime from the window's start and role of each item.
+type Shape = Vec<(u64, usize, usize, u8)>;
+
 /// Offsets of all items at most `goal` high, if every window has a packing; looks at about `steps` steps.
 pub(super) fn windows(items: &[Item], goal: u64, steps: u64) -> Option<Vec<u64>> {
     // Upside down an offset stays aligned only if everything is.
@@ -40,7 +43,7 @@ pub(super) fn windows(items: &[Item], goal: u64, steps: u64) -> Option<Vec<u64>>
         !permanent
     });
     let capacity = goal.checked_sub(base)?;
-    let mut solved: BTreeMap<Vec<(u64, usize, usize, u8)>, Vec<u64>> = BTreeMap::new();
+    let mut solved: BTreeMap<Shape, Vec<u64>> = BTreeMap::new();
     let mut left = steps.saturating_mul(4);
     let mut incoming: Vec<u32> = Vec::new();
     let (mut from, mut upside_down) = (0, false);
@@ -55,7 +58,7 @@ pub(super) fn windows(items: &[Item], goal: u64, steps: u64) -> Option<Vec<u64>>
         }
         let inner: Vec<u32> = own.iter().filter(|i| !crosses(i)).copied().collect();
         let origin = incoming.iter().chain(own).map(|i| items[*i as usize].start).min()?;
-        let key: Vec<(u64, usize, usize, u8)> = [(&incoming, 0u8), (&inner, 1), (&outgoing, 2)]
+        let key: Shape = [(&incoming, 0u8), (&inner, 1), (&outgoing, 2)]
             .into_iter()
             .flat_map(|(list, kind)| {
                 list.iter().map(move |i| {
