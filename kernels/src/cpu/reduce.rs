@@ -1,6 +1,6 @@
 //! Reductions over any axes, in f32.
 //!
-//! A result element is combined from partial values of at most [`UNIT`] elements (or one longer row's worth), in rising
+//! A result element is combined from partial values of at most `UNIT` elements (or one longer row's worth), in rising
 //! order. Where units begin depends on the reduced extents alone, so neither threads nor neighbours change a bit.
 
 use millrace_ir::Result;
