@@ -58,7 +58,7 @@ pub struct Controls {
 /// How a pipeline runs.
 #[derive(Default)]
 pub struct Manager<'a> {
-    /// Verify after every pass instead of at phase changes only.
+    /// Verify after every pass as well.
     pub verify_each: bool,
     /// Called after every pass.
     pub observer: Option<&'a mut Observer<'a>>,

@@ -15,7 +15,7 @@ use millrace_ir::ops::{Attention, Binary, Cast, Concat, Iota, Matmul, Op, Reshap
 use millrace_ir::types::{Shape, product};
 use millrace_ir::{DType, Dim, Id, NodeId, Operand, TensorType, WeightExpr};
 
-use super::{cast_after, cast_result, mask, widest};
+use super::{cast_result, mask, stored_as, widest};
 use crate::pattern::{below_casts, constant};
 use crate::rewrite::{From, Outcome, Patch, View};
 
@@ -295,15 +295,8 @@ fn rewrite(
     if !keys.grouped && key_lead[split + own..].iter().any(|d| *d != one) {
         return Err("keys are shared by heads that are not neighbours".into());
     }
-    // A result that is only cast to the operands' type is computed in it at once.
     let narrow = widest([&queries, &keys, &values].map(|s| view.ty(s.operand).dtype));
-    let (target, replaced) = match cast_after(view, result, narrow) {
-        Some((cast, value)) => {
-            nodes.push(cast);
-            (narrow, value)
-        }
-        None => (ty.dtype, result),
-    };
+    let (target, replaced) = stored_as(view, result, narrow, &mut nodes);
     let dtype = widest([narrow, target]);
     let mut patch = Patch::new(nodes);
     let sequences = product(&lead[..split]);

@@ -110,6 +110,18 @@ fn is_float_cast(view: &View<'_>, id: NodeId) -> bool {
     matches!(&node.op, Op::Cast(cast) if cast.to.is_float()) && view.ty(node.operands[0]).dtype.is_float()
 }
 
+/// The element type a recovered op computes for `result`, and the value it replaces: a result that is only cast to
+/// `narrow` is computed in it at once, and the cast joins `nodes`.
+fn stored_as(view: &View<'_>, result: ValueId, narrow: DType, nodes: &mut Vec<NodeId>) -> (DType, ValueId) {
+    match cast_after(view, result, narrow) {
+        Some((cast, value)) => {
+            nodes.push(cast);
+            (narrow, value)
+        }
+        None => (view.ty(Operand::Value(result)).dtype, result),
+    }
+}
+
 /// The cast to `dtype`, with its result, that alone reads `value`, which is wider.
 fn cast_after(view: &View<'_>, value: ValueId, dtype: DType) -> Option<(NodeId, ValueId)> {
     let [user] = view.users(value)[..] else { return None };

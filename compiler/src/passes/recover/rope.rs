@@ -19,7 +19,7 @@ use millrace_ir::types::{Shape, product};
 use millrace_ir::{DType, Dim, NodeId, Operand, ValueId};
 
 use super::rope_angles::{Positions, angles, rope};
-use super::{cast_after, cast_result, widest};
+use super::{cast_result, stored_as, widest};
 use crate::pattern::{below_casts, constant, read_outside};
 use crate::rewrite::{From, Outcome, Patch, View};
 
@@ -320,13 +320,7 @@ fn rewrite(view: &View<'_>, id: NodeId, rotation: Rotation) -> Result<Outcome, S
     let mut rows: Vec<usize> = others.iter().chain(&axes).copied().collect();
     rows.sort_unstable();
     let narrow = view.ty(x).dtype;
-    let (target, replaced) = match cast_after(view, result, narrow) {
-        Some((cast, value)) => {
-            nodes.push(cast);
-            (narrow, value)
-        }
-        None => (ty.dtype, result),
-    };
+    let (target, replaced) = stored_as(view, result, narrow, &mut nodes);
     let dtype = widest([narrow, target]);
     let mut patch = Patch::new(nodes);
     let mut at = From::Old(x);
