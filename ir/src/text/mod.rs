@@ -6,7 +6,7 @@ mod lexer;
 mod parse;
 mod print;
 
-pub use parse::parse;
+pub use parse::{parse, parse_dim};
 pub use print::{operand_name, print, print_node};
 
 use std::fmt;

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use self::cursor::Parser;
 use super::lexer::{Tok, Token, lex};
 use crate::arena::Id;
-use crate::dim::SymDecl;
+use crate::dim::{Dim, SymDecl};
 use crate::error::{Error, Result};
 use crate::graph::*;
 use crate::nearest::nearest;
@@ -28,6 +28,18 @@ pub fn parse(text: &str) -> Result<Module> {
     let module = parser.module()?;
     parser.expect_end()?;
     Ok(module)
+}
+
+/// Reads one dim, such as `ceildiv($t, 64)`.
+///
+/// # Errors
+/// `ir/syntax` with line and column.
+pub fn parse_dim(text: &str) -> Result<Dim> {
+    let (weights, states, arenas) = (HashMap::new(), HashMap::new(), HashMap::new());
+    let mut parser = Parser { tokens: lex(text)?, at: 0, limit: 0, weights, states, arenas };
+    let dim = parser.dim(0)?;
+    parser.expect_end()?;
+    Ok(dim)
 }
 
 /// The first weight and the first state of each name, before the graph.

@@ -1,0 +1,470 @@
+//! Launch tables: how the nodes of a lowered graph run on a device with kernels of its own.
+//!
+//! One table serves one architecture. It lists the kernels of its device code, and for each *step* (a run of nodes in
+//! execution order) the *variants* of which the first whose conditions hold at the bindings of a call is launched. Grids
+//! and integer arguments are dims, so one table serves every shape. A table and its device images travel as one
+//! section of the engine; [`Bundle::encode`] and [`Bundle::decode`] are its bytes.
+//!
+//! This module must not know what kernels compute; it is the contract between code generation and a runtime.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::arena::Id;
+use crate::dim::{Bindings, Dim};
+use crate::dtype::DType;
+use crate::error::{Error, Kind, Result};
+use crate::graph::{Operand, StateId, ValueId, WeightId};
+
+/// How one architecture runs a graph.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LaunchTable {
+    /// The architecture, such as `sm_90a`.
+    pub arch: String,
+    /// Kernels in order of first use.
+    pub kernels: Vec<DeviceKernel>,
+    /// Steps; together they cover every node of the execution order once, in order.
+    pub steps: Vec<LaunchStep>,
+    /// Bytes of scratch memory that any one step may use.
+    #[serde(with = "dim_text")]
+    pub workspace: Dim,
+    /// Bytes of counters: zero at load, and left zero by every step.
+    pub counters: u64,
+    /// Kernels that are not part of the graph, such as `argmax`; their arguments are fixed by name.
+    pub helpers: Vec<Helper>,
+}
+
+/// A kernel of a table and what the compiler found out about it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceKernel {
+    /// Entry point in the image.
+    pub entry: String,
+    /// Family, such as `cuda.matmul.skinny`.
+    pub family: String,
+    /// Hash of source and options, 64 hexadecimal digits.
+    pub source: String,
+    /// Index of the device image.
+    pub image: usize,
+    /// Registers per thread; 0 if unknown.
+    pub registers: u32,
+    /// Bytes of shared memory fixed at build.
+    pub shared: u32,
+    /// Bytes of local memory per thread: stack and spills.
+    pub local: u32,
+}
+
+/// Nodes that run together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LaunchStep {
+    /// Position of the first node in the execution order.
+    pub first: usize,
+    /// Number of nodes.
+    pub nodes: usize,
+    /// Ways to run them; the last has no condition.
+    pub variants: Vec<Variant>,
+}
+
+/// One way to run a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Variant {
+    /// All of these hold.
+    pub when: Vec<Condition>,
+    /// Launches in order; none for nodes that only rename memory.
+    pub launches: Vec<Launch>,
+}
+
+/// `min <= dim <= max`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Condition {
+    /// What is compared.
+    #[serde(with = "dim_text")]
+    pub dim: Dim,
+    /// Smallest value.
+    pub min: u64,
+    /// Largest value.
+    pub max: u64,
+}
+
+/// One launch of a kernel.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Launch {
+    /// Index into [`LaunchTable::kernels`].
+    pub kernel: usize,
+    /// Blocks along x, y and z; a launch with a zero among them does not happen.
+    #[serde(with = "dims_text")]
+    pub grid: [Dim; 3],
+    /// Threads along x, y and z.
+    pub block: [u32; 3],
+    /// Blocks of a cluster along x; 1 for none.
+    pub cluster: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+    /// Whether the kernel waits for its predecessor by itself, so that it may start early.
+    pub dependent: bool,
+    /// Arguments in order.
+    pub args: Vec<Arg>,
+}
+
+/// One argument of a launch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Arg {
+    /// Address of a value, weight or state.
+    Address(#[serde(with = "operand_text")] Operand),
+    /// Address of scratch memory at a byte offset.
+    Workspace(#[serde(with = "dim_text")] Dim),
+    /// Address of counters at a byte offset.
+    Counters(u64),
+    /// A 32-bit integer.
+    I32(#[serde(with = "dim_text")] Dim),
+    /// A 32-bit float.
+    F32(f32),
+    /// A descriptor of the tensor memory unit, 128 bytes.
+    Map(TensorMap),
+}
+
+/// What a descriptor of the tensor memory unit says. Axes are innermost first.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorMap {
+    /// Memory it describes.
+    pub of: MapBase,
+    /// Element type.
+    #[serde(with = "dtype_text")]
+    pub dtype: DType,
+    /// Extents.
+    #[serde(with = "dim_list_text")]
+    pub shape: Vec<Dim>,
+    /// Bytes between neighbours along each axis but the first.
+    #[serde(with = "dim_list_text")]
+    pub strides: Vec<Dim>,
+    /// Extents of the tile that one copy moves.
+    pub tile: Vec<u32>,
+    /// Bytes of the shared memory swizzle: 0, 32, 64 or 128.
+    pub swizzle: u32,
+}
+
+/// Memory of a [`TensorMap`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum MapBase {
+    /// A value, weight or state.
+    Address(#[serde(with = "operand_text")] Operand),
+    /// Scratch memory at a byte offset.
+    Workspace(#[serde(with = "dim_text")] Dim),
+}
+
+/// A kernel that is not part of the graph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Helper {
+    /// What it does: `argmax` takes `(const float *rows, int *out, int width)`, one block a row.
+    pub name: String,
+    /// Index into [`LaunchTable::kernels`].
+    pub kernel: usize,
+    /// Threads of a block.
+    pub threads: u32,
+}
+
+impl LaunchStep {
+    /// The variant that serves `bindings`.
+    pub fn variant(&self, bindings: &Bindings) -> Option<&Variant> {
+        self.variants.iter().find(|v| v.when.iter().all(|c| c.holds(bindings)))
+    }
+}
+
+impl Condition {
+    /// Whether it holds.
+    pub fn holds(&self, bindings: &Bindings) -> bool {
+        self.dim.extent(bindings).is_some_and(|v| (self.min..=self.max).contains(&v))
+    }
+}
+
+/// A table with the device images its kernels are in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bundle {
+    /// The table.
+    pub table: LaunchTable,
+    /// Device images, each a cubin or PTX text.
+    pub images: Vec<Vec<u8>>,
+}
+
+/// Alignment of images in an encoded bundle.
+const ALIGN: usize = 64;
+
+/// Most images of a bundle.
+const MAX_IMAGES: usize = 4096;
+
+fn bad(message: impl Into<String>) -> Error {
+    Error::new(Kind::BadInput, "engine/launch-table", message)
+        .hint("the engine was altered or is of another version: build it again")
+}
+
+impl Bundle {
+    /// `u64` length of the table, `u64` number of images, `u64` length of each image, then table and images, each
+    /// padded with zeros to 64 bytes; numbers little-endian.
+    pub fn encode(&self) -> Vec<u8> {
+        // A struct of plain fields has no reason to fail.
+        let table = serde_json::to_vec(&self.table).unwrap_or_default();
+        let mut out = Vec::new();
+        let lengths = [table.len(), self.images.len()].into_iter().chain(self.images.iter().map(Vec::len));
+        lengths.for_each(|n| out.extend((n as u64).to_le_bytes()));
+        for part in std::iter::once(&table).chain(&self.images) {
+            out.resize(out.len().next_multiple_of(ALIGN), 0);
+            out.extend(part);
+        }
+        out
+    }
+
+    /// Reads what [`Bundle::encode`] wrote and checks every index of the table that concerns table and images alone.
+    ///
+    /// # Errors
+    /// `engine/launch-table`.
+    pub fn decode(bytes: &[u8]) -> Result<Bundle> {
+        let number = |index: usize| -> Result<usize> {
+            let at = index.checked_mul(8).ok_or_else(|| bad("the bundle is too large"))?;
+            let field = bytes.get(at..at.saturating_add(8)).and_then(|b| b.first_chunk::<8>());
+            let value =
+                field.map(|b| u64::from_le_bytes(*b)).ok_or_else(|| bad("the bundle is cut short"))?;
+            usize::try_from(value).map_err(|_| bad("a length of the bundle is too large"))
+        };
+        let (table_len, count) = (number(0)?, number(1)?);
+        if count > MAX_IMAGES {
+            return Err(bad(format!("{count} device images are too many")));
+        }
+        let mut at = (2 + count) * 8;
+        let mut part = |len: usize| -> Result<&[u8]> {
+            let start = at.next_multiple_of(ALIGN);
+            let end = start.checked_add(len).ok_or_else(|| bad("a length of the bundle is too large"))?;
+            at = end;
+            bytes.get(start..end).ok_or_else(|| bad("the bundle is cut short"))
+        };
+        let table: LaunchTable = serde_json::from_slice(part(table_len)?)
+            .map_err(|e| bad(format!("the launch table is malformed: {e}")))?;
+        let images =
+            (0..count).map(|i| part(number(2 + i)?).map(<[u8]>::to_vec)).collect::<Result<Vec<_>>>()?;
+        let bundle = Bundle { table, images };
+        bundle.check()?;
+        Ok(bundle)
+    }
+
+    fn check(&self) -> Result<()> {
+        let table = &self.table;
+        if table.kernels.iter().any(|k| k.image >= self.images.len()) {
+            return Err(bad("a kernel names an image that is not there"));
+        }
+        let launches = table.steps.iter().flat_map(|s| &s.variants).flat_map(|v| &v.launches);
+        let kernels = launches.map(|l| l.kernel).chain(table.helpers.iter().map(|h| h.kernel));
+        if kernels.into_iter().any(|k| k >= table.kernels.len()) {
+            return Err(bad("a launch names a kernel that is not there"));
+        }
+        let mut next = 0;
+        for step in &table.steps {
+            if step.first != next || step.nodes == 0 {
+                return Err(bad("the steps do not cover the graph in order"));
+            }
+            next = next.checked_add(step.nodes).ok_or_else(|| bad("a step is too long"))?;
+            if step.variants.last().is_none_or(|v| !v.when.is_empty()) {
+                return Err(bad(format!("the step of node {} has no variant for every shape", step.first)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Number of nodes that the steps cover.
+    pub fn nodes(&self) -> usize {
+        self.table.steps.iter().map(|s| s.nodes).sum()
+    }
+}
+
+mod dim_text {
+    use super::*;
+
+    pub fn serialize<S: Serializer>(dim: &Dim, s: S) -> std::result::Result<S::Ok, S::Error> {
+        match dim.as_const() {
+            Some(value) => s.serialize_i64(value),
+            None => s.serialize_str(&dim.to_string()),
+        }
+    }
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    pub enum Spelling {
+        Number(i64),
+        Text(String),
+    }
+
+    impl Spelling {
+        pub fn dim<E: serde::de::Error>(self) -> std::result::Result<Dim, E> {
+            match self {
+                Spelling::Number(value) => Ok(Dim::from(value)),
+                Spelling::Text(text) => crate::text::parse_dim(&text).map_err(E::custom),
+            }
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<Dim, D::Error> {
+        Spelling::deserialize(d)?.dim()
+    }
+}
+
+mod dim_list_text {
+    use super::*;
+
+    pub fn serialize<S: Serializer>(dims: &[Dim], s: S) -> std::result::Result<S::Ok, S::Error> {
+        s.collect_seq(dims.iter().map(ToString::to_string))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<Vec<Dim>, D::Error> {
+        Vec::<dim_text::Spelling>::deserialize(d)?.into_iter().map(dim_text::Spelling::dim).collect()
+    }
+}
+
+mod dims_text {
+    use super::*;
+
+    pub fn serialize<S: Serializer>(dims: &[Dim; 3], s: S) -> std::result::Result<S::Ok, S::Error> {
+        dim_list_text::serialize(dims, s)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<[Dim; 3], D::Error> {
+        let dims = dim_list_text::deserialize(d)?;
+        dims.try_into().map_err(|_| serde::de::Error::custom("a grid has three extents"))
+    }
+}
+
+mod dtype_text {
+    use super::*;
+
+    pub fn serialize<S: Serializer>(dtype: &DType, s: S) -> std::result::Result<S::Ok, S::Error> {
+        s.serialize_str(dtype.name())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<DType, D::Error> {
+        let name = String::deserialize(d)?;
+        DType::parse(&name).ok_or_else(|| serde::de::Error::custom("unknown element type"))
+    }
+}
+
+/// Operands as `%7`, `weight#3`, `state#1`: ids, since names may hold anything.
+mod operand_text {
+    use super::*;
+
+    pub fn serialize<S: Serializer>(operand: &Operand, s: S) -> std::result::Result<S::Ok, S::Error> {
+        match operand {
+            Operand::Value(id) => s.collect_str(id),
+            Operand::Weight(id) => s.collect_str(id),
+            Operand::State(id) => s.collect_str(id),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<Operand, D::Error> {
+        let text = String::deserialize(d)?;
+        let id =
+            |prefix: &str| text.strip_prefix(prefix).and_then(|n| n.parse::<u32>().ok()).map(|n| n as usize);
+        let value = id("%").map(|n| Operand::Value(ValueId::from_index(n)));
+        let weight = || id("weight#").map(|n| Operand::Weight(WeightId::from_index(n)));
+        let state = || id("state#").map(|n| Operand::State(StateId::from_index(n)));
+        value
+            .or_else(weight)
+            .or_else(state)
+            .ok_or_else(|| serde::de::Error::custom(format!("`{text}` is no value, weight or state")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dim::Sym;
+
+    fn bundle() -> Bundle {
+        let t = Dim::from(Sym::new("t").unwrap());
+        let launch = Launch {
+            kernel: 0,
+            grid: [t.ceil_div(4), Dim::from(2u64), Dim::from(1u64)],
+            block: [128, 1, 1],
+            cluster: 1,
+            shared: 1024,
+            dependent: true,
+            args: vec![
+                Arg::Address(Operand::Value(ValueId::from_index(7))),
+                Arg::Address(Operand::Weight(WeightId::from_index(3))),
+                Arg::Workspace(t.mul(&Dim::from(8u64))),
+                Arg::I32(t.clone()),
+                Arg::F32(1e-5),
+                Arg::Map(TensorMap {
+                    of: MapBase::Address(Operand::State(StateId::from_index(1))),
+                    dtype: DType::BF16,
+                    shape: vec![Dim::from(64u64), t.clone()],
+                    strides: vec![Dim::from(128u64)],
+                    tile: vec![64, 128],
+                    swizzle: 128,
+                }),
+            ],
+        };
+        let small = Variant { when: vec![Condition { dim: t, min: 0, max: 64 }], launches: vec![launch] };
+        let kernel = DeviceKernel {
+            entry: "k".into(),
+            family: "cuda.test".into(),
+            source: "0".repeat(64),
+            image: 1,
+            registers: 32,
+            shared: 0,
+            local: 0,
+        };
+        let rest = Variant { when: Vec::new(), launches: Vec::new() };
+        let table = LaunchTable {
+            arch: "sm_90a".into(),
+            kernels: vec![kernel],
+            steps: vec![LaunchStep { first: 0, nodes: 2, variants: vec![small, rest] }],
+            workspace: Dim::from(4096u64),
+            counters: 16,
+            helpers: vec![Helper { name: "argmax".into(), kernel: 0, threads: 256 }],
+        };
+        Bundle { table, images: vec![vec![1; 70], vec![2; 3]] }
+    }
+
+    #[test]
+    fn a_bundle_survives_its_bytes() {
+        let bundle = bundle();
+        assert_eq!(Bundle::decode(&bundle.encode()).unwrap(), bundle);
+    }
+
+    #[test]
+    fn conditions_choose_the_variant() {
+        let step = &bundle().table.steps[0];
+        let mut bindings = Bindings::new();
+        let launches = |bindings: &Bindings| step.variant(bindings).unwrap().launches.len();
+        bindings.set(Sym::new("t").unwrap(), 64);
+        assert_eq!(launches(&bindings), 1);
+        bindings.set(Sym::new("t").unwrap(), 65);
+        assert_eq!(launches(&bindings), 0);
+    }
+
+    #[test]
+    fn damage_is_an_error() {
+        let bytes = bundle().encode();
+        for len in 0..bytes.len() {
+            assert_eq!(Bundle::decode(&bytes[..len]).unwrap_err().code(), "engine/launch-table", "{len}");
+        }
+        for at in 0..32 {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 0x80;
+            assert!(Bundle::decode(&bytes).is_err(), "{at}");
+        }
+        let mut missing = bundle();
+        missing.table.steps[0].variants[0].launches[0].kernel = 1;
+        assert!(Bundle::decode(&missing.encode()).is_err());
+        let mut gap = bundle();
+        gap.table.steps[0].first = 1;
+        assert!(Bundle::decode(&gap.encode()).is_err());
+        let mut partial = bundle();
+        partial.table.steps[0].variants.pop();
+        assert!(Bundle::decode(&partial.encode()).is_err());
+    }
+}
