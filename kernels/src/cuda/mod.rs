@@ -7,6 +7,7 @@
 //! or a CUDA library.
 
 pub mod arch;
+pub mod matmul;
 pub mod plan;
 pub mod source;
 

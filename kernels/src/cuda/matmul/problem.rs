@@ -1,0 +1,127 @@
+//! What a matmul site asks for, taken apart once for all families.
+
+use millrace_ir::ops::fused_matmul::Epilogue;
+use millrace_ir::{DType, Dim, Op, Operand};
+
+use crate::cuda::plan::{Site, rows};
+
+/// Order of a weight's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// `[n, k]`, row by row.
+    Rows,
+    /// `[panels, k / 8, 8, 8]`: panel, column block, row in the panel, column in the block. Each segment's rows fill whole
+    /// panels, the last padded with zeros. With a gated epilogue the panels of the two segments alternate: first
+    /// panel of the gate, first of the other, second of the gate, and so on.
+    Cores,
+}
+
+/// An `rms_norm` of the operand, which a kernel may compute on the way.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    /// The node's operand: `[.., k]`.
+    pub x: Operand,
+    /// The norm's weight `[k]`.
+    pub weight: Operand,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// A step between accumulators and store, with its operand.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Term {
+    /// The step.
+    pub step: Epilogue,
+    /// Its operand: bias `[n]` over all segments, or `[.., n]` like the result.
+    pub operand: Option<Operand>,
+}
+
+/// `results = epilogue(norm(x) w^T)`.
+#[derive(Clone, Debug)]
+pub struct Problem<'a> {
+    /// Where it comes from.
+    pub site: Site<'a>,
+    /// Rows of `x`, the product of its leading extents.
+    pub m: Dim,
+    /// Columns of `x`.
+    pub k: usize,
+    /// What the matmul reads: if there is a norm, its result, which has a place in memory that nobody else reads.
+    pub x: Operand,
+    /// The norm in front, if the site begins with one.
+    pub norm: Option<Norm>,
+    /// The weight.
+    pub weight: Operand,
+    /// Its layout.
+    pub layout: Layout,
+    /// Rows of the weight that each segment has.
+    pub segments: Vec<usize>,
+    /// Steps before the store.
+    pub epilogue: Vec<Term>,
+    /// One result a segment, or one in all if the epilogue is gated.
+    pub results: Vec<Operand>,
+    /// Element type of `x` and weight.
+    pub dtype: DType,
+    /// Element type of the results.
+    pub out: DType,
+}
+
+impl<'a> Problem<'a> {
+    /// The problem of a site `matmul.fused` or `rms_norm, matmul.fused` whose weight is in a layout of CUDA kernels.
+    pub fn of(site: Site<'a>) -> Option<Problem<'a>> {
+        let node = site.node(site.nodes.len() - 1);
+        let Op::FusedMatmul(op) = &node.op else { return None };
+        let norm = match site.nodes.len() {
+            1 => None,
+            2 => match &site.node(0).op {
+                Op::RmsNorm(norm) => {
+                    let first = site.node(0);
+                    Some(Norm { x: first.operands[0], weight: first.operands[1], eps: norm.eps as f32 })
+                }
+                _ => return None,
+            },
+            _ => return None,
+        };
+        let (x, weight) = (node.operands[0], node.operands[1]);
+        let (x_ty, w_ty) = (site.ty(x), site.ty(weight));
+        let layout = match w_ty.rank() {
+            2 => Layout::Rows,
+            4 => Layout::Cores,
+            _ => return None,
+        };
+        let mut operands = node.operands[2..].iter().copied();
+        let epilogue = op
+            .epilogue
+            .iter()
+            .map(|step| Term { step: *step, operand: step.has_operand().then(|| operands.next()).flatten() })
+            .collect();
+        Some(Problem {
+            site,
+            m: rows(x_ty),
+            k: usize::try_from(x_ty.last().as_const()?).ok()?,
+            x,
+            norm,
+            weight,
+            layout,
+            segments: op.segments.clone(),
+            epilogue,
+            results: node.results.iter().map(|r| Operand::Value(*r)).collect(),
+            dtype: x_ty.dtype,
+            out: site.result_ty(node, 0).dtype,
+        })
+    }
+
+    /// Whether the epilogue is gated.
+    pub fn gated(&self) -> bool {
+        self.epilogue.iter().any(|t| matches!(t.step, Epilogue::Glu(_)))
+    }
+
+    /// Rows of the weight over all segments.
+    pub fn n(&self) -> usize {
+        self.segments.iter().sum()
+    }
+
+    /// Panels of eight rows that a weight in [`Layout::Cores`] has.
+    pub fn panels(&self) -> usize {
+        self.segments.iter().map(|s| s.div_ceil(8)).sum()
+    }
+}
