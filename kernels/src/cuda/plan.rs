@@ -9,7 +9,7 @@ use super::arch::Arch;
 use super::source::Source;
 
 /// Nodes that are launched together, in execution order.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Site<'a> {
     /// The planned module.
     pub module: &'a Module,
