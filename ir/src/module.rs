@@ -48,7 +48,14 @@ impl Module {
             Error::new(Kind::BadInput, "ir/ill-typed", format!("`{}` {message}", op.name()))
                 .at(loc.first().map_or("graph", |l| l))
         })?;
-        let node = self.graph.nodes.push(Node { op, operands, results: Vec::new(), loc, kernel: None });
+        let node = self.graph.nodes.push(Node {
+            op,
+            operands,
+            results: Vec::new(),
+            loc,
+            kernel: None,
+            joined: false,
+        });
         let ids = results
             .into_iter()
             .enumerate()
@@ -214,7 +221,8 @@ impl WeightExpr {
             | WeightExpr::Reshape { of }
             | WeightExpr::Cast { of }
             | WeightExpr::Slice { of, .. }
-            | WeightExpr::Pack { of, .. } => vec![*of],
+            | WeightExpr::Pack { of, .. }
+            | WeightExpr::Cores { of, .. } => vec![*of],
         }
     }
 
@@ -230,7 +238,8 @@ impl WeightExpr {
             | WeightExpr::Reshape { of }
             | WeightExpr::Cast { of }
             | WeightExpr::Slice { of, .. }
-            | WeightExpr::Pack { of, .. } => vec![of],
+            | WeightExpr::Pack { of, .. }
+            | WeightExpr::Cores { of, .. } => vec![of],
         }
     }
 }

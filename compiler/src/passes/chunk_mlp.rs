@@ -200,7 +200,7 @@ impl Chunk {
         if reader(view, up_node) != Some(down_id) {
             return blocked("the intermediate has other uses");
         }
-        if up.panel != 0 || down.panel != 0 {
+        if !up.plain() || !down.plain() {
             return blocked("the weights are packed already");
         }
         let after_bias = up.epilogue.strip_prefix(&[Epilogue::Bias]).unwrap_or(&up.epilogue);

@@ -35,8 +35,13 @@ impl Rule for FuseLinear {
                     }
                     _ => return Outcome::NoMatch,
                 };
-                let fused =
-                    FusedMatmul { segments: vec![rows], panel: 0, epilogue: Vec::new(), out: matmul.out };
+                let fused = FusedMatmul {
+                    segments: vec![rows],
+                    panel: 0,
+                    cores: false,
+                    epilogue: Vec::new(),
+                    out: matmul.out,
+                };
                 let mut patch = Patch::new([id]);
                 let new = patch.node(fused, node.operands.iter().copied().map(From::Old));
                 patch.replace(node.results[0], From::New(new, 0));

@@ -153,7 +153,7 @@ pub(super) fn with_dims(module: &Module, attributes: bool, map: &dyn Fn(&Dim) ->
     }
     for (_, weight) in m.weights.iter_mut() {
         shape(&mut weight.ty);
-        if let WeightExpr::Pack { segments, .. } = &mut weight.expr {
+        if let WeightExpr::Pack { segments, .. } | WeightExpr::Cores { segments, .. } = &mut weight.expr {
             for rows in segments {
                 *rows = usize::try_from(map(&Dim::from(*rows)).as_const()?).ok()?;
             }

@@ -126,7 +126,13 @@ fn fused_matmul_is_its_parts_in_order() {
         let part = Slice { axis: 1, start: start.into(), end: (start + 5).into(), step: 1 };
         run(part, std::slice::from_ref(x)).remove(0)
     };
-    let split = FusedMatmul { segments: vec![5, 5], panel: 0, epilogue: vec![Epilogue::Bias], out: None };
+    let split = FusedMatmul {
+        segments: vec![5, 5],
+        panel: 0,
+        cores: false,
+        epilogue: vec![Epilogue::Bias],
+        out: None,
+    };
     let parts = run(split.clone(), &[x.clone(), w.clone(), b.clone()]);
     close(&parts[0].data, &half(&biased, 0).data);
     close(&parts[1].data, &half(&biased, 5).data);

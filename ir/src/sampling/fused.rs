@@ -34,11 +34,20 @@ impl Sample for FusedMatmul {
         let plain = TensorType::new(ty.dtype, [Dim::from(rows), k.clone()]);
         let w = draft.weight(plain, -0.5, 0.5);
         let panel = draft.random.pick(&[0, 0, 32, 8]);
+        let whole = matches!(w, Operand::Weight(_)) && k.as_const().is_some_and(|k| k % 8 == 0);
+        let cores = panel == 0 && whole && draft.random.once_in(2);
         let weight = match w {
             Operand::Weight(of) if panel > 0 => {
                 let panels: usize = segments.iter().map(|s| s.div_ceil(panel)).sum();
                 let ty = TensorType::new(ty.dtype, [Dim::from(panels), k, Dim::from(panel)]);
                 draft.add_weight(ty, WeightExpr::Pack { panel, segments: segments.clone(), of }, (-0.5, 0.5))
+            }
+            Operand::Weight(of) if cores => {
+                let panels: usize = segments.iter().map(|s| s.div_ceil(8)).sum();
+                let (columns, eight) = (Dim::from(k.as_const().unwrap_or(0) / 8), Dim::from(8usize));
+                let ty = TensorType::new(ty.dtype, [Dim::from(panels), columns, eight.clone(), eight]);
+                let expr = WeightExpr::Cores { segments: segments.clone(), alternate: glu, of };
+                draft.add_weight(ty, expr, (-0.5, 0.5))
             }
             other => other,
         };
@@ -69,7 +78,7 @@ impl Sample for FusedMatmul {
             epilogue.push(step);
         }
         let out = draft.random.once_in(8).then(|| draft.float_type());
-        Some((FusedMatmul { segments, panel, epilogue, out }.into(), operands))
+        Some((FusedMatmul { segments, panel, cores, epilogue, out }.into(), operands))
     }
 
     fn range(&self, operands: &[Known]) -> Option<(f64, f64)> {

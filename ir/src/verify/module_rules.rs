@@ -266,6 +266,19 @@ fn expression(module: &Module, weight: &Weight) -> Result<(), String> {
             let panels: usize = segments.iter().map(|s| s.div_ceil(*panel)).sum();
             same(vec![panels as u64, k, *panel as u64], part_ty.dtype, "pack")
         }
+        WeightExpr::Cores { segments, alternate, of } => {
+            let (part_ty, part_shape) = part(of)?;
+            let rows = segments.iter().try_fold(0usize, |acc, s| acc.checked_add(*s));
+            let [n, k] = part_shape[..] else { return Err(format!("cuts a matrix, not {part_ty}")) };
+            if rows.map(|r| r as u64) != Some(n) || k % 8 != 0 {
+                return Err(format!("segments {segments:?} do not cut {part_ty} into cores"));
+            }
+            if *alternate && !matches!(segments.as_slice(), [a, b] if a == b) {
+                return Err(format!("segments {segments:?} cannot alternate"));
+            }
+            let panels: usize = segments.iter().map(|s| s.div_ceil(8)).sum();
+            same(vec![panels as u64, k / 8, 8, 8], part_ty.dtype, "cores")
+        }
     }
 }
 

@@ -107,6 +107,7 @@ fn rows(module: &Module, node: &Node) -> Option<&'static str> {
         Op::FusedMatmul(f)
             if computes(ty(0).dtype)
                 && computes(result.dtype)
+                && !f.cores
                 && (0..node.operands.len()).all(|i| ty(i).dtype == ty(0).dtype) =>
         {
             if f.panel == PANEL {

@@ -406,7 +406,7 @@ proptest! {
             operands.push((dtype, vec![n], Fill::Tame));
             epilogue.push(Epilogue::Bias);
         }
-        check(FusedMatmul { segments, panel, epilogue, out }, &operands, seed);
+        check(FusedMatmul { segments, panel, cores: false, epilogue, out }, &operands, seed);
     }
 
     #[test]
@@ -515,7 +515,8 @@ fn the_reference_evaluator_is_for_exotic_types() {
                 count_include_pad: false,
             };
             let conv = Conv2d { stride: [1, 1], pad: [0; 4], dilation: [1, 1], groups: 1 };
-            let product = FusedMatmul { segments: vec![2], panel: 0, epilogue: vec![], out: None };
+            let product =
+                FusedMatmul { segments: vec![2], panel: 0, cores: false, epilogue: vec![], out: None };
             ops.extend([
                 (Op::from(Unary { function: UnaryFn::Exp }), vec![x.clone()]),
                 (Embedding.into(), vec![x.clone(), ids]),
