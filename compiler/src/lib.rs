@@ -1,5 +1,7 @@
 //! Millrace compiler.
-#![forbid(unsafe_code)]
+//!
+//! `unsafe` is confined to `codegen::cuda::nvrtc`, the calls into NVRTC.
+#![deny(unsafe_code)]
 
 pub mod bisect;
 pub mod codegen;

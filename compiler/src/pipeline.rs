@@ -21,9 +21,9 @@ use crate::registry::Registry;
 
 /// Optimisation levels as pipelines.
 pub const LEVELS: [&str; 3] = [
-    "canonicalize,dce,begin-fusion,schedule,plan-memory,mark-streamable",
-    "canonicalize,const-fold,cse,dce,recover,canonicalize,const-fold,cse,dce,fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,dce,pack-weights,schedule,plan-memory,mark-streamable",
-    "fixpoint{canonicalize,const-fold,cse,dce},recover,fixpoint{canonicalize,const-fold,cse,dce},fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,fixpoint{cse,dce},pack-weights,schedule{search=true},plan-memory,mark-streamable",
+    "canonicalize,dce,begin-fusion,schedule,group-launches,plan-memory,mark-streamable",
+    "canonicalize,const-fold,cse,dce,recover,canonicalize,const-fold,cse,dce,fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,dce,pack-weights,schedule,group-launches,plan-memory,mark-streamable",
+    "fixpoint{canonicalize,const-fold,cse,dce},recover,fixpoint{canonicalize,const-fold,cse,dce},fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,fixpoint{cse,dce},pack-weights,schedule{search=true},group-launches,plan-memory,mark-streamable",
 ];
 
 /// Most rounds of a fixpoint that says nothing.
@@ -105,6 +105,24 @@ impl Pipeline {
     pub fn steps(&self) -> &[Step] {
         &self.0
     }
+
+    /// The pipeline without the passes of these names.
+    #[must_use]
+    pub fn without(mut self, names: &[String]) -> Pipeline {
+        without(&mut self.0, names);
+        self
+    }
+}
+
+/// Leaves out passes by name, also inside of groups, and what is empty then.
+fn without(steps: &mut Vec<Step>, names: &[String]) {
+    steps.retain_mut(|step| match step {
+        Step::Pass(call) => !names.iter().any(|n| n == call.pass.name()),
+        Step::Group(inner) | Step::Fixpoint { steps: inner, .. } => {
+            without(inner, names);
+            !inner.is_empty()
+        }
+    });
 }
 
 struct Parser<'a> {

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use indicatif::{ProgressBar, ProgressStyle};
 use millrace::compiler::Registry;
 use millrace::compiler::codegen::WeightMode;
-use millrace::compiler::compile::Source;
+use millrace::compiler::compile::SourceModel;
 use millrace::compiler::import::{Options, Precision};
 use millrace::compiler::pass::Context;
 use millrace::compiler::pipeline::{Manager, Pipeline};
-use millrace::compiler::target::Target;
+use millrace::compiler::target::TargetChoice;
 use millrace::ir::{DType, Module, text};
 use millrace::page::{Facts, Recorder, page};
 use millrace::{CompileOptions, Compiled, Error, Result, compile};
@@ -91,7 +91,7 @@ impl ModelOptions {
     /// # Errors
     /// Unknown target or element type, malformed pipeline.
     pub fn resolve(&self) -> Result<CompileOptions> {
-        Target::named(&self.target)?;
+        let target = TargetChoice::parse(&self.target)?;
         let precision = match self.dtype.as_str() {
             "auto" => Precision::Auto,
             "float32" | "f32" => Precision::Fixed(DType::F32),
@@ -104,7 +104,7 @@ impl ModelOptions {
         };
         let pipeline = match &self.pipeline {
             Some(text) => Pipeline::parse(text)?,
-            None => Pipeline::level(self.opt_level as usize),
+            None => target.level(self.opt_level as usize),
         };
         Ok(CompileOptions {
             import: Options {
@@ -120,6 +120,7 @@ impl ModelOptions {
             pipeline,
             weight_streaming: self.weight_streaming,
             weights: WeightMode::Stored,
+            target,
             ..CompileOptions::default()
         })
     }
@@ -177,9 +178,9 @@ fn stop(
     options: &CompileOptions,
     observer: &mut dyn FnMut(&'static str, &Module, bool),
 ) -> Result<()> {
-    let mut module = Source::read(&args.model, &options.import)?.module;
+    let mut module = SourceModel::read(&args.model, &options.import)?.module;
     observer("import", &module, true);
-    let mut context = Context::cpu();
+    let mut context = Context::of(&options.target.target);
     let mut observer = |pass: &'static str, module: &Module, changed: bool| observer(pass, module, changed);
     let mut manager = Manager {
         verify_each: options.verify_each,

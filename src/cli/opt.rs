@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use millrace::compiler::Registry;
 use millrace::compiler::pass::Context;
 use millrace::compiler::pipeline::Manager;
+use millrace::compiler::target::TargetChoice;
 use millrace::ir::{Module, text};
 use millrace::{Error, Result};
 
@@ -19,6 +20,9 @@ pub struct Args {
     /// Passes, such as O2 or canonicalize,fixpoint{cse,dce}; empty only verifies
     #[arg(long, default_value = "")]
     passes: String,
+    /// The target whose facts the passes see
+    #[arg(long, default_value = "cpu")]
+    target: String,
     #[command(flatten)]
     control: Control,
 }
@@ -31,7 +35,7 @@ pub fn main(args: &Args) -> Result<()> {
     let mut dumper = args.control.dumper(&registry)?;
     let mut module = read_module(&args.file)?;
     dumper.observe("import", &module, true);
-    let mut context = Context::cpu();
+    let mut context = Context::of(&TargetChoice::parse(&args.target)?.target);
     let mut observer =
         |pass: &'static str, module: &Module, changed: bool| dumper.observe(pass, module, changed);
     let mut manager = Manager {

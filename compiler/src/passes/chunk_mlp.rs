@@ -59,8 +59,7 @@ impl ChunkMlp {
     fn trial(&self, module: &Module, context: &Context, parts: usize) -> Result<Option<Trial>> {
         let mut copy = module.clone();
         let numbering = Numbering { trace: true, ..Numbering::default() };
-        let mut scratch =
-            Context { panel: context.panel, align: context.align, numbering, ..Context::default() };
+        let mut scratch = Context { numbering, ..context.target_facts() };
         rewrite(NAME, &mut copy, &mut scratch, &Chunk::new(module, context, parts))?;
         let first = scratch.numbering.events.first().and_then(|event| event.node);
         Ok(first.map(|first| Trial { parts, peak: peak_of(&copy, context.align), first }))

@@ -12,6 +12,7 @@ mod fuse_epilogue;
 mod fuse_glu;
 mod fuse_linear;
 mod fuse_pointwise;
+mod group_launches;
 mod mark_streamable;
 mod merge_matmuls;
 mod pack_weights;
@@ -44,6 +45,7 @@ pub fn all() -> Vec<Box<dyn Pass>> {
         Box::new(chunk_mlp::ChunkMlp::default()),
         Box::new(pack_weights::PackWeights),
         Box::new(schedule::Schedule::default()),
+        Box::new(group_launches::GroupLaunches),
         Box::new(plan_memory::PlanMemory),
         Box::new(mark_streamable::MarkStreamable),
     ]

@@ -37,6 +37,7 @@ pages! {
     "chunk-mlp" "chunk_mlp",
     "pack-weights" "pack_weights",
     "schedule" "schedule",
+    "group-launches" "group_launches",
     "plan-memory" "plan_memory",
     "mark-streamable" "mark_streamable",
 }

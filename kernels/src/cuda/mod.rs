@@ -14,3 +14,15 @@ pub mod source;
 pub use arch::Arch;
 pub use plan::{Argument, Planned, Site, SiteLaunch, SiteVariant};
 pub use source::{Promise, Source};
+
+use std::sync::Arc;
+
+/// How a site runs; none if no family takes it.
+pub fn plan_site(_site: Site<'_>) -> Option<Planned> {
+    None
+}
+
+/// Kernels beside the graph: name, source, threads of a block.
+pub fn helpers(_arch: Arch) -> Vec<(&'static str, Arc<Source>, u32)> {
+    Vec::new()
+}
