@@ -201,6 +201,7 @@ fn stop(
 pub fn main(args: &Args) -> Result<()> {
     let mut options = args.model_options.resolve()?;
     let registry = Registry::standard();
+    args.control.insert(&mut options.pipeline, &registry)?;
     options.verify_each = args.control.verify_each;
     options.controls = args.control.controls(&registry)?;
     if args.strip_weights {

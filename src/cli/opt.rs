@@ -26,7 +26,8 @@ pub struct Args {
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
     let registry = Registry::standard();
-    let pipeline = registry.pipeline(&args.passes)?;
+    let mut pipeline = registry.pipeline(&args.passes)?;
+    args.control.insert(&mut pipeline, &registry)?;
     let controls = args.control.controls(&registry)?;
     let mut dumper = args.control.dumper(&registry)?;
     let mut module = read_module(&args.file)?;

@@ -19,8 +19,8 @@
 //! `chunk-mlp` does, and the price is the same: `x` and `y` are read and written once for each part, and the sum over
 //! heads is rounded to the element type after each part.
 //!
-//! All layers are tried with 1, 2, 3, 4, 6, 8, 12 and 16 parts (`parts=N`: with N only), and the largest live set at the
-//! symbols' upper bounds decides: the fewest parts within 5 % of the best (`limit=BYTES`: the fewest that reach the
+//! All layers are tried with 1 to 8, 12 and 16 parts (`parts=N`: with N only), and the largest live set at the symbols'
+//! upper bounds decides: the fewest parts within 5 % of the best (`limit=BYTES`: the fewest that reach the
 //! limit, and nothing where it is kept already). Nothing changes unless it falls (`force=true`: even then). Parts of
 //! weights are whole panels of the target. No level runs this pass; together with `chunk-mlp` it goes furthest as
 //! `fixpoint{chunk-mlp,chunk-attention}`, because each finds more to gain where the other has been.
@@ -72,7 +72,7 @@ impl Pass for ChunkAttention {
             }
             Ok(count)
         };
-        self.0.run(NAME, &[1, 2, 3, 4, 6, 8, 12, 16], module, context, &apply)
+        self.0.run(NAME, &[1, 2, 3, 4, 5, 6, 7, 8, 12, 16], module, context, &apply)
     }
 }
 
