@@ -46,11 +46,10 @@ fn chain(view: &View<'_>, product: &Node) -> Found<Vec<(NodeId, usize)>> {
     let Operand::Value(mut value) = product.operands[0] else { return Err(None) };
     let shape = &view.ty(product.operands[0]).shape;
     loop {
-        let seen = probabilities;
+        let found = view.def(Operand::Value(value)).filter(|(_, index)| *index == 0);
+        let seen = probabilities || found.is_some_and(|(id, _)| matches!(view.node(id).op, Op::Softmax(_)));
         let other = |reason: String| if seen { blocked(reason) } else { Err(None) };
-        let Some((id, 0)) = view.def(Operand::Value(value)) else {
-            return other("scores are no product".into());
-        };
+        let Some((id, _)) = found else { return other("scores are no product".into()) };
         let node = view.node(id);
         if !view.used_once(value) {
             return other(format!("the result of `{}` has other uses", node.op.name()));

@@ -149,7 +149,9 @@ impl Site {
         }
         let share = heads / kv_heads;
         if paged && !share.is_multiple_of(parts) {
-            return blocked(format!("{share} query heads of a key head do not fall into {parts} parts"));
+            return blocked(format!(
+                "the query heads of a key head, {share}, do not fall into {parts} parts"
+            ));
         }
         if !paged && !kv_heads.is_multiple_of(parts) {
             return blocked(format!("{kv_heads} key heads do not fall into {parts} parts"));
