@@ -123,7 +123,7 @@ struct Parts {
 
 enum Found {
     /// Keys or values get a matmul of their own.
-    Rows(Chain),
+    Rows(Box<Chain>),
     /// A layer in parts.
     Layer(Box<Site>),
 }
@@ -293,7 +293,7 @@ impl Rule for Parts {
             _ => match self.rows(view, id) {
                 Some(chain) => {
                     let patch = Patch::new(chain.nodes.iter().copied());
-                    self.found.replace(Some(Found::Rows(chain)));
+                    self.found.replace(Some(Found::Rows(Box::new(chain))));
                     return Outcome::Rewrite(patch);
                 }
                 None => Err(None),
