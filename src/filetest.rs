@@ -5,8 +5,8 @@
 //! // run: not opt --passes=plan-memory            the passes have to fail
 //! ```
 //!
-//! The options are those of `millrace opt` that change the result: `--passes`, `--disable-pass`, `--stop-at`,
-//! `--opt-bisect-limit`, `--target`, and `--remarks=PASS`, which shows remarks of one pass only. The snapshot (`case.snap` beside
+//! The options are those of `millrace opt` that change the result: `--passes`, `--pass-at` behind it, `--disable-pass`,
+//! `--stop-at`, `--opt-bisect-limit`, `--target`, and `--remarks=PASS`, which shows remarks of one pass only. The snapshot (`case.snap` beside
 //! `case.ir`) holds the difference the passes make, their counters and remarks, or their error. Every file is a
 //! differential test as well: the reference evaluator gives the same outputs before and after. Modules are verified
 //! after every pass.
@@ -80,6 +80,7 @@ impl RunLine {
             let (key, value) = option.split_once('=').unwrap_or((option, ""));
             match key {
                 "--passes" => run.pipeline = registry.pipeline(value)?,
+                "--pass-at" => run.pipeline.insert(value, registry)?,
                 "--disable-pass" => run.controls.disabled.push(registry.get(value)?.name().to_string()),
                 "--stop-at" => run.controls.stop = Some(registry.stop(value)?),
                 "--opt-bisect-limit" => {

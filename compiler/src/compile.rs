@@ -55,6 +55,15 @@ impl Default for CompileOptions {
     }
 }
 
+/// What passes did and said, up to a failure if there is one.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    /// Runs of passes.
+    pub runs: Vec<PassRun>,
+    /// Remarks and counters.
+    pub context: Context,
+}
+
 /// A compiled module with what goes beside it, not yet written.
 pub struct Compiled {
     /// The lowered module.
@@ -141,17 +150,32 @@ impl SourceModel {
 pub fn compile<'a>(
     path: &Path,
     options: &CompileOptions,
+    observer: Option<&'a mut Observer<'a>>,
+) -> Result<Compiled> {
+    compile_with(path, options, observer, &mut Progress::default())
+}
+
+/// [`compile`], with what passes did and said in `progress` if it fails.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_with<'a>(
+    path: &Path,
+    options: &CompileOptions,
     mut observer: Option<&'a mut Observer<'a>>,
+    progress: &mut Progress,
 ) -> Result<Compiled> {
     let SourceModel { mut module, folder, limits, hash: source_hash } =
         SourceModel::read(path, &options.import)?;
     if let Some(observer) = &mut observer {
         observer("import", &module, true);
     }
-    let mut context = Context::of(&options.target.target);
+    progress.context = Context::of(&options.target.target);
     let controls = options.controls.clone();
     let mut manager = Manager { verify_each: options.verify_each, observer, controls, ..Manager::default() };
-    manager.run(&options.pipeline, &mut module, &mut context).map_err(|e| e.at(path.display()))?;
+    let done = manager.run(&options.pipeline, &mut module, &mut progress.context);
+    progress.runs = manager.runs;
+    done.map_err(|e| e.at(path.display()))?;
     if module.phase != Phase::Planned {
         let message = format!("the pipeline ends in phase {}, an engine needs planned", module.phase);
         return Err(
@@ -161,7 +185,6 @@ pub fn compile<'a>(
     if !options.weight_streaming {
         module.weights.iter_mut().for_each(|(_, w)| w.stream = None);
     }
-    let runs = manager.runs;
     module.compact();
     let mut device = DeviceCode::default();
     let module = if options.target.archs.is_empty() {
@@ -173,6 +196,7 @@ pub fn compile<'a>(
     };
     check(&module)?;
     let manifest = manifest(&module, folder.as_ref(), limits, options);
+    let Progress { runs, context } = std::mem::take(progress);
     Ok(Compiled { module, manifest, runs, context, folder, device, weights: options.weights, source_hash })
 }
 

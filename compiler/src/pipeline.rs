@@ -7,11 +7,13 @@
 //!           | "(" pipeline ")"                                  a group, so that parts can be put together
 //!           | "fixpoint" [ "<max=" number ">" ] "{" pipeline "}"  repeated until nothing changes
 //!           | "O0" | "O1" | "O2"                                a level, spelled out when printed
+//! place     = ( "before" | "after" ) ":" pass "=" pipeline        for [`Pipeline::insert`]
 //! ```
 
 use std::fmt;
 use std::sync::Arc;
 
+use millrace_ir::nearest::nearest;
 use millrace_ir::{Error, Kind, Result};
 
 pub use crate::manager::{Controls, Manager, Observer, PassRun, Stop};
@@ -112,6 +114,81 @@ impl Pipeline {
         without(&mut self.0, names);
         self
     }
+
+    /// Puts passes in at a place: `before:pack-weights=chunk-mlp,cse` before the first call of `pack-weights`,
+    /// `after:` behind the last one, in whichever group or fixpoint that call stands. The pipeline prints with them.
+    ///
+    /// # Errors
+    /// `compile/bad-pipeline` for bad syntax, an unknown pass, or one that this pipeline does not call.
+    pub fn insert(&mut self, place: &str, registry: &Registry) -> Result<()> {
+        let parts = place.split_once(':').and_then(|(at, rest)| Some((at.trim(), rest.split_once('=')?)));
+        let Some((at @ ("before" | "after"), (anchor, passes))) = parts else {
+            let message = format!("`{place}` is no place for passes");
+            return Err(Error::new(Kind::Usage, "compile/bad-pipeline", message)
+                .hint("write before:PASS=PASSES or after:PASS=PASSES"));
+        };
+        let anchor = anchor.trim();
+        let inserted = Self::parse_with(passes, registry)?.0;
+        if inserted.is_empty() {
+            return Err(bad(format!("`{place}` puts no pass in")));
+        }
+        let (first, steps) = (at == "before", &mut self.0);
+        if put(steps, first, anchor, inserted).is_some() {
+            registry.get(anchor)?;
+            let mut names = Vec::new();
+            calls(steps, &mut names);
+            let close = nearest(anchor, names.iter().copied());
+            let close = close.map_or_else(String::new, |c| format!("; did you mean `{c}`?"));
+            let message = format!("the pipeline does not call `{anchor}`{close}");
+            return Err(Error::new(Kind::Usage, "compile/bad-pipeline", message)
+                .hint(format!("it calls {}", names.join(", "))));
+        }
+        Ok(())
+    }
+}
+
+impl Step {
+    /// The steps inside this one.
+    fn inner(&self) -> &[Step] {
+        match self {
+            Step::Pass(_) => &[],
+            Step::Group(steps) | Step::Fixpoint { steps, .. } => steps,
+        }
+    }
+
+    fn inner_mut(&mut self) -> Option<&mut Vec<Step>> {
+        match self {
+            Step::Pass(_) => None,
+            Step::Group(steps) | Step::Fixpoint { steps, .. } => Some(steps),
+        }
+    }
+}
+
+/// The names of all passes that are called, each once.
+fn calls<'a>(steps: &'a [Step], names: &mut Vec<&'a str>) {
+    for step in steps {
+        match step {
+            Step::Pass(call) if !names.contains(&call.pass.name()) => names.push(call.pass.name()),
+            other => calls(other.inner(), names),
+        }
+    }
+}
+
+/// Puts steps before the first call of a pass or behind the last one; gives them back if there is none.
+fn put(steps: &mut Vec<Step>, first: bool, anchor: &str, mut inserted: Vec<Step>) -> Option<Vec<Step>> {
+    let count = steps.len();
+    for n in 0..count {
+        let at = if first { n } else { count - 1 - n };
+        if matches!(&steps[at], Step::Pass(call) if call.pass.name() == anchor) {
+            let at = at + usize::from(!first);
+            steps.splice(at..at, inserted);
+            return None;
+        }
+        if let Some(inner) = steps[at].inner_mut() {
+            inserted = put(inner, first, anchor, inserted)?;
+        }
+    }
+    Some(inserted)
 }
 
 /// Leaves out passes by name, also inside of groups, and what is empty then.
@@ -291,6 +368,42 @@ mod tests {
         assert_eq!(Pipeline::parse(text).unwrap().to_string(), text);
         let spaced = " ( cse , (dce) ) , fixpoint < max = 4 > { cse, fixpoint { dce } } , schedule { search = false } ";
         assert_eq!(Pipeline::parse(spaced).unwrap().to_string(), text);
+    }
+
+    #[test]
+    fn passes_are_put_in() {
+        let registry = Registry::standard();
+        let with = |text: &str, place: &str| {
+            let mut pipeline = Pipeline::parse(text)?;
+            pipeline.insert(place, &registry).map(|()| pipeline.to_string())
+        };
+        let text = "cse,fixpoint{cse,(dce,cse)},schedule";
+        let before = |place| with(text, place).unwrap();
+        assert_eq!(before("before:cse=dce"), "dce,cse,fixpoint{cse,(dce,cse)},schedule");
+        assert_eq!(before("after:cse=dce"), "cse,fixpoint{cse,(dce,cse,dce)},schedule");
+        assert_eq!(
+            before(" before : dce = cse,fixpoint{dce} "),
+            "cse,fixpoint{cse,(cse,fixpoint{dce},dce,cse)},schedule"
+        );
+        assert_eq!(before("after:schedule=chunk-mlp{parts=2}"), format!("{text},chunk-mlp{{parts=2}}"));
+        let level = with("O2", "before:pack-weights=chunk-mlp").unwrap();
+        assert_eq!(level, LEVELS[2].replace("pack-weights", "chunk-mlp,pack-weights"));
+        assert_eq!(Pipeline::parse(&level).unwrap().to_string(), level);
+        let message = |place| {
+            let error = with(text, place).unwrap_err();
+            assert_eq!(error.code(), "compile/bad-pipeline", "{place}");
+            error.to_string()
+        };
+        assert!(
+            message("before:schedul=dce").contains("there is no pass `schedul`; did you mean `schedule`?")
+        );
+        assert!(message("before:recover=dce").contains("does not call `recover`"));
+        assert!(message("before:recover=dce").contains("it calls cse, dce, schedule"));
+        assert!(message("before:cse=").contains("puts no pass in"));
+        assert!(message("before:cse=dcee").contains("did you mean `dce`"));
+        for place in ["cse=dce", "before:cse", "behind:cse=dce", "", ":", "before"] {
+            assert!(message(place).contains("before:PASS=PASSES"), "{place}");
+        }
     }
 
     #[test]

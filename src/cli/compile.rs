@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use indicatif::{ProgressBar, ProgressStyle};
 use millrace::compiler::Registry;
 use millrace::compiler::codegen::WeightMode;
-use millrace::compiler::compile::SourceModel;
+use millrace::compiler::compile::{Progress, SourceModel, compile_with};
 use millrace::compiler::import::{Options, Precision};
 use millrace::compiler::pass::Context;
 use millrace::compiler::pipeline::{Manager, Pipeline};
 use millrace::compiler::target::TargetChoice;
 use millrace::ir::{DType, Module, text};
 use millrace::page::{Facts, Recorder, page};
-use millrace::{CompileOptions, Compiled, Error, Result, compile};
+use millrace::{CompileOptions, Compiled, Error, Result};
 use serde_json::json;
 
 use super::control::Control;
@@ -188,9 +188,10 @@ fn stop(
         controls: options.controls.clone(),
         ..Manager::default()
     };
-    manager.run(&options.pipeline, &mut module, &mut context).map_err(|e| e.at(args.model.display()))?;
+    let done = manager.run(&options.pipeline, &mut module, &mut context);
     let runs = manager.runs;
     args.control.report(&runs, &context);
+    done.map_err(|e| e.at(args.model.display()))?;
     let text = text::print(&module);
     match &args.output {
         Some(path) => std::fs::write(path, text).map_err(|e| Error::io("write", path, &e)),
@@ -202,6 +203,7 @@ fn stop(
 pub fn main(args: &Args) -> Result<()> {
     let mut options = args.model_options.resolve()?;
     let registry = Registry::standard();
+    args.control.insert(&mut options.pipeline, &registry)?;
     options.verify_each = args.control.verify_each;
     options.controls = args.control.controls(&registry)?;
     if args.strip_weights {
@@ -219,7 +221,10 @@ pub fn main(args: &Args) -> Result<()> {
     if args.control.stop_at.is_some() {
         return stop(args, &options, &mut observer);
     }
-    let compiled = compile(&args.model, &options, Some(&mut observer))?;
+    let mut progress = Progress::default();
+    let compiled = compile_with(&args.model, &options, Some(&mut observer), &mut progress)
+        // What was seen up to a failure matters most when there is one.
+        .inspect_err(|_| args.control.report(&progress.runs, &progress.context))?;
     args.control.report(&compiled.runs, &compiled.context);
     dumper.finish()?;
     let bytes = match &args.output {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use millrace::compiler::Registry;
 use millrace::compiler::pass::Context;
-use millrace::compiler::pipeline::{Controls, PassRun};
+use millrace::compiler::pipeline::{Controls, PassRun, Pipeline};
 use millrace::ir::{Module, text};
 use millrace::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -48,6 +48,9 @@ pub struct Control {
     /// Let only the first N rewrites happen; -1 prints what each number stands for
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     opt_bisect_limit: Option<i64>,
+    /// Put passes in before or after one of the pipeline, such as before:pack-weights=chunk-mlp,chunk-attention
+    #[arg(long, value_name = "PLACE:PASS=PASSES")]
+    pass_at: Vec<String>,
     /// Leave a pass out
     #[arg(long, value_name = "PASS")]
     disable_pass: Vec<String>,
@@ -60,6 +63,14 @@ pub struct Control {
 }
 
 impl Control {
+    /// Puts the passes of `--pass-at` into `pipeline`.
+    ///
+    /// # Errors
+    /// As [`Pipeline::insert`].
+    pub fn insert(&self, pipeline: &mut Pipeline, registry: &Registry) -> Result<()> {
+        self.pass_at.iter().try_for_each(|place| pipeline.insert(place, registry))
+    }
+
     /// The manager's controls.
     ///
     /// # Errors

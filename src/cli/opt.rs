@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use millrace::compiler::Registry;
-use millrace::compiler::pass::Context;
+use millrace::compiler::pass::{Context, Pass};
 use millrace::compiler::pipeline::Manager;
 use millrace::compiler::target::TargetChoice;
-use millrace::ir::{Module, text};
+use millrace::ir::{Module, Phase, text};
 use millrace::{Error, Result};
 
 use super::control::Control;
@@ -29,8 +29,9 @@ pub struct Args {
 
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
-    let registry = Registry::standard();
-    let pipeline = registry.pipeline(&args.passes)?;
+    let registry = Registry::standard().with(Box::new(TriggerPanic));
+    let mut pipeline = registry.pipeline(&args.passes)?;
+    args.control.insert(&mut pipeline, &registry)?;
     let controls = args.control.controls(&registry)?;
     let mut dumper = args.control.dumper(&registry)?;
     let mut module = read_module(&args.file)?;
@@ -51,6 +52,24 @@ pub fn main(args: &Args) -> Result<()> {
     done.map_err(|e| e.at(args.file.display()))?;
     dumper.finish()?;
     print(&text::print(&module))
+}
+
+/// A pass that panics, so that one can see what a failing pass leaves behind. Only this verb knows it.
+struct TriggerPanic;
+
+impl Pass for TriggerPanic {
+    fn name(&self) -> &'static str {
+        "trigger-panic"
+    }
+    fn help(&self) -> &'static str {
+        "panics, to try out what happens then"
+    }
+    fn phases(&self) -> (Phase, Phase) {
+        (Phase::Imported, Phase::Lowered)
+    }
+    fn run(&self, _: &mut Module, _: &mut Context) -> Result<bool> {
+        panic!("asked for by name");
+    }
 }
 
 /// Parses a file of IR text.

@@ -29,6 +29,9 @@ impl Rule for FuseLinear {
             Op::Matmul(matmul) if matmul.transpose_b => {
                 let weight = node.operands[1];
                 let rows = match (weight, view.ty(weight).const_shape().as_deref()) {
+                    (Operand::Weight(_), Some([0, _])) => {
+                        return Outcome::Blocked("the weight has no rows".into());
+                    }
                     (Operand::Weight(_), Some([rows, _])) => *rows as usize,
                     (Operand::Weight(_), _) => {
                         return Outcome::Blocked("the weight is no constant matrix".into());

@@ -3,7 +3,9 @@
 
 mod begin_fusion;
 mod canonicalize;
+mod chunk_attention;
 mod chunk_mlp;
+mod chunks;
 mod const_fold;
 mod cse;
 mod dce;
@@ -27,7 +29,8 @@ use millrace_ir::Phase;
 
 use crate::pass::Pass;
 
-/// Every pass with its default options, in the order of the default pipeline; `chunk-mlp` stands where it may be put in.
+/// Every pass with its default options, in the order of the default pipeline; `chunk-mlp` and
+/// `chunk-attention` stand where they may be put in.
 pub fn all() -> Vec<Box<dyn Pass>> {
     vec![
         Box::new(canonicalize::Canonicalize),
@@ -43,6 +46,7 @@ pub fn all() -> Vec<Box<dyn Pass>> {
         Box::new(fuse_epilogue::FuseEpilogue),
         Box::new(fuse_pointwise::FusePointwise),
         Box::new(chunk_mlp::ChunkMlp::default()),
+        Box::new(chunk_attention::ChunkAttention::default()),
         Box::new(pack_weights::PackWeights),
         Box::new(schedule::Schedule::default()),
         Box::new(group_launches::GroupLaunches),

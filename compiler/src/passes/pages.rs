@@ -35,6 +35,7 @@ pages! {
     "fuse-epilogue" "fuse_epilogue",
     "fuse-pointwise" "fuse_pointwise",
     "chunk-mlp" "chunk_mlp",
+    "chunk-attention" "chunk_attention/mod",
     "pack-weights" "pack_weights",
     "schedule" "schedule",
     "group-launches" "group_launches",

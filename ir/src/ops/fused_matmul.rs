@@ -290,6 +290,9 @@ impl OpDef for FusedMatmul {
     }
 
     fn traits(&self) -> OpTraits {
-        OpTraits { fused_only: true, ..OpTraits::plain(Numerics::Accumulated) }
+        // A tile of the result is stored after the same tile of the last residual was read.
+        let last = self.epilogue.last() == Some(&Epilogue::Residual) && self.widths().len() == 1;
+        let in_place = last.then(|| 1 + self.epilogue.iter().filter(|e| e.has_operand()).count());
+        OpTraits { in_place, fused_only: true, ..OpTraits::plain(Numerics::Accumulated) }
     }
 }

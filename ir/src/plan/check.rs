@@ -107,7 +107,13 @@ fn check_types(module: &Module, types: &Types<'_>, bindings: &Bindings) -> Resul
         let named = traits.in_place.and_then(|i| node.operands.get(i));
         let takes_over = index == 0 && named == Some(&Operand::Value(a.value)) && a.low == b.low;
         let read_once = node.operands.iter().filter(|o| **o == Operand::Value(a.value)).count() == 1;
-        takes_over && (traits.view || (a.dies == b.born + 1 && read_once))
+        // Nobody else of the group may still read what the node writes over.
+        let at = (b.born - 1) / 2;
+        let in_group = graph.order[begins[at]..at]
+            .iter()
+            .filter_map(|id| graph.nodes.get(*id))
+            .any(|other| !other.op.traits().view && other.operands.contains(&Operand::Value(a.value)));
+        takes_over && (traits.view || (a.dies == b.born + 1 && read_once && !in_group))
     };
     // Views of one buffer may live together; find the buffer each view starts from. With `in_place`, also through nodes
     // that replace their operand.

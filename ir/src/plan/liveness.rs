@@ -62,6 +62,8 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
     graph.outputs.iter().for_each(|o| is_output[o.value.index()] = true);
     let mut buffer_of: Vec<Option<usize>> = vec![None; graph.values.bound()];
     let mut liveness = Liveness::default();
+    let joined = order.iter().any(|id| graph.nodes[*id].joined);
+    let groups = if joined { groups(graph, order) } else { Vec::new() };
     for (at, id) in order.iter().enumerate() {
         let node = &graph.nodes[*id];
         let traits = node.op.traits();
@@ -79,7 +81,14 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
                 let others = node.operands.iter().enumerate().any(|(i, o)| {
                     i != operand && matches!(o, Operand::Value(v) if buffer_of[v.index()] == Some(buffer))
                 });
-                let dies = liveness.buffers[buffer].end == at + 1 && !others;
+                // Another node of the group may still read the operand when this one writes.
+                let earlier = groups.get(at).map_or(at, |(first, _)| *first)..at;
+                let in_group = order[earlier].iter().map(|id| &graph.nodes[*id]).any(|n| {
+                    let reads =
+                        |o: &Operand| matches!(o, Operand::Value(v) if buffer_of[v.index()] == Some(buffer));
+                    !n.op.traits().view && n.operands.iter().any(reads)
+                });
+                let dies = liveness.buffers[buffer].end == at + 1 && !others && !in_group;
                 let same = types.value(*from) == types.value(*result);
                 let fits = same || (traits.view && bytes_of(*from) == bytes_of(*result));
                 (fits && (traits.view || (in_place && dies))).then_some(buffer)
@@ -102,8 +111,7 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
             }
         }
     }
-    if order.iter().any(|id| graph.nodes[*id].joined) {
-        let groups = groups(graph, order);
+    if joined {
         for buffer in &mut liveness.buffers {
             buffer.start = groups[buffer.start].0;
             buffer.end = groups[buffer.end - 1].1;

@@ -101,8 +101,8 @@ fn kernel(op: impl Into<Op>, operands: &[Spec]) -> String {
     module(&op.into(), operands).kernels[KernelId::from_index(0)].name.clone()
 }
 
-/// Bytes of every result; `in_place` lets result 0 replace operand 0.
-fn execute(module: &Module, tensors: &[Tensor], pool: &Pool, in_place: bool) -> Vec<Vec<u8>> {
+/// Bytes of every result; with `in_place` result 0 replaces that operand.
+fn execute(module: &Module, tensors: &[Tensor], pool: &Pool, in_place: Option<usize>) -> Vec<Vec<u8>> {
     let mut inputs: Vec<Vec<u8>> = tensors.iter().map(Tensor::to_bytes).collect();
     let aligned = |bytes: &[u8]| {
         let mut buffer = Buffer::zeroed(bytes.len() as u64, "a test").unwrap();
@@ -116,15 +116,16 @@ fn execute(module: &Module, tensors: &[Tensor], pool: &Pool, in_place: bool) -> 
         .enumerate()
         .map(|(i, r)| {
             let bytes = module.graph.values[*r].ty.bytes().extent(&Bindings::new()).unwrap() as usize;
-            let before = if in_place && i == 0 { inputs[0].clone() } else { vec![0xA5; bytes] };
+            let replaced = in_place.filter(|_| i == 0).map(|operand| inputs[operand].clone());
+            let before = replaced.unwrap_or_else(|| vec![0xA5; bytes]);
             aligned(&before)
         })
         .collect();
     let mut held: Vec<Buffer> = inputs.drain(..).map(|b| aligned(&b)).collect();
     let outputs_at: Vec<Region> = outputs.iter_mut().map(Buffer::region).collect();
     let mut inputs_at: Vec<Region> = held.iter_mut().map(Buffer::region).collect();
-    if in_place {
-        inputs_at[0] = outputs_at[0];
+    if let Some(operand) = in_place {
+        inputs_at[operand] = outputs_at[0];
     }
     let regions = Regions {
         inputs: inputs_at,
@@ -171,16 +172,17 @@ fn check(op: impl Into<Op>, operands: &[Spec], seed: u64) {
     for tensor in &mut expected {
         *tensor = Tensor::from_bytes(tensor.dtype, &tensor.shape, &tensor.to_bytes()).unwrap();
     }
-    let found = execute(&module, &tensors, &POOLS[0], false);
+    let found = execute(&module, &tensors, &POOLS[0], None);
     let exact = op.traits().numerics == Numerics::Exact;
     for (bytes, expected) in found.iter().zip(&expected) {
         let tensor = Tensor::from_bytes(expected.dtype, &expected.shape, bytes).unwrap();
         close(&tensor, expected, exact, &what);
     }
-    assert_eq!(found, execute(&module, &tensors, &POOLS[1], false), "threads: {what}");
-    let same = operands.first().is_some_and(|o| types[0] == TensorType::new(o.0, o.1.iter().copied()));
-    if op.traits().in_place == Some(0) && same {
-        assert_eq!(found, execute(&module, &tensors, &POOLS[1], true), "in place: {what}");
+    assert_eq!(found, execute(&module, &tensors, &POOLS[1], None), "threads: {what}");
+    let same =
+        |i: usize| operands.get(i).is_some_and(|o| types[0] == TensorType::new(o.0, o.1.iter().copied()));
+    if let Some(operand) = op.traits().in_place.filter(|i| same(*i)) {
+        assert_eq!(found, execute(&module, &tensors, &POOLS[1], Some(operand)), "in place: {what}");
     }
 }
 
@@ -393,7 +395,8 @@ proptest! {
     fn unpacked_products(
         dtype in floats(), out in proptest::option::of(floats()), m in 1usize..14, k in 1usize..70,
         segments in proptest::collection::vec(1usize..40, 1..3),
-        panel in proptest::sample::select(vec![0usize, 0, 5, 16, 32]), bias: bool, seed: u64,
+        panel in proptest::sample::select(vec![0usize, 0, 5, 16, 32]), bias: bool, residuals in 0usize..3,
+        seed: u64,
     ) {
         let n: usize = segments.iter().sum();
         let weight = match panel {
@@ -405,6 +408,10 @@ proptest! {
         if bias {
             operands.push((dtype, vec![n], Fill::Tame));
             epilogue.push(Epilogue::Bias);
+        }
+        for _ in 0..if segments.len() == 1 { residuals } else { 0 } {
+            operands.push((dtype, vec![m, n], Fill::Tame));
+            epilogue.push(Epilogue::Residual);
         }
         check(FusedMatmul { segments, panel, cores: false, epilogue, out }, &operands, seed);
     }

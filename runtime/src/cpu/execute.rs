@@ -301,17 +301,22 @@ impl<'a> Node<'a> {
         let x = self.shape(self.ty(0))?;
         let k = x.last().copied().unwrap_or(1);
         let m = x[..x.len() - 1].iter().product();
+        // A residual that the result replaces is read through the result only.
+        let replaced = self.node.op.traits().in_place.filter(|i| self.operands[*i].same(self.results[0]));
+        if replaced.is_some() && self.results[0].len() > 0 && self.ty(0).dtype != self.result_ty(0).dtype {
+            return Err(internal("an operand cannot be replaced"));
+        }
         let mut next = 2;
-        let mut operand = || {
-            next += 1;
-            self.read::<T>(next - 1)
-        };
         let epilogue = op
             .epilogue
             .iter()
             .map(|step| {
+                let at = next;
+                next += usize::from(step.has_operand());
+                let operand = || self.read::<T>(at);
                 Ok(match step {
                     fused_matmul::Epilogue::Bias => Epilogue::Bias(operand()?),
+                    fused_matmul::Epilogue::Residual if replaced == Some(at) => Epilogue::Accumulate,
                     fused_matmul::Epilogue::Residual => Epilogue::Residual(operand()?),
                     fused_matmul::Epilogue::Mul => Epilogue::Mul(operand()?),
                     fused_matmul::Epilogue::Activation(f) => Epilogue::Activation(activation(*f)?),
