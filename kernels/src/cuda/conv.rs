@@ -52,7 +52,7 @@ fn convolve(
     let weight = w.const_shape()?;
     let [outputs, inputs, kh, kw] = weight[..] else { return None };
     let per_group = outputs / (op.groups as u64).max(1);
-    let channels = [4u64, 2].into_iter().find(|c| per_group % c == 0).unwrap_or(1);
+    let channels = [4u64, 2].into_iter().find(|c| per_group.is_multiple_of(*c)).unwrap_or(1);
     let [images, h, wide] = [&x.shape[0], &x.shape[2], &x.shape[3]].map(|d| extents.text(d));
     let [oh, ow] = [&y.shape[2], &y.shape[3]].map(|d| extents.text(d));
     let Conv2d { stride, pad, dilation, groups } = op;

@@ -442,7 +442,7 @@ fn reductions(dump: &mut Dump) {
     }
     let x = Tensor::from_values(DType::F32, &[2, 3], vec![1.0, f64::NAN, -2.0, f64::NAN, f64::NAN, f64::NAN])
         .unwrap();
-    dump.of(Reduce { function: ReduceFn::Max, axes: vec![1], keep: false }, &[x.clone()]);
+    dump.of(Reduce { function: ReduceFn::Max, axes: vec![1], keep: false }, std::slice::from_ref(&x));
     dump.of(Reduce { function: ReduceFn::Sum, axes: vec![1], keep: false }, &[x]);
 }
 

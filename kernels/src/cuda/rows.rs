@@ -189,7 +189,7 @@ mod tests {
         for width in (1..3000).chain([4096, 8192, 16384, 50257, 32768, 128256]) {
             for (pack, size) in [(8u64, 2u64), (4, 4), (1, 2), (1, 4), (8, 1)] {
                 let d = divide(Some(width), pack, size);
-                assert!(d.threads % d.lanes == 0 && d.threads % 32 == 0, "{width} {d:?}");
+                assert!(d.threads.is_multiple_of(d.lanes) && d.threads.is_multiple_of(32), "{width} {d:?}");
                 let held = u64::from(d.lanes * d.packs) * pack;
                 assert!(d.packs == 0 || held >= width, "{width} {d:?}");
                 assert!(u64::from(d.packs) * pack <= 32, "{width} {d:?}");
