@@ -7,6 +7,7 @@
 //! or a CUDA library.
 
 pub mod arch;
+pub mod argmax;
 mod body;
 pub mod conv;
 mod copy;

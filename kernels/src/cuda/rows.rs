@@ -51,7 +51,17 @@ pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
         Op::Softmax(op) => return columns(site, node, op.axis),
         _ => return None,
     };
-    roles.plan(site, node)
+    roles.plan(site, node, None)
+}
+
+/// Plans an rms_norm with a given division.
+#[cfg(test)]
+pub(super) fn plan_divided(site: Site<'_>, node: &Node, division: Division) -> Option<Planned> {
+    let Op::RmsNorm(op) = &node.op else { return None };
+    let (added, bias) = (None, None);
+    let weight = node.operands.get(1).copied();
+    let roles = Roles { function: Function::Rms, eps: op.eps, added, weight, bias, sum: false };
+    roles.plan(site, node, Some(division))
 }
 
 /// How a row is divided among threads.
@@ -88,7 +98,7 @@ pub(super) fn divide(width: Option<u64>, pack: u64, size: u64) -> Division {
 }
 
 impl Roles {
-    fn plan(&self, site: Site<'_>, node: &Node) -> Option<Planned> {
+    fn plan(&self, site: Site<'_>, node: &Node, division: Option<Division>) -> Option<Planned> {
         let ty = site.operand_ty(node, 0);
         if !ty.dtype.is_float() {
             return None;
@@ -97,7 +107,8 @@ impl Roles {
         let width = ty.last();
         let pack = common_unit(16 / size.max(2), [&width]);
         let constant = width.as_const().and_then(|w| u64::try_from(w).ok());
-        self.launch(site, node, divide(constant, pack, size), pack)
+        let division = division.unwrap_or_else(|| divide(constant, pack, size));
+        self.launch(site, node, division, pack)
     }
 
     fn launch(&self, site: Site<'_>, node: &Node, division: Division, pack: u64) -> Option<Planned> {
