@@ -7,9 +7,21 @@
 //! or a CUDA library.
 
 pub mod arch;
+pub mod argmax;
+mod body;
+pub mod conv;
+mod copy;
+#[cfg(test)]
+mod device_tests;
 pub mod matmul;
+pub mod movement;
 pub mod plan;
+pub mod pointwise;
+pub mod reduce;
+pub mod rows;
+pub mod select;
 pub mod source;
+pub mod space;
 
 pub use arch::Arch;
 pub use plan::{Argument, Planned, Site, SiteLaunch, SiteVariant};
