@@ -7,8 +7,10 @@
 //! or a CUDA library.
 
 pub mod arch;
+pub mod attention;
 pub mod matmul;
 pub mod plan;
+pub mod rope;
 pub mod source;
 
 pub use arch::Arch;
