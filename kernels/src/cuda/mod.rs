@@ -13,6 +13,7 @@ pub mod conv;
 mod copy;
 #[cfg(test)]
 mod device_tests;
+pub mod attention;
 pub mod matmul;
 pub mod movement;
 pub mod plan;
@@ -20,6 +21,7 @@ pub mod pointwise;
 pub mod reduce;
 pub mod rows;
 pub mod select;
+pub mod rope;
 pub mod source;
 pub mod space;
 
