@@ -4,6 +4,7 @@
 //! eight columns, 128 contiguous bytes for 16-bit elements. A warp reads four neighbouring blocks as 512 contiguous bytes,
 //! and a tile of blocks is what the matrix instructions read from shared memory without a swizzle.
 
+pub mod large;
 pub mod problem;
 
 pub use problem::{Layout, Norm, Problem, Term};

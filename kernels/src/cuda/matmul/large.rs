@@ -1,0 +1,319 @@
+//! Matmuls of many rows (prefill): tensor cores fed from shared memory, every weight read once per tile of rows.
+//!
+//! On Hopper, `wgmma.cu`: persistent blocks whose producer warp fills a ring of shared-memory stages through the tensor
+//! memory unit. Elsewhere `mma.cu`: `mma.sync` fed by `cp.async`. Both end in `epilogue.cu`. The shape of the tiles depends
+//! on the number of rows: [`variants`] answers one launch for each range of it, chosen by [`Tile::cost`].
+//!
+//! The weight must be in [`Layout::Cores`], whose blocks are what matrix instructions read; a norm in front must have
+//! been launched before. A row's result does not depend on other rows as long as the variant is the same: each element
+//! is one chain of accumulations over `k` in order.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use millrace_ir::launch::{MapBase, TensorMap};
+use millrace_ir::ops::unary::UnaryFn;
+use millrace_ir::ops::fused_matmul::Epilogue;
+use millrace_ir::{DType, Dim};
+
+use super::problem::{Layout, Problem};
+use crate::cuda::plan::{Argument, SiteLaunch, SiteVariant, between};
+use crate::cuda::source::{Promise, Source, SourceWriter, type_name};
+
+/// Bytes of shared memory in which a warp turns its part of a tile into whole lines; `SCRATCH` in `epilogue.cu`.
+const SCRATCH: u32 = 2048;
+
+/// Columns of `k` in a stage of `wgmma.cu`: one line of the 128-byte swizzle.
+const WGMMA_K: u32 = 64;
+
+/// Columns of `k` in a stage of `mma.cu`.
+const MMA_K: u32 = 32;
+
+/// How a kernel cuts the result into tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tile {
+    /// `wgmma.cu`.
+    Wgmma {
+        /// Groups of four warps, each with 64 rows of the tile.
+        consumers: u32,
+        /// Columns.
+        columns: u32,
+        /// Stages of the ring.
+        stages: u32,
+        /// Blocks that share their weight tiles, on neighbouring row tiles.
+        cluster: u32,
+        /// Row tiles of clusters that are walked before the next columns.
+        group: u32,
+    },
+    /// `mma.cu`.
+    Mma {
+        /// Warps along the rows, 64 each.
+        warps_m: u32,
+        /// Warps along the columns, 64 each.
+        warps_n: u32,
+        /// Stages of the ring.
+        stages: u32,
+        /// Row tiles that are walked before the next columns.
+        group: u32,
+    },
+}
+
+impl Tile {
+    /// The tile for large numbers of rows on Hopper.
+    const HOPPER: Tile = Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 2, group: 8 };
+
+    /// Rows of the tiles of one cluster.
+    pub fn rows(self) -> u32 {
+        match self {
+            Tile::Wgmma { consumers, cluster, .. } => 64 * consumers * cluster,
+            Tile::Mma { warps_m, .. } => 64 * warps_m,
+        }
+    }
+
+    /// Columns.
+    pub fn columns(self) -> u32 {
+        match self {
+            Tile::Wgmma { columns, .. } => columns,
+            Tile::Mma { warps_n, .. } => 64 * warps_n,
+        }
+    }
+
+    /// Blocks of a cluster.
+    pub fn cluster(self) -> u32 {
+        match self {
+            Tile::Wgmma { cluster, .. } => cluster,
+            Tile::Mma { .. } => 1,
+        }
+    }
+
+    /// Threads of a block.
+    pub fn threads(self) -> u32 {
+        match self {
+            Tile::Wgmma { consumers, .. } => (consumers + 1) * 128,
+            Tile::Mma { warps_m, warps_n, .. } => warps_m * warps_n * 32,
+        }
+    }
+
+    /// Bytes of dynamic shared memory: the ring, scratch of each warp, barriers, and what alignment may take.
+    pub fn shared(self) -> u32 {
+        match self {
+            Tile::Wgmma { consumers, columns, stages, .. } => {
+                let stage = (64 * consumers + columns) * WGMMA_K * 2;
+                stages * (stage + 16) + consumers * 4 * SCRATCH + 1024
+            }
+            Tile::Mma { warps_m, warps_n, stages, .. } => {
+                let stage = (64 * warps_m + 64 * warps_n) * MMA_K * 2;
+                (stages * stage).max(warps_m * warps_n * SCRATCH)
+            }
+        }
+    }
+}
+
+/// Launches for every number of rows, and the bytes of scratch memory they need; [`variants`] without the choice by rows.
+pub fn launches(problem: &Problem<'_>) -> Option<(Vec<SiteLaunch>, Dim)> {
+    let tile = match problem.site.arch.has_wgmma() {
+        true => Tile::HOPPER,
+        false => mma_tile(problem),
+    };
+    Some((vec![launch(problem, tile)?], Dim::from(0u64)))
+}
+
+/// Ways to run the problem by its number of rows; the first whose condition holds, and the last has none.
+pub fn variants(problem: &Problem<'_>) -> Option<Vec<SiteVariant>> {
+    let (launches, _) = launches(problem)?;
+    let _ = between;
+    Some(vec![SiteVariant { when: Vec::new(), launches }])
+}
+
+fn mma_tile(problem: &Problem<'_>) -> Tile {
+    let stages = if problem.site.arch.max_shared() < 128 << 10 { 3 } else { 4 };
+    Tile::Mma { warps_m: 2, warps_n: 2, stages, group: 8 }
+}
+
+/// One launch with a given tile, or none if the problem is not for these kernels.
+pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
+    let float = matches!(problem.dtype, DType::BF16 | DType::F16);
+    let out = matches!(problem.out, DType::BF16 | DType::F16 | DType::F32);
+    let small = i32::try_from(problem.k).is_ok() && i32::try_from(problem.n()).is_ok();
+    let whole = problem.k > 0 && problem.k.is_multiple_of(8) && problem.segments.iter().all(|s| *s > 0);
+    if problem.layout != Layout::Cores || !float || !out || !small || !whole {
+        return None;
+    }
+    let (k, panels) = (problem.k as u64, problem.panels() as u64);
+    let row_tiles = problem.m.ceil_div(i64::from(tile.rows()));
+    let tiles = row_tiles.mul(&Dim::from(panels.div_ceil(u64::from(tile.columns() / 8))));
+    let one = || Dim::from(1u64);
+    let arch = problem.site.arch;
+    let mut writer = SourceWriter::new(match tile {
+        Tile::Wgmma { .. } => "cuda.matmul.wgmma",
+        Tile::Mma { .. } => "cuda.matmul.mma",
+    });
+    writer = writer
+        .ty("ELEMENT", problem.dtype)
+        .ty("OUT", problem.out)
+        .int("K", k)
+        .int("PANELS", panels)
+        .body(&epilogue(problem)?)
+        .body(include_str!("epilogue.cu"));
+    let (blocks, maps) = match tile {
+        Tile::Wgmma { consumers, columns, stages, cluster, group } => {
+            writer = writer
+                .int("BN", columns)
+                .int("STAGES", stages)
+                .int("CLUSTER", cluster)
+                .int("CONSUMERS", consumers)
+                .int("GROUP", group)
+                .body(&wgmma_instruction(columns, problem.dtype))
+                .body(include_str!("wgmma.cu"));
+            let clusters = tiles.min_of(&Dim::from(u64::from(arch.multiprocessors() / cluster)));
+            let x = TensorMap {
+                of: MapBase::Address(problem.x),
+                dtype: problem.dtype,
+                shape: vec![Dim::from(k), problem.m.clone()],
+                strides: vec![Dim::from(2 * k)],
+                tile: vec![WGMMA_K, 64 * consumers],
+                swizzle: 128,
+            };
+            let w = TensorMap {
+                of: MapBase::Address(problem.weight),
+                dtype: problem.dtype,
+                shape: vec![Dim::from(64u64), Dim::from(k / 8), Dim::from(panels)],
+                strides: vec![Dim::from(128u64), Dim::from(16 * k)],
+                tile: vec![64, WGMMA_K / 8, columns / 8 / cluster],
+                swizzle: 0,
+            };
+            (clusters.mul(&Dim::from(u64::from(cluster))), [Argument::Map(x), Argument::Map(w)])
+        }
+        Tile::Mma { warps_m, warps_n, stages, group } => {
+            writer = writer
+                .int("WARPS_M", warps_m)
+                .int("WARPS_N", warps_n)
+                .int("STAGES", stages)
+                .int("GROUP", group)
+                .body(include_str!("mma.cu"));
+            (tiles, [Argument::Address(problem.x), Argument::Address(problem.weight)])
+        }
+    };
+    let source: Arc<Source> = writer.promise(Promise { registers: 0, no_local: true }).finish();
+    let mut launch = SiteLaunch::new(source, [blocks, one(), one()], tile.threads());
+    launch.cluster = tile.cluster();
+    launch.shared = tile.shared();
+    launch.dependent = arch.has_tma();
+    let operands = problem.epilogue.iter().filter_map(|t| t.operand);
+    let pointers = operands.chain(problem.results.iter().copied()).map(Argument::Address);
+    Some(launch.args(maps).args([Argument::I32(problem.m.clone())]).args(pointers))
+}
+
+/// What `epilogue.cu` asks for: constants, `Pointers`, `place_of`, `operand_of`, `bias_pointer` and `finish`. Pointers are
+/// parameters in the order of the epilogue's operands, then the results.
+fn epilogue(problem: &Problem<'_>) -> Option<String> {
+    let gated = problem.gated();
+    let widths = if gated { &problem.segments[..1] } else { &problem.segments[..] };
+    if widths.len() != problem.results.len() {
+        return None;
+    }
+    let mut parameters = Vec::new();
+    let (mut bias, mut matrices) = (None, Vec::new());
+    for (index, term) in problem.epilogue.iter().enumerate().filter(|(_, t)| t.operand.is_some()) {
+        let name = format!("operand{index}");
+        parameters.push((format!("const ELEMENT *{name}"), name.clone()));
+        match term.step {
+            Epilogue::Bias if bias.is_some() => return None,
+            Epilogue::Bias => bias = Some(name),
+            _ => matrices.push(name),
+        }
+    }
+    for index in 0..widths.len() {
+        parameters.push((format!("OUT *result{index}"), format!("result{index}")));
+    }
+    let mut text = String::new();
+    let mut line = |args: std::fmt::Arguments<'_>| {
+        // Writing to a string has no reason to fail.
+        let _ = text.write_fmt(args);
+        text.push('\n');
+    };
+    line(format_args!("constexpr int GATED = {};", i32::from(gated)));
+    line(format_args!("constexpr int BIAS = {};", i32::from(bias.is_some())));
+    line(format_args!("constexpr int OPERANDS = {};", matrices.len()));
+    line(format_args!("constexpr int ALIGNED = {};", i32::from(problem.segments.iter().all(|s| s % 8 == 0))));
+    line(format_args!("constexpr int OUT_PANELS = {};", widths.iter().map(|w| w.div_ceil(8)).sum::<usize>()));
+    line(format_args!("constexpr int SECOND = {};", problem.segments[0]));
+    let join = |parts: Vec<&str>, by: &str| parts.join(by);
+    let declared: Vec<&str> = parameters.iter().map(|p| p.0.as_str()).collect();
+    let names: Vec<&str> = parameters.iter().map(|p| p.1.as_str()).collect();
+    line(format_args!("struct Pointers {{ {}; }};", join(declared.clone(), "; ")));
+    line(format_args!("#define POINTER_PARAMETERS {}", join(declared, ", ")));
+    line(format_args!("#define POINTERS Pointers{{{}}}", join(names, ", ")));
+    let at = bias.as_ref().map_or("(const ELEMENT *)0".to_string(), |b| format!("p.{b}"));
+    line(format_args!("DEVICE const ELEMENT *bias_pointer(const Pointers &p) {{ return {at}; }}"));
+    line(format_args!("// Operand `q` of the shape of the result."));
+    let chosen = matrices
+        .iter()
+        .enumerate()
+        .rev()
+        .fold("(const ELEMENT *)0".to_string(), |rest, (q, name)| format!("q == {q} ? p.{name} : {rest}"));
+    line(format_args!("DEVICE const ELEMENT *operand_of(const Pointers &p, int q) {{ return {chosen}; }}"));
+    line(format_args!("// Where panel `panel` of the results is: result, its width, first column, position of the segment"));
+    line(format_args!("// in the bias."));
+    line(format_args!("struct Place {{ OUT *result; int width, column, first; }};"));
+    line(format_args!("DEVICE Place place_of(const Pointers &p, int panel) {{"));
+    let (mut panel, mut first) = (0, 0);
+    for (index, width) in widths.iter().enumerate() {
+        let end = panel + width.div_ceil(8);
+        let guard = if index + 1 < widths.len() { format!("if (panel < {end}) ") } else { String::new() };
+        line(format_args!("    {guard}return Place{{p.result{index}, {width}, (panel - {panel}) * 8, {first}}};"));
+        (panel, first) = (end, first + width);
+    }
+    line(format_args!("}}"));
+    line(format_args!("// The steps: accumulators of the column and, if gated, of the second segment's; biases; operands."));
+    line(format_args!("DEVICE float finish(float v, float u, float bias, float second, const float *o) {{"));
+    let mut operand = 0;
+    for term in &problem.epilogue {
+        match term.step {
+            Epilogue::Bias if gated => line(format_args!("    v += bias, u += second;")),
+            Epilogue::Bias => line(format_args!("    v += bias;")),
+            Epilogue::Activation(f) => line(format_args!("    v = {}(v);", activation(f)?)),
+            Epilogue::Glu(f) => line(format_args!("    v = {}(v) * u;", activation(f)?)),
+            Epilogue::Residual | Epilogue::Mul => {
+                let sign = if term.step == Epilogue::Mul { '*' } else { '+' };
+                line(format_args!("    v {sign}= o[{operand}];"));
+                operand += 1;
+            }
+        }
+    }
+    line(format_args!("    return v;\n}}"));
+    Some(text)
+}
+
+/// An activation as the prelude spells it.
+fn activation(f: UnaryFn) -> Option<&'static str> {
+    Some(match f {
+        UnaryFn::Silu => "silu",
+        UnaryFn::Gelu => "gelu",
+        UnaryFn::GeluTanh => "gelu_tanh",
+        UnaryFn::Relu => "relu",
+        UnaryFn::Tanh => "tanhf",
+        UnaryFn::Sigmoid => "sigmoid",
+        _ => return None,
+    })
+}
+
+/// `acc[64 rows, n] (+)= a[64, 16] b[16, n]`, one group of four warps; `a` and `b` are descriptors of shared memory, and
+/// the accumulators are overwritten where `keep` is 0.
+fn wgmma_instruction(n: u32, dtype: DType) -> String {
+    let registers = n / 2;
+    let list = |f: &dyn Fn(u32) -> String| (0..registers).map(f).collect::<Vec<_>>().join(", ");
+    let ty = if dtype == DType::F16 { "f16" } else { type_name(DType::BF16) };
+    format!(
+        "DEVICE void wgmma(float (&d)[{}][4], u64 a, u64 b, int keep) {{\n    \
+         asm volatile(\"{{.reg .pred p;\\nsetp.ne.b32 p, %{}, 0;\\n\"\n        \
+         \"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ty}.{ty} {{{}}}, %{}, %{}, p, 1, 1, 0, 0;}}\"\n        \
+         : {}\n        : \"l\"(a), \"l\"(b), \"r\"(keep));\n}}",
+        n / 8,
+        registers + 2,
+        list(&|i| format!("%{i}")),
+        registers,
+        registers + 1,
+        list(&|i| format!("\"+f\"(d[{}][{}])", i / 4, i % 4)),
+    )
+}
