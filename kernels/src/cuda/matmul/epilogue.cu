@@ -8,8 +8,8 @@
 // Address in a warp's scratch memory of 16 bytes: row `row` of 16, unit `unit` of UNITS. Eight rows of one unit, and one
 // row of all units, are in distinct banks.
 template <int UNITS> DEVICE u32 scratch_slot(u32 scratch, int row, int unit) {
-    static_assert(UNITS == 8 || UNITS == 4, "a row is 64 or 128 bytes");
-    return scratch + row * (UNITS * 16) + ((unit ^ (UNITS == 8 ? row & 7 : (row >> 1) & 3)) << 4);
+    static_assert(UNITS == 8 || UNITS == 4 || UNITS == 2 || UNITS == 1, "a row is at most 128 bytes");
+    return scratch + row * (UNITS * 16) + ((unit ^ ((row * UNITS / 8) & (UNITS - 1))) << 4);
 }
 
 DEVICE void store_shared(u32 at, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
@@ -52,36 +52,36 @@ DEVICE float2 finish_pair(const float (&acc)[N][4], int j, int h, float2 bias, f
 template <int N>
 DEVICE void store_staged(const float (&acc)[N][4], const Pointers &p, int row, int panel, int m, u32 scratch) {
     constexpr int OUT_N = GATED ? N / 2 : N;
-    constexpr int UNITS = OUT_N % 8 == 0 ? 8 : 4;
+    constexpr int UNITS = OUT_N % 8 == 0 ? 8 : OUT_N % 4 == 0 ? 4 : OUT_N % 2 == 0 ? 2 : 1;
     constexpr int STEP = 32 / UNITS;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int unit = lane % UNITS, first_row = lane / UNITS;
-    uint4 ahead[OPERANDS + 1][16 / STEP];
-    auto fetch = [&](int chunk) {
+    uint4 ahead[16 / STEP];
+    auto fetch = [&](int chunk, int q) {
         const int mine = panel + chunk * UNITS + unit;
         const Place place = place_of(p, mine);
 #pragma unroll
-        for (int q = 0; q < OPERANDS; ++q) {
-#pragma unroll
-            for (int i = 0; i < 16 / STEP; ++i) {
-                const int r = row + i * STEP + first_row;
-                ahead[q][i] = make_uint4(0, 0, 0, 0);
-                if (r < m && mine < OUT_PANELS)
-                    ahead[q][i] = *(const uint4 *)(operand_of(p, q) + (i64)r * place.width + place.column);
-            }
+        for (int i = 0; i < 16 / STEP; ++i) {
+            const int r = row + i * STEP + first_row;
+            ahead[i] = make_uint4(0, 0, 0, 0);
+            if (r < m && mine < OUT_PANELS)
+                ahead[i] = *(const uint4 *)(operand_of(p, q) + (i64)r * place.width + place.column);
         }
     };
-    if (OPERANDS) fetch(0);
+    if (OPERANDS == 1) fetch(0, 0);
 #pragma unroll
     for (int chunk = 0; chunk < OUT_N / UNITS; ++chunk) {
         if (panel + chunk * UNITS >= OUT_PANELS) break;
         u32 extra[OPERANDS + 1][UNITS][2];
 #pragma unroll
         for (int q = 0; q < OPERANDS; ++q) {
+            // Several operands at a time would not leave enough registers to fetch ahead.
+            if (OPERANDS > 1) fetch(chunk, q);
 #pragma unroll
             for (int i = 0; i < 16 / STEP; ++i)
-                store_shared(scratch_slot<UNITS>(scratch, i * STEP + first_row, unit), ahead[q][i]);
+                store_shared(scratch_slot<UNITS>(scratch, i * STEP + first_row, unit), ahead[i]);
             __syncwarp();
+            if (OPERANDS == 1 && chunk + 1 < OUT_N / UNITS) fetch(chunk + 1, 0);
 #pragma unroll
             for (int j = 0; j < UNITS; ++j)
 #pragma unroll
@@ -89,7 +89,6 @@ DEVICE void store_staged(const float (&acc)[N][4], const Pointers &p, int row, i
                     extra[q][j][h] = load_shared_word(scratch_slot<UNITS>(scratch, g + 8 * h, j) + 4 * t);
             __syncwarp();
         }
-        if (OPERANDS && chunk + 1 < OUT_N / UNITS) fetch(chunk + 1);
 #pragma unroll
         for (int j = 0; j < UNITS; ++j) {
             float2 bias = make_float2(0.0f, 0.0f), second = bias;

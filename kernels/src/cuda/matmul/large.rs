@@ -42,6 +42,8 @@ pub enum Tile {
         stages: u32,
         /// Blocks that share their weight tiles, on neighbouring row tiles.
         cluster: u32,
+        /// Blocks that share a tile, each with a part of `k`; 1 if `cluster` is not.
+        split: u32,
         /// Row tiles of clusters that are walked before the next columns.
         group: u32,
     },
@@ -60,7 +62,7 @@ pub enum Tile {
 
 impl Tile {
     /// The tile for large numbers of rows on Hopper.
-    const HOPPER: Tile = Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 2, group: 8 };
+    const HOPPER: Tile = Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 2, split: 1, group: 8 };
 
     /// Rows of the tiles of one cluster.
     pub fn rows(self) -> u32 {
@@ -81,7 +83,7 @@ impl Tile {
     /// Blocks of a cluster.
     pub fn cluster(self) -> u32 {
         match self {
-            Tile::Wgmma { cluster, .. } => cluster,
+            Tile::Wgmma { cluster, split, .. } => cluster * split,
             Tile::Mma { .. } => 1,
         }
     }
@@ -156,16 +158,18 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
         .body(&epilogue(problem)?)
         .body(include_str!("epilogue.cu"));
     let (blocks, maps) = match tile {
-        Tile::Wgmma { consumers, columns, stages, cluster, group } => {
+        Tile::Wgmma { consumers, columns, stages, cluster, split, group } => {
             writer = writer
                 .int("BN", columns)
                 .int("STAGES", stages)
                 .int("CLUSTER", cluster)
+                .int("SPLIT", split)
                 .int("CONSUMERS", consumers)
                 .int("GROUP", group)
                 .body(&wgmma_instruction(columns, problem.dtype))
                 .body(include_str!("wgmma.cu"));
-            let clusters = tiles.min_of(&Dim::from(u64::from(arch.multiprocessors() / cluster)));
+            let resident = u64::from(arch.multiprocessors() / cluster);
+            let clusters = if split > 1 { tiles } else { tiles.min_of(&Dim::from(resident)) };
             let x = TensorMap {
                 of: MapBase::Address(problem.x),
                 dtype: problem.dtype,
@@ -182,7 +186,7 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
                 tile: vec![64, WGMMA_K / 8, columns / 8 / cluster],
                 swizzle: 0,
             };
-            (clusters.mul(&Dim::from(u64::from(cluster))), [Argument::Map(x), Argument::Map(w)])
+            (clusters.mul(&Dim::from(u64::from(cluster * split))), [Argument::Map(x), Argument::Map(w)])
         }
         Tile::Mma { warps_m, warps_n, stages, group } => {
             writer = writer
@@ -316,4 +320,177 @@ fn wgmma_instruction(n: u32, dtype: DType) -> String {
         registers + 1,
         list(&|i| format!("\"+f\"(d[{}][{}])", i / 4, i % 4)),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_ir::dim::{Bindings, Sym};
+    use millrace_ir::text::parse;
+    use millrace_ir::{Module, NodeId};
+
+    use super::*;
+    use crate::cuda::{Arch, Site};
+
+    /// A module of one matmul whose weight the tests take to be in cores.
+    fn module(dtype: &str, k: usize, segments: &[usize], epilogue: &str) -> Module {
+        let n: usize = segments.iter().sum();
+        let widths = if epilogue.contains("glu(") { &segments[..1] } else { segments };
+        let names: Vec<String> = (0..widths.len()).map(|i| format!("%{}", i + 3)).collect();
+        let types: Vec<String> = widths.iter().map(|w| format!("{dtype}[$t, {w}]")).collect();
+        let outputs: Vec<String> = types.iter().enumerate().map(|(i, t)| format!("\"y{i}\": {t}")).collect();
+        let mut operands = String::from("%0, @w");
+        if epilogue.contains("bias") {
+            operands += ", %1";
+        }
+        if epilogue.contains("residual") {
+            operands += ", %2";
+        }
+        let text = format!(
+            "module @m phase fused {{\n  dim $t in 1..=65536\n  weight @w : {dtype}[{n}, {k}] = \"m\"::\"w\"\n  \
+             graph @main(%0 \"x\": {dtype}[$t, {k}], %1 \"b\": {dtype}[{n}], %2 \"r\": {dtype}[$t, {}]) -> ({}) {{\n    \
+             {} = matmul.fused {operands} {{segments = {segments:?}, epilogue = [{epilogue}]}} : {}\n    \
+             return {}\n  }}\n}}\n",
+            widths[0],
+            outputs.join(", "),
+            names.join(", "),
+            types.join(", "),
+            names.join(", "),
+        );
+        parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"))
+    }
+
+    fn problem<'a>(module: &'a Module, nodes: &'a [NodeId], arch: Arch) -> Problem<'a> {
+        let mut problem = Problem::of(Site { module, nodes, arch }).unwrap();
+        problem.layout = Layout::Cores;
+        problem
+    }
+
+    fn with<R>(arch: Arch, module: &Module, f: impl FnOnce(Problem<'_>) -> R) -> R {
+        f(problem(module, &module.graph.order, arch))
+    }
+
+    fn blocks(launch: &SiteLaunch, m: u64) -> u64 {
+        let mut bindings = Bindings::new();
+        bindings.set(Sym::new("t").unwrap(), m);
+        launch.grid[0].extent(&bindings).unwrap()
+    }
+
+    fn maps(launch: &SiteLaunch) -> Vec<TensorMap> {
+        let map = |a: &Argument| if let Argument::Map(map) = a { Some(map.clone()) } else { None };
+        launch.args.iter().filter_map(map).collect()
+    }
+
+    #[test]
+    fn hopper_launch_of_a_large_problem() {
+        let module = module("bf16", 4096, &[14336, 14336], "glu(silu)");
+        with(Arch::Sm90a, &module, |problem| {
+            let (launches, workspace) = launches(&problem).unwrap();
+            let launch = &launches[0];
+            assert_eq!((launches.len(), workspace.as_const()), (1, Some(0)));
+            assert_eq!((launch.threads, launch.cluster, launch.dependent), (384, 2, true));
+            assert!(launch.shared <= Arch::Sm90a.max_shared());
+            // Two row tiles of 128 a cluster, 112 column tiles; never more blocks than multiprocessors.
+            assert_eq!([1, 256, 257, 16384].map(|m| blocks(launch, m)), [132; 4]);
+            let maps = maps(launch);
+            assert_eq!((maps[0].tile.as_slice(), maps[0].swizzle), ([64, 128].as_slice(), 128));
+            assert_eq!((maps[1].tile.as_slice(), maps[1].swizzle), ([64, 8, 16].as_slice(), 0));
+            let extents: Vec<_> = maps[1].shape.iter().map(|d| d.as_const().unwrap()).collect();
+            assert_eq!(extents, [64, 512, 3584]);
+            let strides: Vec<_> = maps[1].strides.iter().map(|d| d.as_const().unwrap()).collect();
+            assert_eq!(strides, [128, 512 * 128]);
+            let order = launch.args.iter().map(|a| matches!(a, Argument::I32(_))).collect::<Vec<_>>();
+            assert_eq!(order, [false, false, true, false]);
+        });
+    }
+
+    #[test]
+    fn few_tiles_make_few_blocks() {
+        let module = module("f16", 512, &[600, 40], "");
+        with(Arch::Sm90a, &module, |problem| {
+            let launch = launch(&problem, Tile::HOPPER).unwrap();
+            // 80 panels are three tiles of 32.
+            assert_eq!([0, 1, 256, 257].map(|m| blocks(&launch, m)), [0, 6, 6, 12]);
+        });
+    }
+
+    /// Where `wgmma.cu` tells the matrix instructions that element `[n, k]` of a tile is, against where a copy of the
+    /// tile's box leaves it: boxes are written densely, innermost axis first.
+    #[test]
+    fn core_matrices_are_where_descriptors_say() {
+        let (panels, blocks) = (32, 8);
+        for n in 0..8 * panels {
+            for k in 0..8 * blocks {
+                let element = (n % 8) * 8 + k % 8;
+                let box_at = ((n / 8 * blocks + k / 8) * 64 + element) * 2;
+                let descriptor_at = n / 8 * 1024 + k / 8 * 128 + n % 8 * 16 + k % 8 * 2;
+                assert_eq!(box_at, descriptor_at);
+            }
+        }
+    }
+
+    #[test]
+    fn segments_and_operands_in_the_source() {
+        let module = module("bf16", 64, &[64, 16, 16], "bias, relu");
+        with(Arch::Sm80, &module, |problem| {
+            let (launches, _) = launches(&problem).unwrap();
+            let text = &launches[0].source.text;
+            assert!(text.contains("if (panel < 8) return Place{p.result0, 64, (panel - 0) * 8, 0};"));
+            assert!(text.contains("if (panel < 10) return Place{p.result1, 16, (panel - 8) * 8, 64};"));
+            assert!(text.contains("    return Place{p.result2, 16, (panel - 10) * 8, 80};"));
+            assert!(text.contains("    v += bias;\n    v = relu(v);\n    return v;"));
+            // x, weight, m, bias, three results.
+            assert_eq!((launches[0].args.len(), launches[0].dependent), (7, false));
+            assert!(launches[0].source.promise.no_local);
+        });
+    }
+
+    #[test]
+    fn a_gated_epilogue_takes_the_second_segment() {
+        let module = module("bf16", 64, &[40, 40], "bias, glu(gelu), residual");
+        with(Arch::Sm90a, &module, |problem| {
+            let text = epilogue(&problem).unwrap();
+            assert!(text.contains("constexpr int SECOND = 40;"));
+            assert!(text.contains("constexpr int OUT_PANELS = 5;"));
+            assert!(text.contains("    v += bias, u += second;\n    v = gelu(v) * u;\n    v += o[0];\n    return v;"));
+            assert!(text.contains("{ return q == 0 ? p.operand2 : (const ELEMENT *)0; }"));
+        });
+    }
+
+    #[test]
+    fn instructions_name_every_register() {
+        for n in [64, 128, 192, 256] {
+            let text = wgmma_instruction(n, DType::F16);
+            assert_eq!(text.matches("\"+f\"").count() as u32, n / 2);
+            assert!(text.contains(&format!("m64n{n}k16.f32.f16.f16 {{%0, ")));
+            assert!(text.contains(&format!("}}, %{}, %{}, p,", n / 2, n / 2 + 1)));
+        }
+    }
+
+    #[test]
+    fn other_problems_are_left_to_others() {
+        let none = |arch, module: &Module, layout| {
+            with(arch, module, |mut problem| {
+                problem.layout = layout;
+                launches(&problem).is_none() && variants(&problem).is_none()
+            })
+        };
+        assert!(none(Arch::Sm90a, &module("f32", 64, &[64], ""), Layout::Cores));
+        assert!(none(Arch::Sm80, &module("bf16", 64, &[64], ""), Layout::Rows));
+        assert!(none(Arch::Sm90a, &module("bf16", 60, &[64], ""), Layout::Cores));
+    }
+
+    #[test]
+    fn shared_memory_fits_every_architecture() {
+        let module = module("bf16", 4096, &[4096], "residual");
+        for arch in Arch::ALL {
+            with(arch, &module, |problem| {
+                for variant in variants(&problem).unwrap() {
+                    for launch in &variant.launches {
+                        assert!(launch.shared <= arch.max_shared(), "{arch}: {launch:?}");
+                        assert!(launch.source.promise.no_local);
+                    }
+                }
+            });
+        }
+    }
 }

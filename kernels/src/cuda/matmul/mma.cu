@@ -26,7 +26,7 @@ DEVICE void load_stage(u32 at, const ELEMENT *x, const ELEMENT *w, int m, int ro
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     KERNEL(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ w, int m, POINTER_PARAMETERS) {
     extern __shared__ __align__(128) u8 memory[];
     const u32 base = shared_address(memory);

@@ -1,9 +1,11 @@
 // Matmul of many rows on Hopper: D[BM x BN] tiles, persistent blocks, one producer warp that feeds a ring of STAGES
 // shared-memory stages through the tensor memory unit, and CONSUMERS groups of four warps that multiply 64 x BN each.
 // A cluster of CLUSTER blocks works on neighbouring row tiles of the same columns: each block loads its part of the
-// weight tile for all of them.
+// weight tile for all of them. Or, for few tiles, a cluster of SPLIT blocks works on one tile, each on a part of k, and
+// each adds up a part of the columns, always in the same order.
 //
-// Constants: K, PANELS, BN, STAGES, CLUSTER, CONSUMERS, GROUP (row tiles, in clusters, that are walked before the next
+// Constants: K, PANELS, BN, STAGES, CLUSTER, SPLIT (one of both is 1; with SPLIT > 1 each cluster has one tile),
+// CONSUMERS, GROUP (row tiles, in clusters, that are walked before the next
 // columns). Written for BN and ELEMENT: wgmma(acc, a, b, keep).
 
 struct alignas(64) TensorMap { char bytes[128]; };
@@ -12,7 +14,8 @@ constexpr int BM = 64 * CONSUMERS, BK = 64;
 constexpr int A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2;
 constexpr int STEPS = (K + BK - 1) / BK;
 constexpr int TILES_N = (PANELS + BN / 8 - 1) / (BN / 8);
-constexpr int PART = BN / 8 / CLUSTER;
+constexpr int PART = BN / 8 / CLUSTER, SHARE = BN / 8 / SPLIT;
+constexpr int SPAN = CLUSTER * SPLIT;
 constexpr int SCRATCH_AT = STAGES * (A_BYTES + B_BYTES);
 constexpr int BARRIERS_AT = SCRATCH_AT + CONSUMERS * 4 * SCRATCH;
 
@@ -46,14 +49,14 @@ DEVICE void barrier_arrive(u32 bar, u32 rank) {
 }
 DEVICE u32 cluster_rank() {
     u32 rank = 0;
-    if (CLUSTER > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    if (SPAN > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
 DEVICE void cluster_sync() {
-    if (CLUSTER == 1) {
+    if (SPAN == 1) {
         __syncthreads();
     } else {
-        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
     }
 }
 DEVICE void load_rows(u32 shared, const TensorMap *map, u32 bar, int column, int row) {
@@ -89,6 +92,23 @@ template <int N> DEVICE void hold(float (&acc)[N][4]) {
         for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(acc[j][i])::"memory");
 }
 
+// Adds up the accumulators of the blocks of a cluster, which are in their shared memory at `at`: SHARE panels.
+DEVICE void add_up(float (&sum)[SHARE][4], u32 at) {
+#pragma unroll
+    for (int s = 0; s < SPLIT; ++s) {
+        u32 remote;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(at), "r"(s));
+#pragma unroll
+        for (int j = 0; j < SHARE; ++j) {
+            float v[4];
+            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(remote + j * 512) : "memory");
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[j][i] = s == 0 ? v[i] : sum[j][i] + v[i];
+        }
+    }
+}
+
 // Row tile (of the cluster's first block) and column tile of work item `item`.
 DEVICE void tile_of(int item, int row_tiles, int &tm, int &tn) {
     const int first = item / (GROUP * TILES_N) * GROUP;
@@ -104,7 +124,8 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
     const u32 a_base = base, b_base = base + STAGES * A_BYTES;
     const u32 full = base + BARRIERS_AT, empty = full + STAGES * 8;
-    const u32 rank = cluster_rank();
+    const u32 rank = SPLIT == 1 ? cluster_rank() : 0, slice = SPLIT == 1 ? 0 : cluster_rank();
+    const int first_step = slice * STEPS / SPLIT, last_step = (slice + 1) * STEPS / SPLIT;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
             barrier_init(full + 8 * s, 1);
@@ -123,11 +144,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
     if (role == CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == CONSUMERS * 128) {
-            for (int item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
+            for (int item = blockIdx.x / SPAN; item < items; item += gridDim.x / SPAN) {
                 int tm, tn;
                 tile_of(item, row_tiles, tm, tn);
                 const int row = (tm + rank) * BM, panel = tn * (BN / 8) + rank * PART;
-                for (int step = 0; step < STEPS; ++step) {
+                for (int step = first_step; step < last_step; ++step) {
                     barrier_wait(empty + 8 * stage, phase ^ 1);
                     barrier_expect(full + 8 * stage, A_BYTES + B_BYTES);
                     load_rows(a_base + stage * A_BYTES, &x_map, full + 8 * stage, step * BK, row);
@@ -137,6 +158,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
             }
             release_successor();
         }
+        if (SPLIT > 1) cluster_sync();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         const Pointers pointers = POINTERS;
@@ -144,30 +166,45 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
         const u32 scratch = base + SCRATCH_AT + warp * SCRATCH;
         const u64 a_first = describe_rows(a_base + role * (64 * BK * 2)), b_first = describe_panels(b_base);
         float acc[BN / 8][4];
-        for (int item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
+        for (int item = blockIdx.x / SPAN; item < items; item += gridDim.x / SPAN) {
             int tm, tn;
             tile_of(item, row_tiles, tm, tn);
             int last = 0;
             hold(acc);
 #pragma unroll 1
-            for (int step = 0; step < STEPS; ++step) {
+            for (int step = first_step; step < last_step; ++step) {
                 barrier_wait(full + 8 * stage, phase);
                 const u64 a = a_first + stage * (A_BYTES >> 4), b = b_first + stage * (B_BYTES >> 4);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-                for (int i = 0; i < BK / 16; ++i) wgmma(acc, a + 2 * i, b + 16 * i, step | i);
+                for (int i = 0; i < BK / 16; ++i) wgmma(acc, a + 2 * i, b + 16 * i, (step - first_step) | i);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                if (step > 0 && lane < CLUSTER) barrier_arrive(empty + 8 * last, lane);
+                if (step > first_step && lane < CLUSTER) barrier_arrive(empty + 8 * last, lane);
                 last = stage;
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             hold(acc);
             if (lane < CLUSTER) barrier_arrive(empty + 8 * last, lane);
-            store_rows(acc, pointers, (tm + rank) * BM + warp * 16, tn * (BN / 8), m, scratch);
+            const int row = (tm + rank) * BM + warp * 16, panel = tn * (BN / 8);
+            if (SPLIT == 1) {
+                store_rows(acc, pointers, row, panel, m, scratch);
+                continue;
+            }
+            // The ring is free once all consumers are done with it.
+            asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 128) : "memory");
+            const u32 at = base + warp * (BN / 8 * 512) + lane * 16;
+#pragma unroll
+            for (int j = 0; j < BN / 8; ++j)
+                store_shared(at + j * 512, make_uint4(__float_as_uint(acc[j][0]), __float_as_uint(acc[j][1]),
+                                                      __float_as_uint(acc[j][2]), __float_as_uint(acc[j][3])));
+            cluster_sync();
+            float sum[SHARE][4];
+            add_up(sum, at + slice * (SHARE * 512));
+            store_rows(sum, pointers, row, panel + slice * SHARE, m, scratch);
         }
     }
     // No block may leave while another may still write to its shared memory or arrive at its barriers.
-    if (CLUSTER > 1) cluster_sync();
+    if (SPAN > 1) cluster_sync();
 }
