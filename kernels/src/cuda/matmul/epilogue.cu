@@ -171,6 +171,22 @@ template <> struct Store<false> {
 // Bytes of scratch memory of a warp.
 constexpr int SCRATCH = 2048;
 
+// Asks for the operands of 16 rows from `row` on by N weight panels from `panel` on, to have them in the L2 cache by the
+// time of `store_rows`.
+template <int N> DEVICE void prefetch_rows(const Pointers &p, int row, int panel, int m) {
+    constexpr int OUT_N = GATED ? N / 2 : N, LINES = (OUT_N + 7) / 8;
+    constexpr int COUNT = ALIGNED && OPERANDS ? 16 * LINES : 0;
+#pragma unroll
+    for (int i = threadIdx.x % 32; i < COUNT; i += 32) {
+        const int r = row + i / LINES, mine = (GATED ? panel / 2 : panel) + i % LINES * 8;
+        const Place place = place_of(p, mine);
+#pragma unroll
+        for (int q = 0; q < OPERANDS; ++q)
+            if (r < m && mine < OUT_PANELS)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(operand_of(p, q) + (i64)r * place.width + place.column));
+    }
+}
+
 // Stores 16 rows from `row` on by N weight panels from `panel` on; rows from `m` on are left out.
 template <int N>
 DEVICE void store_rows(const float (&acc)[N][4], const Pointers &p, int row, int panel, int m, u32 scratch) {

@@ -51,37 +51,61 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (s < STEPS) load_stage(base + s * STAGE_BYTES, x, w, m, row, panel, s);
         copy_async_commit();
     }
+
+    // Activations of one half of a stage, 16 along k, are loaded while those of the other are multiplied, and weights two
+    // panels ahead: two core matrices along k of each.
+    u32 a[2][4][4], b[2][4];
+    const int a_row = warp_m * 64 + lane % 16;
+    const u32 b_first = A_BYTES + warp_n * 8 * 512 + lane / 16 * 512 + lane % 16 * 16;
+    auto load_a = [&](int half, u32 at) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ldmatrix_x4(a[half][i], at + a_slot(a_row + i * 16, half * 2 + lane / 16));
+    };
+    auto load_b = [&](int slot, u32 at, int half, int pair) {
+        ldmatrix_x4(b[slot], at + b_first + half * 256 + pair * 1024);
+    };
+    auto multiply = [&](int half, int pair) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                mma_16x8x16<ELEMENT>(acc[i][2 * pair + j], a[half][i][0], a[half][i][1], a[half][i][2], a[half][i][3],
+                                     b[pair % 2][2 * j], b[pair % 2][2 * j + 1]);
+    };
+    copy_async_wait<STAGES - 2>();
+    __syncthreads();
+    load_a(0, base);
+    load_b(0, base, 0, 0);
     int stage = 0;
 #pragma unroll 1
     for (int step = 0; step < STEPS; ++step) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();
+        const u32 at = base + stage * STAGE_BYTES;
+        // The stage of the step before is free: all warps have passed the barrier below.
         const int next = step + STAGES - 1;
         if (next < STEPS) {
             const int slot = stage == 0 ? STAGES - 1 : stage - 1;
             load_stage(base + slot * STAGE_BYTES, x, w, m, row, panel, next);
         }
         copy_async_commit();
-        const u32 a_at = base + stage * STAGE_BYTES, b_at = a_at + A_BYTES + warp_n * 8 * 512 + lane * 16;
-        u32 a[2][4][4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                ldmatrix_x4(a[half][i], a_at + a_slot(warp_m * 64 + i * 16 + lane % 16, half * 2 + lane / 16));
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            // Four core matrices of a panel: 8 columns of the result, all of the stage's 32 along k.
-            u32 b[4];
-            ldmatrix_x4(b, b_at + j * 512);
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    mma_16x8x16<ELEMENT>(acc[i][j], a[half][i][0], a[half][i][1], a[half][i][2], a[half][i][3],
-                                         b[2 * half], b[2 * half + 1]);
-        }
         if (++stage == STAGES) stage = 0;
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+            if (pair == 0) load_a(1, at);
+            load_b((pair + 1) % 2, at, (pair + 1) / 4, (pair + 1) % 4);
+            multiply(0, pair);
+        }
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+            if (pair < 3) {
+                load_b((pair + 1) % 2, at, 1, pair + 1);
+            } else {
+                copy_async_wait<STAGES - 2>();
+                __syncthreads();
+                load_a(0, base + stage * STAGE_BYTES);
+                load_b(0, base + stage * STAGE_BYTES, 0, 0);
+            }
+            multiply(1, pair);
+        }
     }
     copy_async_wait<0>();
     __syncthreads();

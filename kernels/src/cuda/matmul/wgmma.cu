@@ -35,7 +35,8 @@ DEVICE void barrier_wait(u32 bar, u32 parity) {
                  "DONE:\n"
                  "}" ::"r"(bar), "r"(parity) : "memory");
 }
-// Arrives at the barrier of block `rank` of the cluster that lies where `bar` lies here.
+// Arrives at the barrier of block `rank` of the cluster that lies where `bar` lies here. What it orders are reads of the
+// matrix instructions that have ended; a release at the scope of the cluster would cost a fence of the whole device.
 DEVICE void barrier_arrive(u32 bar, u32 rank) {
     if (CLUSTER == 1) {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
@@ -43,7 +44,7 @@ DEVICE void barrier_arrive(u32 bar, u32 rank) {
         asm volatile("{\n"
                      ".reg .b32 remote;\n"
                      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+                     "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
                      "}" ::"r"(bar), "r"(rank) : "memory");
     }
 }
@@ -134,7 +135,6 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
-    wait_for_predecessor();
 
     const int row_tiles = (m + BM * CLUSTER - 1) / (BM * CLUSTER);
     const int items = row_tiles * TILES_N;
@@ -144,15 +144,33 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
     if (role == CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == CONSUMERS * 128) {
+            // Weights are there before the predecessor ends.
+            int ahead = 0;
+            if (blockIdx.x / SPAN < items) {
+                int tm, tn;
+                tile_of(blockIdx.x / SPAN, row_tiles, tm, tn);
+                const int panel = tn * (BN / 8) + rank * PART;
+                for (; ahead < STAGES && first_step + ahead < last_step; ++ahead) {
+                    barrier_expect(full + 8 * ahead, A_BYTES + B_BYTES);
+                    load_panels(b_base + ahead * B_BYTES + rank * (PART * 1024), &w_map, full + 8 * ahead,
+                                (first_step + ahead) * 8, panel);
+                }
+            }
+            wait_for_predecessor();
             for (int item = blockIdx.x / SPAN; item < items; item += gridDim.x / SPAN) {
                 int tm, tn;
                 tile_of(item, row_tiles, tm, tn);
                 const int row = (tm + rank) * BM, panel = tn * (BN / 8) + rank * PART;
                 for (int step = first_step; step < last_step; ++step) {
-                    barrier_wait(empty + 8 * stage, phase ^ 1);
-                    barrier_expect(full + 8 * stage, A_BYTES + B_BYTES);
+                    if (ahead > 0) {
+                        --ahead;
+                    } else {
+                        barrier_wait(empty + 8 * stage, phase ^ 1);
+                        barrier_expect(full + 8 * stage, A_BYTES + B_BYTES);
+                        load_panels(b_base + stage * B_BYTES + rank * (PART * 1024), &w_map, full + 8 * stage, step * 8,
+                                    panel);
+                    }
                     load_rows(a_base + stage * A_BYTES, &x_map, full + 8 * stage, step * BK, row);
-                    load_panels(b_base + stage * B_BYTES + rank * (PART * 1024), &w_map, full + 8 * stage, step * 8, panel);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
             }
@@ -161,6 +179,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
         if (SPLIT > 1) cluster_sync();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        wait_for_predecessor();
         const Pointers pointers = POINTERS;
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const u32 scratch = base + SCRATCH_AT + warp * SCRATCH;
@@ -169,6 +188,8 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
         for (int item = blockIdx.x / SPAN; item < items; item += gridDim.x / SPAN) {
             int tm, tn;
             tile_of(item, row_tiles, tm, tn);
+            const int row = (tm + rank) * BM + warp * 16, panel = tn * (BN / 8);
+            if (SPLIT == 1) prefetch_rows<BN / 8>(pointers, row, panel, m);
             int last = 0;
             hold(acc);
 #pragma unroll 1
@@ -187,7 +208,6 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             hold(acc);
             if (lane < CLUSTER) barrier_arrive(empty + 8 * last, lane);
-            const int row = (tm + rank) * BM + warp * 16, panel = tn * (BN / 8);
             if (SPLIT == 1) {
                 store_rows(acc, pointers, row, panel, m, scratch);
                 continue;
