@@ -8,35 +8,31 @@
 
 pub mod arch;
 pub mod argmax;
+pub mod attention;
 mod body;
 pub mod conv;
 mod copy;
 #[cfg(test)]
 mod device_tests;
-pub mod attention;
 pub mod matmul;
 pub mod movement;
 pub mod plan;
 pub mod pointwise;
 pub mod reduce;
+pub mod rope;
 pub mod rows;
 pub mod select;
-pub mod rope;
 pub mod source;
 pub mod space;
 
 pub use arch::Arch;
 pub use plan::{Argument, Planned, Site, SiteLaunch, SiteVariant};
+pub use select::plan as plan_site;
 pub use source::{Promise, Source};
 
 use std::sync::Arc;
 
-/// How a site runs; none if no family takes it.
-pub fn plan_site(_site: Site<'_>) -> Option<Planned> {
-    None
-}
-
 /// Kernels beside the graph: name, source, threads of a block.
 pub fn helpers(_arch: Arch) -> Vec<(&'static str, Arc<Source>, u32)> {
-    Vec::new()
+    vec![("argmax", argmax::argmax(), argmax::THREADS)]
 }

@@ -3,12 +3,17 @@
 use millrace_ir::Op;
 
 use super::plan::{Planned, Site};
-use super::{conv, movement, pointwise, reduce, rows};
+use super::{attention, conv, matmul, movement, pointwise, reduce, rope, rows};
 
 /// The launches of a site; `None` if no kernel computes it: element types smaller than a byte, extents that may exceed
 /// 32 bits, or an op or group whose family is not among those asked here.
 pub fn plan(site: Site<'_>) -> Option<Planned> {
-    let node = site.only()?;
+    let Some(node) = site.only() else {
+        return match site.last_op() {
+            Op::FusedMatmul(_) => matmul::plan(site),
+            _ => rope::plan(site),
+        };
+    };
     match &node.op {
         Op::Unary(_) | Op::Binary(_) | Op::Cast(_) | Op::Select(_) | Op::Pointwise(_) => {
             pointwise::plan(site, node)
@@ -27,12 +32,8 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
         Op::Softmax(_) | Op::RmsNorm(_) | Op::LayerNorm(_) | Op::AddNorm(_) | Op::L2Normalize(_) => {
             rows::plan(site, node)
         }
-        Op::FusedMatmul(_) => None,
-        Op::Matmul(_) => None,
-        Op::Rope(_) => None,
-        Op::KvAppend(_) => None,
-        Op::PagedAttention(_) => None,
-        Op::Attention(_) => None,
-        Op::MeanPool(_) => None,
+        Op::FusedMatmul(_) | Op::Matmul(_) => matmul::plan(site),
+        Op::Rope(_) | Op::KvAppend(_) => rope::plan(site),
+        Op::PagedAttention(_) | Op::Attention(_) | Op::MeanPool(_) => attention::plan(site),
     }
 }

@@ -1,12 +1,507 @@
-//! Matmuls of many rows.
+//! Matmuls of many rows (prefill): tensor cores fed from shared memory, every weight read once per tile of rows.
+//!
+//! On Hopper, `wgmma.cu`: persistent blocks whose producer warp fills a ring of shared-memory stages through the tensor
+//! memory unit. Elsewhere `mma.cu`: `mma.sync` fed by `cp.async`. Both end in `epilogue.cu`. The shape of the tiles depends
+//! on the number of rows: [`variants`] answers one launch for each range of it, chosen by [`Tile::cost`].
+//!
+//! The weight must be in [`Layout::Cores`], whose blocks are what matrix instructions read; a norm in front must have
+//! been launched before. A row's result does not depend on other rows as long as the variant is the same: each element
+//! is one chain of accumulations over `k` in order.
 
-use millrace_ir::Dim;
+use std::fmt::Write;
+use std::sync::Arc;
 
-use super::problem::Problem;
-use crate::cuda::plan::SiteLaunch;
+use millrace_ir::launch::{MapBase, TensorMap};
+use millrace_ir::ops::fused_matmul::Epilogue;
+use millrace_ir::ops::unary::UnaryFn;
+use millrace_ir::{DType, Dim};
 
-/// Launches for numbers of rows beyond those of the skinny family, and the bytes of workspace they need. `None` where the
-/// simple family serves.
-pub fn plan_tail(_problem: &Problem<'_>) -> Option<(Vec<SiteLaunch>, Dim)> {
-    None
+use super::problem::{Layout, Problem};
+use crate::cuda::plan::{Argument, SiteLaunch, SiteVariant, between};
+use crate::cuda::source::{Promise, Source, SourceWriter, type_name};
+
+/// Bytes of shared memory in which a warp turns its part of a tile into whole lines; `SCRATCH` in `epilogue.cu`.
+const SCRATCH: u32 = 2048;
+
+/// Columns of `k` in a stage of `wgmma.cu`: one line of the 128-byte swizzle.
+const WGMMA_K: u32 = 64;
+
+/// Columns of `k` in a stage of `mma.cu`.
+const MMA_K: u32 = 32;
+
+/// How a kernel cuts the result into tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tile {
+    /// `wgmma.cu`.
+    Wgmma {
+        /// Groups of four warps, each with 64 rows of the tile.
+        consumers: u32,
+        /// Columns.
+        columns: u32,
+        /// Stages of the ring.
+        stages: u32,
+        /// Blocks that share their weight tiles, on neighbouring row tiles.
+        cluster: u32,
+        /// Blocks that share a tile, each with a part of `k`; 1 if `cluster` is not.
+        split: u32,
+        /// Row tiles of clusters that are walked before the next columns.
+        group: u32,
+    },
+    /// `mma.cu`.
+    Mma {
+        /// Warps along the rows, 64 each.
+        warps_m: u32,
+        /// Warps along the columns, 64 each.
+        warps_n: u32,
+        /// Stages of the ring.
+        stages: u32,
+        /// Row tiles that are walked before the next columns.
+        group: u32,
+    },
+}
+
+impl Tile {
+    /// The tile for large numbers of rows on Hopper.
+    const HOPPER: Tile =
+        Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 1, split: 1, group: 16 };
+
+    /// Rows of the tiles of one cluster.
+    pub fn rows(self) -> u32 {
+        match self {
+            Tile::Wgmma { consumers, cluster, .. } => 64 * consumers * cluster,
+            Tile::Mma { warps_m, .. } => 64 * warps_m,
+        }
+    }
+
+    /// Columns.
+    pub fn columns(self) -> u32 {
+        match self {
+            Tile::Wgmma { columns, .. } => columns,
+            Tile::Mma { warps_n, .. } => 64 * warps_n,
+        }
+    }
+
+    /// Blocks of a cluster.
+    pub fn cluster(self) -> u32 {
+        match self {
+            Tile::Wgmma { cluster, split, .. } => cluster * split,
+            Tile::Mma { .. } => 1,
+        }
+    }
+
+    /// Threads of a block.
+    pub fn threads(self) -> u32 {
+        match self {
+            Tile::Wgmma { consumers, .. } => (consumers + 1) * 128,
+            Tile::Mma { warps_m, warps_n, .. } => warps_m * warps_n * 32,
+        }
+    }
+
+    /// Bytes of dynamic shared memory: the ring, scratch of each warp, barriers, and what alignment may take.
+    pub fn shared(self) -> u32 {
+        match self {
+            Tile::Wgmma { consumers, columns, stages, .. } => {
+                let stage = (64 * consumers + columns) * WGMMA_K * 2;
+                stages * (stage + 16) + consumers * 4 * SCRATCH + 1024
+            }
+            Tile::Mma { warps_m, warps_n, stages, .. } => {
+                let stage = (64 * warps_m + 64 * warps_n) * MMA_K * 2;
+                (stages * stage).max(warps_m * warps_n * SCRATCH)
+            }
+        }
+    }
+}
+
+/// Launches for every number of rows, and the bytes of scratch memory they need; [`variants`] without the choice by rows.
+pub fn launches(problem: &Problem<'_>) -> Option<(Vec<SiteLaunch>, Dim)> {
+    let tile = match problem.site.arch.has_wgmma() {
+        true => Tile::HOPPER,
+        false => mma_tile(problem),
+    };
+    Some((vec![launch(problem, tile)?], Dim::from(0u64)))
+}
+
+/// Ways to run the problem by its number of rows; the first whose condition holds, and the last has none.
+pub fn variants(problem: &Problem<'_>) -> Option<Vec<SiteVariant>> {
+    let (launches, _) = launches(problem)?;
+    let _ = between;
+    Some(vec![SiteVariant { when: Vec::new(), launches }])
+}
+
+fn mma_tile(problem: &Problem<'_>) -> Tile {
+    let stages = if problem.site.arch.max_shared() < 128 << 10 { 3 } else { 4 };
+    Tile::Mma { warps_m: 2, warps_n: 2, stages, group: 8 }
+}
+
+/// One launch with a given tile, or none if the problem is not for these kernels.
+pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
+    let float = matches!(problem.dtype, DType::BF16 | DType::F16);
+    let out = matches!(problem.out, DType::BF16 | DType::F16 | DType::F32);
+    let small = i32::try_from(problem.k).is_ok() && i32::try_from(problem.n()).is_ok();
+    let whole = problem.k > 0 && problem.k.is_multiple_of(8) && problem.segments.iter().all(|s| *s > 0);
+    if problem.layout != Layout::Cores || !float || !out || !small || !whole {
+        return None;
+    }
+    let (k, panels) = (problem.k as u64, problem.panels() as u64);
+    let row_tiles = problem.m.ceil_div(i64::from(tile.rows()));
+    let tiles = row_tiles.mul(&Dim::from(panels.div_ceil(u64::from(tile.columns() / 8))));
+    let one = || Dim::from(1u64);
+    let arch = problem.site.arch;
+    let mut writer = SourceWriter::new(match tile {
+        Tile::Wgmma { .. } => "cuda.matmul.wgmma",
+        Tile::Mma { .. } => "cuda.matmul.mma",
+    });
+    writer = writer
+        .ty("ELEMENT", problem.dtype)
+        .ty("OUT", problem.out)
+        .int("K", k)
+        .int("PANELS", panels)
+        .line("// Divisions within two units in the last place: the exact ones cost more than a percent of a matmul.")
+        .line("DEVICE float fast_sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }")
+        .line("DEVICE float fast_silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }")
+        .body(&epilogue(problem)?)
+        .body(include_str!("epilogue.cu"));
+    let (blocks, maps) = match tile {
+        Tile::Wgmma { consumers, columns, stages, cluster, split, group } => {
+            writer = writer
+                .int("BN", columns)
+                .int("STAGES", stages)
+                .int("CLUSTER", cluster)
+                .int("SPLIT", split)
+                .int("CONSUMERS", consumers)
+                .int("GROUP", group)
+                .body(&wgmma_instruction(columns, problem.dtype))
+                .body(include_str!("wgmma.cu"));
+            let resident = u64::from(arch.multiprocessors() / cluster);
+            let clusters = if split > 1 { tiles } else { tiles.min_of(&Dim::from(resident)) };
+            let x = TensorMap {
+                of: MapBase::Address(problem.x),
+                dtype: problem.dtype,
+                shape: vec![Dim::from(k), problem.m.clone()],
+                strides: vec![Dim::from(2 * k)],
+                tile: vec![WGMMA_K, 64 * consumers],
+                swizzle: 128,
+            };
+            let w = TensorMap {
+                of: MapBase::Address(problem.weight),
+                dtype: problem.dtype,
+                shape: vec![Dim::from(64u64), Dim::from(k / 8), Dim::from(panels)],
+                strides: vec![Dim::from(128u64), Dim::from(16 * k)],
+                tile: vec![64, WGMMA_K / 8, columns / 8 / cluster],
+                swizzle: 0,
+            };
+            (clusters.mul(&Dim::from(u64::from(cluster * split))), [Argument::Map(x), Argument::Map(w)])
+        }
+        Tile::Mma { warps_m, warps_n, stages, group } => {
+            writer = writer
+                .int("WARPS_M", warps_m)
+                .int("WARPS_N", warps_n)
+                .int("STAGES", stages)
+                .int("GROUP", group)
+                .body(include_str!("mma.cu"));
+            (tiles, [Argument::Address(problem.x), Argument::Address(problem.weight)])
+        }
+    };
+    let source: Arc<Source> = writer.promise(Promise { registers: 0, no_local: true }).finish();
+    let mut launch = SiteLaunch::new(source, [blocks, one(), one()], tile.threads());
+    launch.cluster = tile.cluster();
+    launch.shared = tile.shared();
+    launch.dependent = arch.has_tma();
+    let operands = problem.epilogue.iter().filter_map(|t| t.operand);
+    let pointers = operands.chain(problem.results.iter().copied()).map(Argument::Address);
+    Some(launch.args(maps).args([Argument::I32(problem.m.clone())]).args(pointers))
+}
+
+/// What `epilogue.cu` asks for: constants, `Pointers`, `place_of`, `operand_of`, `bias_pointer` and `finish`. Pointers are
+/// parameters in the order of the epilogue's operands, then the results.
+fn epilogue(problem: &Problem<'_>) -> Option<String> {
+    let gated = problem.gated();
+    let widths = if gated { &problem.segments[..1] } else { &problem.segments[..] };
+    if widths.len() != problem.results.len() {
+        return None;
+    }
+    let mut parameters = Vec::new();
+    let (mut bias, mut matrices) = (None, Vec::new());
+    for (index, term) in problem.epilogue.iter().enumerate().filter(|(_, t)| t.operand.is_some()) {
+        let name = format!("operand{index}");
+        parameters.push((format!("const ELEMENT *{name}"), name.clone()));
+        match term.step {
+            Epilogue::Bias if bias.is_some() => return None,
+            Epilogue::Bias => bias = Some(name),
+            _ => matrices.push(name),
+        }
+    }
+    for index in 0..widths.len() {
+        parameters.push((format!("OUT *result{index}"), format!("result{index}")));
+    }
+    let mut text = String::new();
+    let mut line = |args: std::fmt::Arguments<'_>| {
+        // Writing to a string has no reason to fail.
+        let _ = text.write_fmt(args);
+        text.push('\n');
+    };
+    line(format_args!("constexpr int GATED = {};", i32::from(gated)));
+    line(format_args!("constexpr int BIAS = {};", i32::from(bias.is_some())));
+    line(format_args!("constexpr int OPERANDS = {};", matrices.len()));
+    line(format_args!("constexpr int ALIGNED = {};", i32::from(problem.segments.iter().all(|s| s % 8 == 0))));
+    line(format_args!("constexpr int OUT_PANELS = {};", widths.iter().map(|w| w.div_ceil(8)).sum::<usize>()));
+    line(format_args!("constexpr int SECOND = {};", problem.segments[0]));
+    let join = |parts: Vec<&str>, by: &str| parts.join(by);
+    let declared: Vec<&str> = parameters.iter().map(|p| p.0.as_str()).collect();
+    let names: Vec<&str> = parameters.iter().map(|p| p.1.as_str()).collect();
+    line(format_args!("struct Pointers {{ {}; }};", join(declared.clone(), "; ")));
+    line(format_args!("#define POINTER_PARAMETERS {}", join(declared, ", ")));
+    line(format_args!("#define POINTERS Pointers{{{}}}", join(names, ", ")));
+    let at = bias.as_ref().map_or("(const ELEMENT *)0".to_string(), |b| format!("p.{b}"));
+    line(format_args!("DEVICE const ELEMENT *bias_pointer(const Pointers &p) {{ return {at}; }}"));
+    line(format_args!("// Operand `q` of the shape of the result."));
+    let chosen =
+        matrices.iter().enumerate().rev().fold("(const ELEMENT *)0".to_string(), |rest, (q, name)| {
+            format!("q == {q} ? p.{name} : {rest}")
+        });
+    line(format_args!("DEVICE const ELEMENT *operand_of(const Pointers &p, int q) {{ return {chosen}; }}"));
+    line(format_args!(
+        "// Where panel `panel` of the results is: result, its width, first column, position of the segment"
+    ));
+    line(format_args!("// in the bias."));
+    line(format_args!("struct Place {{ OUT *result; int width, column, first; }};"));
+    line(format_args!("DEVICE Place place_of(const Pointers &p, int panel) {{"));
+    let (mut panel, mut first) = (0, 0);
+    for (index, width) in widths.iter().enumerate() {
+        let end = panel + width.div_ceil(8);
+        let guard = if index + 1 < widths.len() { format!("if (panel < {end}) ") } else { String::new() };
+        line(format_args!(
+            "    {guard}return Place{{p.result{index}, {width}, (panel - {panel}) * 8, {first}}};"
+        ));
+        (panel, first) = (end, first + width);
+    }
+    line(format_args!("}}"));
+    line(format_args!(
+        "// The steps: accumulators of the column and, if gated, of the second segment's; biases; operands."
+    ));
+    line(format_args!("DEVICE float finish(float v, float u, float bias, float second, const float *o) {{"));
+    let mut operand = 0;
+    for term in &problem.epilogue {
+        match term.step {
+            Epilogue::Bias if gated => line(format_args!("    v += bias, u += second;")),
+            Epilogue::Bias => line(format_args!("    v += bias;")),
+            Epilogue::Activation(f) => line(format_args!("    v = {}(v);", activation(f)?)),
+            Epilogue::Glu(f) => line(format_args!("    v = {}(v) * u;", activation(f)?)),
+            Epilogue::Residual | Epilogue::Mul => {
+                let sign = if term.step == Epilogue::Mul { '*' } else { '+' };
+                line(format_args!("    v {sign}= o[{operand}];"));
+                operand += 1;
+            }
+        }
+    }
+    line(format_args!("    return v;\n}}"));
+    Some(text)
+}
+
+/// An activation as the prelude spells it.
+fn activation(f: UnaryFn) -> Option<&'static str> {
+    Some(match f {
+        UnaryFn::Silu => "fast_silu",
+        UnaryFn::Gelu => "gelu",
+        UnaryFn::GeluTanh => "gelu_tanh",
+        UnaryFn::Relu => "relu",
+        UnaryFn::Tanh => "tanhf",
+        UnaryFn::Sigmoid => "fast_sigmoid",
+        _ => return None,
+    })
+}
+
+/// `acc[64 rows, n] (+)= a[64, 16] b[16, n]`, one group of four warps; `a` and `b` are descriptors of shared memory, and
+/// the accumulators are overwritten where `keep` is 0.
+fn wgmma_instruction(n: u32, dtype: DType) -> String {
+    let registers = n / 2;
+    let list = |f: &dyn Fn(u32) -> String| (0..registers).map(f).collect::<Vec<_>>().join(", ");
+    let ty = if dtype == DType::F16 { "f16" } else { type_name(DType::BF16) };
+    format!(
+        "DEVICE void wgmma(float (&d)[{}][4], u64 a, u64 b, int keep) {{\n    \
+         asm volatile(\"{{.reg .pred p;\\nsetp.ne.b32 p, %{}, 0;\\n\"\n        \
+         \"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ty}.{ty} {{{}}}, %{}, %{}, p, 1, 1, 0, 0;}}\"\n        \
+         : {}\n        : \"l\"(a), \"l\"(b), \"r\"(keep));\n}}",
+        n / 8,
+        registers + 2,
+        list(&|i| format!("%{i}")),
+        registers,
+        registers + 1,
+        list(&|i| format!("\"+f\"(d[{}][{}])", i / 4, i % 4)),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_ir::dim::{Bindings, Sym};
+    use millrace_ir::text::parse;
+    use millrace_ir::{Module, NodeId};
+
+    use super::*;
+    use crate::cuda::{Arch, Site};
+
+    /// A module of one matmul whose weight the tests take to be in cores.
+    fn module(dtype: &str, k: usize, segments: &[usize], epilogue: &str) -> Module {
+        let n: usize = segments.iter().sum();
+        let widths = if epilogue.contains("glu(") { &segments[..1] } else { segments };
+        let names: Vec<String> = (0..widths.len()).map(|i| format!("%{}", i + 3)).collect();
+        let types: Vec<String> = widths.iter().map(|w| format!("{dtype}[$t, {w}]")).collect();
+        let outputs: Vec<String> = types.iter().enumerate().map(|(i, t)| format!("\"y{i}\": {t}")).collect();
+        let mut operands = String::from("%0, @w");
+        if epilogue.contains("bias") {
+            operands += ", %1";
+        }
+        if epilogue.contains("residual") {
+            operands += ", %2";
+        }
+        let text = format!(
+            "module @m phase fused {{\n  dim $t in 1..=65536\n  weight @w : {dtype}[{n}, {k}] = \"m\"::\"w\"\n  \
+             graph @main(%0 \"x\": {dtype}[$t, {k}], %1 \"b\": {dtype}[{n}], %2 \"r\": {dtype}[$t, {}]) -> ({}) {{\n    \
+             {} = matmul.fused {operands} {{segments = {segments:?}, epilogue = [{epilogue}]}} : {}\n    \
+             return {}\n  }}\n}}\n",
+            widths[0],
+            outputs.join(", "),
+            names.join(", "),
+            types.join(", "),
+            names.join(", "),
+        );
+        parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"))
+    }
+
+    fn problem<'a>(module: &'a Module, nodes: &'a [NodeId], arch: Arch) -> Problem<'a> {
+        let mut problem = Problem::of(Site { module, nodes, arch }).unwrap();
+        problem.layout = Layout::Cores;
+        problem
+    }
+
+    fn with<R>(arch: Arch, module: &Module, f: impl FnOnce(Problem<'_>) -> R) -> R {
+        f(problem(module, &module.graph.order, arch))
+    }
+
+    fn blocks(launch: &SiteLaunch, m: u64) -> u64 {
+        let mut bindings = Bindings::new();
+        bindings.set(Sym::new("t").unwrap(), m);
+        launch.grid[0].extent(&bindings).unwrap()
+    }
+
+    fn maps(launch: &SiteLaunch) -> Vec<TensorMap> {
+        let map = |a: &Argument| if let Argument::Map(map) = a { Some(map.clone()) } else { None };
+        launch.args.iter().filter_map(map).collect()
+    }
+
+    #[test]
+    fn hopper_launch_of_a_large_problem() {
+        let module = module("bf16", 4096, &[14336, 14336], "glu(silu)");
+        with(Arch::Sm90a, &module, |problem| {
+            let (launches, workspace) = launches(&problem).unwrap();
+            let launch = &launches[0];
+            assert_eq!((launches.len(), workspace.as_const()), (1, Some(0)));
+            assert_eq!((launch.threads, launch.cluster, launch.dependent), (384, 1, true));
+            assert!(launch.shared <= Arch::Sm90a.max_shared());
+            // Row tiles of 128, 112 column tiles; never more blocks than multiprocessors.
+            assert_eq!([1, 128, 129, 16384].map(|m| blocks(launch, m)), [112, 112, 132, 132]);
+            let maps = maps(launch);
+            assert_eq!((maps[0].tile.as_slice(), maps[0].swizzle), ([64, 128].as_slice(), 128));
+            assert_eq!((maps[1].tile.as_slice(), maps[1].swizzle), ([64, 8, 32].as_slice(), 0));
+            let extents: Vec<_> = maps[1].shape.iter().map(|d| d.as_const().unwrap()).collect();
+            assert_eq!(extents, [64, 512, 3584]);
+            let strides: Vec<_> = maps[1].strides.iter().map(|d| d.as_const().unwrap()).collect();
+            assert_eq!(strides, [128, 512 * 128]);
+            let order = launch.args.iter().map(|a| matches!(a, Argument::I32(_))).collect::<Vec<_>>();
+            assert_eq!(order, [false, false, true, false]);
+        });
+    }
+
+    #[test]
+    fn few_tiles_make_few_blocks() {
+        let module = module("f16", 512, &[600, 40], "");
+        with(Arch::Sm90a, &module, |problem| {
+            let launch = launch(&problem, Tile::HOPPER).unwrap();
+            // 80 panels are three tiles of 32.
+            assert_eq!([0, 1, 128, 129].map(|m| blocks(&launch, m)), [0, 3, 3, 6]);
+        });
+    }
+
+    /// Where `wgmma.cu` tells the matrix instructions that element `[n, k]` of a tile is, against where a copy of the
+    /// tile's box leaves it: boxes are written densely, innermost axis first.
+    #[test]
+    fn core_matrices_are_where_descriptors_say() {
+        let (panels, blocks) = (32, 8);
+        for n in 0..8 * panels {
+            for k in 0..8 * blocks {
+                let element = (n % 8) * 8 + k % 8;
+                let box_at = ((n / 8 * blocks + k / 8) * 64 + element) * 2;
+                let descriptor_at = n / 8 * 1024 + k / 8 * 128 + n % 8 * 16 + k % 8 * 2;
+                assert_eq!(box_at, descriptor_at);
+            }
+        }
+    }
+
+    #[test]
+    fn segments_and_operands_in_the_source() {
+        let module = module("bf16", 64, &[64, 16, 16], "bias, relu");
+        with(Arch::Sm80, &module, |problem| {
+            let (launches, _) = launches(&problem).unwrap();
+            let text = &launches[0].source.text;
+            assert!(text.contains("if (panel < 8) return Place{p.result0, 64, (panel - 0) * 8, 0};"));
+            assert!(text.contains("if (panel < 10) return Place{p.result1, 16, (panel - 8) * 8, 64};"));
+            assert!(text.contains("    return Place{p.result2, 16, (panel - 10) * 8, 80};"));
+            assert!(text.contains("    v += bias;\n    v = relu(v);\n    return v;"));
+            // x, weight, m, bias, three results.
+            assert_eq!((launches[0].args.len(), launches[0].dependent), (7, false));
+            assert!(launches[0].source.promise.no_local);
+        });
+    }
+
+    #[test]
+    fn a_gated_epilogue_takes_the_second_segment() {
+        let module = module("bf16", 64, &[40, 40], "bias, glu(gelu), residual");
+        with(Arch::Sm90a, &module, |problem| {
+            let text = epilogue(&problem).unwrap();
+            assert!(text.contains("constexpr int SECOND = 40;"));
+            assert!(text.contains("constexpr int OUT_PANELS = 5;"));
+            assert!(text.contains(
+                "    v += bias, u += second;\n    v = gelu(v) * u;\n    v += o[0];\n    return v;"
+            ));
+            assert!(text.contains("{ return q == 0 ? p.operand2 : (const ELEMENT *)0; }"));
+        });
+    }
+
+    #[test]
+    fn instructions_name_every_register() {
+        for n in [64, 128, 192, 256] {
+            let text = wgmma_instruction(n, DType::F16);
+            assert_eq!(text.matches("\"+f\"").count() as u32, n / 2);
+            assert!(text.contains(&format!("m64n{n}k16.f32.f16.f16 {{%0, ")));
+            assert!(text.contains(&format!("}}, %{}, %{}, p,", n / 2, n / 2 + 1)));
+        }
+    }
+
+    #[test]
+    fn other_problems_are_left_to_others() {
+        let none = |arch, module: &Module, layout| {
+            with(arch, module, |mut problem| {
+                problem.layout = layout;
+                launches(&problem).is_none() && variants(&problem).is_none()
+            })
+        };
+        assert!(none(Arch::Sm90a, &module("f32", 64, &[64], ""), Layout::Cores));
+        assert!(none(Arch::Sm80, &module("bf16", 64, &[64], ""), Layout::Rows));
+        assert!(none(Arch::Sm90a, &module("bf16", 60, &[64], ""), Layout::Cores));
+    }
+
+    #[test]
+    fn shared_memory_fits_every_architecture() {
+        let module = module("bf16", 4096, &[4096], "residual");
+        for arch in Arch::ALL {
+            with(arch, &module, |problem| {
+                for variant in variants(&problem).unwrap() {
+                    for launch in &variant.launches {
+                        assert!(launch.shared <= arch.max_shared(), "{arch}: {launch:?}");
+                        assert!(launch.source.promise.no_local);
+                    }
+                }
+            });
+        }
+    }
 }
