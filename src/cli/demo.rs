@@ -59,7 +59,7 @@ pub fn main(args: &Args) -> Result<()> {
             completion.token_ids.len() as f64 / seconds
         ))?;
         let ledger = session.ledger();
-        for class in Class::ALL {
+        for class in ledger.classes() {
             print(&format!(
                 "  {:<12} {:>12} now, {:>12} at most\n",
                 class.name(),
