@@ -52,6 +52,8 @@ struct Part {
     results: Vec<ValueId>,
     /// The nodes.
     sources: Vec<NodeId>,
+    /// Reshapes of results that stand before the region, and are made again behind it.
+    reshapes: Vec<NodeId>,
 }
 
 /// Why nodes are no region, if they almost are.
@@ -102,6 +104,7 @@ impl Part {
             shape,
             results: node.results.to_vec(),
             sources: vec![id],
+            reshapes: Vec::new(),
         };
         part.list_each_operand_once();
         Some(part)
@@ -184,7 +187,8 @@ impl Part {
             Operand::Value(v) => inner.results.iter().position(|r| r == v),
             _ => None,
         };
-        let mut operands: Vec<Operand> = self.operands.iter().copied().filter(|o| made(o).is_none()).collect();
+        let mut operands: Vec<Operand> =
+            self.operands.iter().copied().filter(|o| made(o).is_none()).collect();
         let inputs: Vec<usize> = inner.operands.iter().map(|o| place(&mut operands, *o)).collect();
         let shift = inner.region.body.len();
         let from_inner = |s: Source| match s {
@@ -214,6 +218,7 @@ impl Part {
             shape: self.shape.clone(),
             results: self.results.clone(),
             sources: self.sources.iter().chain(&inner.sources).copied().collect(),
+            reshapes: self.reshapes.iter().chain(&inner.reshapes).copied().collect(),
         };
         for ((value, out), dtype) in inner.results.iter().zip(&inner.region.out).zip(&inner.region.dtypes) {
             if kept(*value) {
@@ -223,6 +228,25 @@ impl Part {
             }
         }
         whole
+    }
+
+    /// Lists first an operand that the first result may replace: of its type, and read by nobody else.
+    fn list_replaceable_first(&mut self, view: &View<'_>) {
+        let ty = &view.module.graph.values[self.results[0]].ty;
+        let replaceable = |o: &Operand| match o {
+            Operand::Value(v) => {
+                let own = view.users(*v).iter().all(|u| self.sources.contains(u)) && !view.is_output(*v);
+                own && view.def(*o).is_some() && view.ty(*o) == ty
+            }
+            _ => false,
+        };
+        let Some(first) = self.operands.iter().position(replaceable) else { return };
+        self.operands[..=first].rotate_right(1);
+        self.rename(|s| match s {
+            Source::Input(i) if i == first => Source::Input(0),
+            Source::Input(i) if i < first => Source::Input(i + 1),
+            other => other,
+        });
     }
 
     /// Whether the region stays within what a kernel should be given.
@@ -273,10 +297,15 @@ impl Rule for FusePointwise {
                 _ => Outcome::NoMatch,
             };
         };
-        let (is_region, is_reduction) = (matches!(node.op, Op::Pointwise(_)), matches!(node.op, Op::Reduce(_)));
+        let (is_region, is_reduction) =
+            (matches!(node.op, Op::Pointwise(_)), matches!(node.op, Op::Reduce(_)));
         if !whole.computes(view) {
             let silent = is_region || is_reduction;
-            return if silent { Outcome::NoMatch } else { Outcome::Blocked("regions compute in floats".into()) };
+            return if silent {
+                Outcome::NoMatch
+            } else {
+                Outcome::Blocked("regions compute in floats".into())
+            };
         }
         // A reduction alone has a kernel that shares long rows among threads.
         let mut grew = !is_region && !is_reduction;
@@ -299,8 +328,17 @@ impl Rule for FusePointwise {
             return declined.map_or(Outcome::NoMatch, Outcome::Blocked);
         }
         let drops_axis = is_reduction && whole.drops_axis(view);
-        let mut patch = Patch::new(whole.sources);
+        whole.list_replaceable_first(view);
+        let mut patch = Patch::new(whole.sources.iter().chain(&whole.reshapes).copied());
         let new = patch.node(whole.region, whole.operands.into_iter().map(From::Old));
+        for reshape in whole.reshapes {
+            let node = view.node(reshape);
+            let made = |v: &ValueId| Operand::Value(*v) == node.operands[0];
+            if let Some(index) = whole.results.iter().position(made) {
+                let again = patch.node(node.op.clone(), [From::New(new, index)]);
+                patch.replace(node.results[0], From::New(again, 0));
+            }
+        }
         for (index, value) in whole.results.into_iter().enumerate() {
             let made = From::New(new, index);
             if index == 0 && drops_axis {
@@ -345,10 +383,18 @@ fn absorb(view: &View<'_>, whole: &Part, operand: Operand) -> Result<Option<Part
         return Err("an operand is computed from integers".into());
     }
     let inside = |user: &NodeId| whole.sources.contains(user) || inner.sources.contains(user);
-    let outside = |value: ValueId| view.users(value).iter().filter(|u| !inside(u)).copied().collect::<Vec<_>>();
-    // The region stands where its last node stood, behind which all other readers have to be.
-    if inner.results.iter().any(|v| outside(*v).iter().any(|u| view.passed(*u))) {
-        return Err("an operand's region is read before this one".into());
+    let outside =
+        |value: ValueId| view.users(value).iter().filter(|u| !inside(u)).copied().collect::<Vec<_>>();
+    // The region stands where its last node stood, behind which all other readers have to be. Reshapes follow it.
+    let passed = |value: ValueId| outside(value).into_iter().filter(|u| view.passed(*u)).collect::<Vec<_>>();
+    for user in inner.results.iter().flat_map(|v| passed(*v)).collect::<Vec<_>>() {
+        let node = view.node(user);
+        if !matches!(node.op, Op::Reshape(_)) || !passed(node.results[0]).is_empty() {
+            return Err("an operand's region is read before this one".into());
+        }
+        if !whole.reshapes.contains(&user) {
+            inner.reshapes.push(user);
+        }
     }
     let kept: Vec<ValueId> =
         inner.results.iter().copied().filter(|v| view.is_output(*v) || !outside(*v).is_empty()).collect();

@@ -162,11 +162,8 @@ fn pointwise_is_its_steps_as_ops() {
         Step::Select(Source::Step(2), Source::Input(0), Source::Step(1)),
         Step::Cast(DType::BF16, Source::Step(3)),
     ];
-    let region = Pointwise::elementwise(
-        body,
-        vec![Source::Step(3), Source::Step(4)],
-        vec![DType::F32, DType::BF16],
-    );
+    let region =
+        Pointwise::elementwise(body, vec![Source::Step(3), Source::Step(4)], vec![DType::F32, DType::BF16]);
     let out = run(region.clone(), &[x.clone(), row.clone()]);
     let product = run(Binary { function: BinaryFn::Mul }, &[x.clone(), row.clone()]).remove(0);
     let tanh = run(Unary { function: UnaryFn::Tanh }, &[product]).remove(0);
@@ -194,7 +191,14 @@ fn pointwise_reductions_are_reductions_as_ops() {
         Step::Reduce(ReduceFn::Sum, i(1)),
         Step::Reduce(ReduceFn::Min, i(0)),
     ];
-    let out = vec![Out::full(t(5)), Out::row(t(4)), Out::full(t(1)), Out::row(t(6)), Out::row(t(7)), Out::row(t(8))];
+    let out = vec![
+        Out::full(t(5)),
+        Out::row(t(4)),
+        Out::full(t(1)),
+        Out::row(t(6)),
+        Out::row(t(7)),
+        Out::row(t(8)),
+    ];
     let region = Pointwise { body, out, dtypes: vec![DType::F32; 6] };
     let found = run(region.clone(), &[x.clone(), scale.clone()]);
     let product = run(Binary { function: BinaryFn::Mul }, &[x.clone(), scale.clone()]).remove(0);

@@ -115,7 +115,8 @@ mod tests {
 
     #[test]
     fn elementwise_regions_have_one_phase_and_keep_nothing() {
-        let body = vec![Step::Unary(UnaryFn::Exp, Source::Input(0)), Step::Unary(UnaryFn::Neg, Source::Input(1))];
+        let body =
+            vec![Step::Unary(UnaryFn::Exp, Source::Input(0)), Step::Unary(UnaryFn::Neg, Source::Input(1))];
         let out = vec![Source::Step(0), Source::Step(1)];
         let phases = Pointwise::elementwise(body, out, vec![DType::F32; 2]).phases(&[false, true]);
         assert_eq!((phases.count, phases.kept), (1, vec![false, false]));

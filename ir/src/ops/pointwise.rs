@@ -162,7 +162,9 @@ impl Out {
 
     fn parse(attr: &Attr) -> Result<Self, String> {
         match attr {
-            Attr::Call(name, args) if name == "row" && args.len() == 1 => Source::parse(&args[0]).map(Out::row),
+            Attr::Call(name, args) if name == "row" && args.len() == 1 => {
+                Source::parse(&args[0]).map(Out::row)
+            }
             Attr::Call(..) => Err(format!("`{attr}` is no result")),
             other => Source::parse(other).map(Out::full),
         }

@@ -151,8 +151,7 @@ impl Sample for Pointwise {
             sources.push(Source::Step(draft.random.below(body.len())));
         }
         let mut region = Pointwise::elementwise(body, sources, Vec::new());
-        let inputs: Vec<bool> =
-            operands.iter().map(|o| Pointwise::is_per_row(&draft.ty(*o).shape)).collect();
+        let inputs: Vec<bool> = operands.iter().map(|o| Pointwise::is_per_row(&draft.ty(*o).shape)).collect();
         let phases = region.phases(&inputs);
         for out in &mut region.out {
             out.per_row = reduces && phases.is_per_row(&out.source) && !draft.random.once_in(3);

@@ -125,7 +125,9 @@ impl Tiles {
             }
             Step::Select(c, a, b) => {
                 let choices = read(c).iter().zip(read(a)).zip(read(b));
-                here.iter_mut().zip(choices).for_each(|(h, ((c, a), b))| *h = if *c != 0.0 { *a } else { *b });
+                here.iter_mut()
+                    .zip(choices)
+                    .for_each(|(h, ((c, a), b))| *h = if *c != 0.0 { *a } else { *b });
             }
             Step::Cast(dtype, a) => {
                 here.copy_from_slice(read(a));
@@ -137,7 +139,12 @@ impl Tiles {
     }
 }
 
-fn read<'a>(inputs: &'a [Tile], steps: &'a [Tile], constants: &'a [(u32, Tile)], source: &Source) -> &'a Tile {
+fn read<'a>(
+    inputs: &'a [Tile],
+    steps: &'a [Tile],
+    constants: &'a [(u32, Tile)],
+    source: &Source,
+) -> &'a Tile {
     const NOTHING: &Tile = &[0.0; TILE];
     match source {
         Source::Input(i) => &inputs[*i],

@@ -7,6 +7,7 @@
 use millrace::Result;
 use millrace::ir::eval::{evaluate, evaluate_with};
 use millrace::ir::ops::fused_matmul::Epilogue;
+use millrace::ir::ops::pointwise::Step as PointwiseStep;
 use millrace::ir::ops::unary::UnaryFn;
 use millrace::ir::ops::{EvalCtx, Numerics};
 use millrace::ir::sampling::{Random, RandomGraph};
@@ -113,8 +114,9 @@ fn noisy(
             })
             .collect();
         // Pointwise regions may compare, and only exact operands: those stay.
-        let shaken: Vec<&Tensor> =
-            if node.op.name() == "pointwise" { context.operands.to_vec() } else { shaken.iter().collect() };
+        let compares = |step: &PointwiseStep| matches!(step, PointwiseStep::Binary(f, ..) if f.compares());
+        let stays = matches!(&node.op, Op::Pointwise(p) if p.body.iter().any(compares));
+        let shaken: Vec<&Tensor> = if stays { context.operands.to_vec() } else { shaken.iter().collect() };
         node.op.eval(&EvalCtx { operands: &shaken, results: context.results, bindings: context.bindings })?
     } else {
         node.op.eval(context)?
