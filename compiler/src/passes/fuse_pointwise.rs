@@ -389,7 +389,8 @@ fn absorb(view: &View<'_>, whole: &Part, operand: Operand) -> Result<Option<Part
     let passed = |value: ValueId| outside(value).into_iter().filter(|u| view.passed(*u)).collect::<Vec<_>>();
     for user in inner.results.iter().flat_map(|v| passed(*v)).collect::<Vec<_>>() {
         let node = view.node(user);
-        if !matches!(node.op, Op::Reshape(_)) || !passed(node.results[0]).is_empty() {
+        let follows = |u: &NodeId| !inside(u) && !view.passed(*u);
+        if !matches!(node.op, Op::Reshape(_)) || !view.users(node.results[0]).iter().all(follows) {
             return Err("an operand's region is read before this one".into());
         }
         if !whole.reshapes.contains(&user) {
