@@ -161,12 +161,19 @@ impl Manager<'_> {
                 Step::Pass(call) => self.call(call, module, context)?,
                 Step::Group(steps) => self.steps(steps, module, context, before)?,
                 Step::Fixpoint { max, steps } => {
-                    let mut ever = false;
-                    for _ in 0..max.unwrap_or(ROUNDS) {
+                    let (mut ever, mut settled) = (false, false);
+                    let rounds = max.unwrap_or(ROUNDS);
+                    for _ in 0..rounds {
                         if !self.steps(steps, module, context, before)? || self.stopped {
+                            settled = true;
                             break;
                         }
                         ever = true;
+                    }
+                    if !settled && let Some(id) = module.graph.order.first() {
+                        let message =
+                            format!("stopped after {rounds} rounds, the last of which changed something");
+                        context.remark("fixpoint", &module.graph, *id, message);
                     }
                     ever
                 }

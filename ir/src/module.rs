@@ -36,11 +36,6 @@ impl Module {
         operands.iter().map(|o| self.operand_type(*o).clone()).collect()
     }
 
-    /// The weight called `name`.
-    pub fn weight_named(&self, name: &str) -> Option<WeightId> {
-        self.weights.iter().find(|(_, w)| w.name == name).map(|(id, _)| id)
-    }
-
     /// Infers the results of a node and adds it to the arenas without a place in the order.
     pub fn new_node(&mut self, op: Op, operands: Vec<Operand>, loc: Vec<Loc>) -> Result<NodeId> {
         let types = self.operand_types(&operands);

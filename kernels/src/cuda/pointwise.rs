@@ -41,7 +41,11 @@ pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
         Op::Select(_) if operands.iter().all(|d| d.size_bytes().is_some()) => {
             ("cuda.select", "    y0 = x0.bits != 0 ? x1 : x2;\n".to_string())
         }
-        Op::Pointwise(p) => ("cuda.pointwise", steps(&p.body, &p.out)?),
+        Op::Pointwise(p) if p.has_rows() => return None,
+        Op::Pointwise(p) => {
+            let out: Vec<Source> = p.out.iter().map(|o| o.source).collect();
+            ("cuda.pointwise", steps(&p.body, &out)?)
+        }
         _ => return None,
     };
     let map = Map { family, text: &text, operands: &operands, results: &results };

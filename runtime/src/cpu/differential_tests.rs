@@ -7,7 +7,7 @@ use millrace_ir::builder::Builder;
 use millrace_ir::ops::attention::Mask;
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::fused_matmul::{Epilogue, FusedMatmul};
-use millrace_ir::ops::pointwise::{Source, Step};
+use millrace_ir::ops::pointwise::{Out, Source, Step};
 use millrace_ir::ops::reduce::ReduceFn;
 use millrace_ir::ops::rope::{RopeLayout, RopeScaling};
 use millrace_ir::ops::unary::UnaryFn;
@@ -336,8 +336,49 @@ proptest! {
             Step::Cast(types[3], Source::Step(2)),
         ];
         let out = vec![Source::Step(3), Source::Step(1)];
-        let op = Pointwise { body, out, dtypes: vec![types[0], DType::Bool] };
+        let op = Pointwise::elementwise(body, out, vec![types[0], DType::Bool]);
         let operands: Vec<Spec> = (0..3).map(|i| (types[i], repeated(&shape, masks[i]), Fill::Tame)).collect();
+        check(op, &operands, seed);
+    }
+
+    /// Rows shorter and longer than a tile, operands that repeat in any way, results per element and per row, and
+    /// result 0 of either kind in place of operand 0.
+    #[test]
+    fn regions_of_rows(
+        types in proptest::collection::vec(floats(), 3), shape in shape(1..9, 1..4), masks: [u64; 3],
+        columns in 0usize..600, f in proptest::sample::select(ReduceFn::ALL.to_vec()), swap: bool, seed: u64,
+    ) {
+        let mut shape = shape;
+        *shape.last_mut().unwrap() = columns;
+        let (i, t) = (Source::Input, Source::Step);
+        let body = vec![
+            Step::Binary(BinaryFn::Mul, i(0), i(1)),
+            Step::Unary(UnaryFn::Abs, t(0)),
+            Step::Reduce(f, t(1)),
+            Step::Binary(BinaryFn::Add, t(2), Source::Const(1.0)),
+            Step::Binary(BinaryFn::Max, t(3), Source::Const(0.5)),
+            Step::Binary(BinaryFn::Div, t(0), t(4)),
+            Step::Binary(BinaryFn::Sub, i(2), t(5)),
+            Step::Reduce(ReduceFn::Max, t(6)),
+            Step::Binary(BinaryFn::Le, i(2), Source::Const(0.0)),
+            Step::Select(t(8), t(7), t(1)),
+        ];
+        let mut op = Pointwise {
+            body,
+            out: vec![Out::full(t(9)), Out::row(t(7)), Out::full(t(5)), Out::row(t(3))],
+            dtypes: vec![types[0], types[0], types[1], DType::F32],
+        };
+        let mut operands: Vec<Spec> =
+            (0..3).map(|i| (types[i], repeated(&shape, masks[i]), Fill::Tame)).collect();
+        // The whole shape, so that there is an axis to reduce; what the result may replace is of its type.
+        operands[2].1 = shape.clone();
+        if masks[0] & 1 == 1 {
+            operands[0].1 = shape.clone();
+        }
+        if swap {
+            op.out.swap(0, 1);
+            *operands[0].1.last_mut().unwrap_or(&mut 1) = 1;
+        }
         check(op, &operands, seed);
     }
 
@@ -485,6 +526,12 @@ fn large_tensors() {
     check(Conv2d { pad: [0; 4], groups: 2, ..conv }, &operands, 9);
 }
 
+/// The sum of every row.
+fn row_sums(dtype: DType) -> Pointwise {
+    let body = vec![Step::Reduce(ReduceFn::Sum, Source::Input(0))];
+    Pointwise { body, out: vec![Out::row(Source::Step(0))], dtypes: vec![dtype] }
+}
+
 /// All that may still run the reference evaluator: 4-bit elements, which no kernel addresses; sums and windows of 8-bit
 /// floats; and rows that are known to be empty.
 #[test]
@@ -528,6 +575,7 @@ fn the_reference_evaluator_is_for_exotic_types() {
                 (Op::from(Unary { function: UnaryFn::Exp }), vec![x.clone()]),
                 (Embedding.into(), vec![x.clone(), ids]),
                 (Reduce { function: ReduceFn::Sum, axes: vec![0], keep: false }.into(), vec![x.clone()]),
+                (row_sums(dtype).into(), vec![x.clone()]),
                 (Softmax { axis: 0 }.into(), vec![x.clone()]),
                 (Matmul { transpose_b: false, out: None }.into(), vec![x.clone(), x.clone()]),
                 (product.into(), vec![x.clone(), x.clone()]),
@@ -541,7 +589,7 @@ fn the_reference_evaluator_is_for_exotic_types() {
             }
         }
     }
-    let sums = ["reduce_sum", "softmax", "matmul", "matmul.fused", "conv2d", "avg_pool2d"];
+    let sums = ["reduce_sum", "pointwise", "softmax", "matmul", "matmul.fused", "conv2d", "avg_pool2d"];
     let eight_bits = ["f8e4m3", "f8e5m2"].into_iter().flat_map(|d| sums.map(|op| format!("{op} {d}")));
     let moves = [
         "cast",
