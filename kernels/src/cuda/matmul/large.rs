@@ -2,7 +2,7 @@
 //!
 //! On Hopper, `wgmma.cu`: persistent blocks whose producer warp fills a ring of shared-memory stages through the tensor
 //! memory unit. Elsewhere `mma.cu`: `mma.sync` fed by `cp.async`. Both end in `epilogue.cu`. The shape of the tiles depends
-//! on the number of rows: [`variants`] answers one launch for each range of it, chosen by [`Tile::cost`].
+//! on the number of rows: [`variants`] answers one launch for each range of it.
 //!
 //! The weight must be in [`Layout::Cores`], whose blocks are what matrix instructions read; a norm in front must have
 //! been launched before. A row's result does not depend on other rows as long as the variant is the same: each element
@@ -17,6 +17,7 @@ use millrace_ir::ops::fused_matmul::Epilogue;
 use millrace_ir::{DType, Dim};
 
 use super::problem::{Layout, Problem};
+use crate::cuda::arch::Arch;
 use crate::cuda::plan::{Argument, SiteLaunch, SiteVariant, between};
 use crate::cuda::source::{Promise, Source, SourceWriter, type_name};
 
@@ -25,6 +26,9 @@ const SCRATCH: u32 = 2048;
 
 /// Columns of `k` in a stage of `wgmma.cu`: one line of the 128-byte swizzle.
 const WGMMA_K: u32 = 64;
+
+/// Row tiles of 128 up to which the number of rows decides on the tile.
+const CHOICES: u64 = 32;
 
 /// Columns of `k` in a stage of `mma.cu`.
 const MMA_K: u32 = 32;
@@ -62,7 +66,46 @@ pub enum Tile {
 
 impl Tile {
     /// The tile for large numbers of rows on Hopper.
-    const HOPPER: Tile = Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 1, split: 1, group: 16 };
+    const HOPPER: Tile = Tile::hopper(256, 4, 1);
+
+    /// Tiles that [`variants`] chooses from.
+    const CANDIDATES: [Tile; 6] = [
+        Tile::HOPPER,
+        Tile::hopper(192, 5, 1),
+        Tile::hopper(128, 6, 1),
+        Tile::hopper(64, 8, 1),
+        Tile::hopper(128, 6, 2),
+        Tile::hopper(64, 8, 2),
+    ];
+
+    const fn hopper(columns: u32, stages: u32, split: u32) -> Tile {
+        Tile::Wgmma { consumers: 2, columns, stages, cluster: 1, split, group: 16 }
+    }
+
+    /// About how long a problem takes on an H200. Measured there: a step of 64 along `k` takes 722, 551, 384 and 232 ns for
+    /// tiles of 128 rows and 256, 192, 128 and 64 columns when every multiprocessor has one; a wave of tiles another
+    /// 1.5 us, a launch 2 us, and adding up the parts of a split 2.5 us.
+    fn nanoseconds(self, m: u64, k: u64, panels: u64, multiprocessors: u64) -> u64 {
+        let Tile::Wgmma { columns, cluster, split, .. } = self else { return u64::MAX };
+        let tiles = m.div_ceil(u64::from(self.rows())) * (8 * panels).div_ceil(u64::from(columns));
+        let waves = tiles.div_ceil(multiprocessors / u64::from(cluster * split));
+        let step = match columns {
+            64 => 232,
+            128 => 384,
+            192 => 551,
+            _ => 722,
+        };
+        let steps = k.div_ceil(u64::from(WGMMA_K)).div_ceil(u64::from(split));
+        waves * (steps * step + 1500) + 2000 + if split > 1 { 2500 } else { 0 }
+    }
+
+    /// Whether the kernel can do the problem: each block of a split needs a part of `k`, and of the columns whole pairs of
+    /// panels if they are gated.
+    fn fits(&self, problem: &Problem<'_>) -> bool {
+        let Tile::Wgmma { columns, split, .. } = *self else { return true };
+        let pair = if problem.gated() { 16 } else { 8 };
+        columns.is_multiple_of(split * pair) && problem.k as u64 >= u64::from(split * WGMMA_K)
+    }
 
     /// Rows of the tiles of one cluster.
     pub fn rows(self) -> u32 {
@@ -111,24 +154,57 @@ impl Tile {
     }
 }
 
-/// Launches for every number of rows, and the bytes of scratch memory they need; [`variants`] without the choice by rows.
+/// One launch that serves every number of rows, and the bytes of scratch memory it needs.
 pub fn launches(problem: &Problem<'_>) -> Option<(Vec<SiteLaunch>, Dim)> {
     let tile = match problem.site.arch.has_wgmma() {
         true => Tile::HOPPER,
-        false => mma_tile(problem),
+        false => mma_tile(problem.site.arch),
     };
     Some((vec![launch(problem, tile)?], Dim::from(0u64)))
 }
 
-/// Ways to run the problem by its number of rows; the first whose condition holds, and the last has none.
+/// Ways to run the problem by its number of rows; the first whose condition holds, and the last has none. None needs
+/// scratch memory or counters.
 pub fn variants(problem: &Problem<'_>) -> Option<Vec<SiteVariant>> {
-    let (launches, _) = launches(problem)?;
-    let _ = between;
-    Some(vec![SiteVariant { when: Vec::new(), launches }])
+    if !problem.site.arch.has_wgmma() {
+        return Some(vec![SiteVariant { when: Vec::new(), launches: launches(problem)?.0 }]);
+    }
+    let ranges = choose(problem);
+    let last = ranges.len().saturating_sub(1);
+    ranges
+        .into_iter()
+        .enumerate()
+        .map(|(index, (rows, tile))| {
+            let when = if index == last { Vec::new() } else { vec![between(&problem.m, 0, rows)] };
+            Some(SiteVariant { when, launches: vec![launch(problem, tile)?] })
+        })
+        .collect()
 }
 
-fn mma_tile(problem: &Problem<'_>) -> Tile {
-    let stages = if problem.site.arch.max_shared() < 128 << 10 { 3 } else { 4 };
+/// Tiles for Hopper with the most rows that each serves, in increasing order.
+fn choose(problem: &Problem<'_>) -> Vec<(u64, Tile)> {
+    let multiprocessors = u64::from(problem.site.arch.multiprocessors());
+    let (k, panels) = (problem.k as u64, problem.panels() as u64);
+    let cost = |tile: Tile, m: u64| tile.nanoseconds(m, k, panels, multiprocessors);
+    let fits = |tile: &Tile| tile.fits(problem);
+    let mut ranges: Vec<(u64, Tile)> = Vec::new();
+    for row_tile in 1..=CHOICES {
+        let m = row_tile * 128;
+        let best = Tile::CANDIDATES.into_iter().filter(fits).min_by_key(|t| cost(*t, m)).unwrap_or(Tile::HOPPER);
+        match ranges.last_mut() {
+            // A few percent are not worth a kernel.
+            Some((rows, tile)) if cost(*tile, m) <= cost(best, m) * 103 / 100 => *rows = m,
+            _ => ranges.push((m, best)),
+        }
+    }
+    if ranges.last().is_some_and(|(_, tile)| *tile != Tile::HOPPER) {
+        ranges.push((u64::MAX, Tile::HOPPER));
+    }
+    ranges
+}
+
+fn mma_tile(arch: Arch) -> Tile {
+    let stages = if arch.max_shared() < 128 << 10 { 3 } else { 4 };
     Tile::Mma { warps_m: 2, warps_n: 2, stages, group: 8 }
 }
 
@@ -138,7 +214,7 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
     let out = matches!(problem.out, DType::BF16 | DType::F16 | DType::F32);
     let small = i32::try_from(problem.k).is_ok() && i32::try_from(problem.n()).is_ok();
     let whole = problem.k > 0 && problem.k.is_multiple_of(8) && problem.segments.iter().all(|s| *s > 0);
-    if problem.layout != Layout::Cores || !float || !out || !small || !whole {
+    if problem.layout != Layout::Cores || !float || !out || !small || !whole || !tile.fits(problem) {
         return None;
     }
     let (k, panels) = (problem.k as u64, problem.panels() as u64);
@@ -332,7 +408,7 @@ mod tests {
     use millrace_ir::{Module, NodeId};
 
     use super::*;
-    use crate::cuda::{Arch, Site};
+    use crate::cuda::Site;
 
     /// A module of one matmul whose weight the tests take to be in cores.
     fn module(dtype: &str, k: usize, segments: &[usize], epilogue: &str) -> Module {
