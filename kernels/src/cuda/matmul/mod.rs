@@ -6,5 +6,6 @@
 
 pub mod large;
 pub mod problem;
+pub mod tile_epilogue;
 
 pub use problem::{Layout, Norm, Problem, Term};
