@@ -96,6 +96,8 @@ pub fn write(body: &[Step], out: &[Source], operands: &[DType], results: &[DType
             Step::Binary(f, a, b) => binary(*f, &term(a)?, &term(b)?),
             Step::Select(c, a, b) => select(&term(c)?, &term(a)?, &term(b)?),
             Step::Cast(dtype, a) => cast(*dtype, &term(a)?),
+            // Rows are reduced by kernels of their own.
+            Step::Reduce(..) => return None,
         };
         let kind = if class == Class::Double { "double" } else { "float" };
         let _ = writeln!(text, "    const {kind} t{t} = {value};");

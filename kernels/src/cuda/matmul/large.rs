@@ -2,13 +2,12 @@
 //!
 //! On Hopper, `wgmma.cu`: persistent blocks whose producer warp fills a ring of shared-memory stages through the tensor
 //! memory unit. Elsewhere `mma.cu`: `mma.sync` fed by `cp.async`. Both end in `epilogue.cu`. The shape of the tiles depends
-//! on the number of rows: [`variants`] answers one launch for each range of it, chosen by [`Tile::cost`].
+//! on the number of rows: [`variants`] answers one launch for each range of it.
 //!
 //! The weight must be in [`Layout::Cores`], whose blocks are what matrix instructions read; a norm in front must have
 //! been launched before. A row's result does not depend on other rows as long as the variant is the same: each element
 //! is one chain of accumulations over `k` in order.
 
-use std::fmt::Write;
 use std::sync::Arc;
 
 use millrace_ir::launch::{MapBase, TensorMap};
@@ -17,6 +16,8 @@ use millrace_ir::ops::unary::UnaryFn;
 use millrace_ir::{DType, Dim};
 
 use super::problem::{Layout, Problem};
+use super::tile_epilogue;
+use crate::cuda::arch::Arch;
 use crate::cuda::plan::{Argument, SiteLaunch, SiteVariant, between};
 use crate::cuda::source::{Promise, Source, SourceWriter, type_name};
 
@@ -25,6 +26,9 @@ const SCRATCH: u32 = 2048;
 
 /// Columns of `k` in a stage of `wgmma.cu`: one line of the 128-byte swizzle.
 const WGMMA_K: u32 = 64;
+
+/// Row tiles of 128 up to which the number of rows decides on the tile.
+const CHOICES: u64 = 32;
 
 /// Columns of `k` in a stage of `mma.cu`.
 const MMA_K: u32 = 32;
@@ -62,8 +66,46 @@ pub enum Tile {
 
 impl Tile {
     /// The tile for large numbers of rows on Hopper.
-    const HOPPER: Tile =
-        Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 1, split: 1, group: 16 };
+    const HOPPER: Tile = Tile::hopper(256, 4, 1);
+
+    /// Tiles that [`variants`] chooses from.
+    const CANDIDATES: [Tile; 6] = [
+        Tile::HOPPER,
+        Tile::hopper(192, 5, 1),
+        Tile::hopper(128, 6, 1),
+        Tile::hopper(64, 8, 1),
+        Tile::hopper(128, 6, 2),
+        Tile::hopper(64, 8, 2),
+    ];
+
+    const fn hopper(columns: u32, stages: u32, split: u32) -> Tile {
+        Tile::Wgmma { consumers: 2, columns, stages, cluster: 1, split, group: 16 }
+    }
+
+    /// About how long a problem takes on an H200. Measured there: a step of 64 along `k` takes 722, 551, 384 and 232 ns for
+    /// tiles of 128 rows and 256, 192, 128 and 64 columns when every multiprocessor has one; a wave of tiles another
+    /// 1.5 us, a launch 2 us, and adding up the parts of a split 2.5 us.
+    fn nanoseconds(self, m: u64, k: u64, panels: u64, multiprocessors: u64) -> u64 {
+        let Tile::Wgmma { columns, cluster, split, .. } = self else { return u64::MAX };
+        let tiles = m.div_ceil(u64::from(self.rows())) * (8 * panels).div_ceil(u64::from(columns));
+        let waves = tiles.div_ceil(multiprocessors / u64::from(cluster * split));
+        let step = match columns {
+            64 => 232,
+            128 => 384,
+            192 => 551,
+            _ => 722,
+        };
+        let steps = k.div_ceil(u64::from(WGMMA_K)).div_ceil(u64::from(split));
+        waves * (steps * step + 1500) + 2000 + if split > 1 { 2500 } else { 0 }
+    }
+
+    /// Whether the kernel can do the problem: each block of a split needs a part of `k`, and of the columns whole pairs of
+    /// panels if they are gated.
+    fn fits(&self, problem: &Problem<'_>) -> bool {
+        let Tile::Wgmma { columns, split, .. } = *self else { return true };
+        let pair = if problem.gated() { 16 } else { 8 };
+        columns.is_multiple_of(split * pair) && problem.k as u64 >= u64::from(split * WGMMA_K)
+    }
 
     /// Rows of the tiles of one cluster.
     pub fn rows(self) -> u32 {
@@ -112,24 +154,58 @@ impl Tile {
     }
 }
 
-/// Launches for every number of rows, and the bytes of scratch memory they need; [`variants`] without the choice by rows.
+/// One launch that serves every number of rows, and the bytes of scratch memory it needs.
 pub fn launches(problem: &Problem<'_>) -> Option<(Vec<SiteLaunch>, Dim)> {
     let tile = match problem.site.arch.has_wgmma() {
         true => Tile::HOPPER,
-        false => mma_tile(problem),
+        false => mma_tile(problem.site.arch),
     };
     Some((vec![launch(problem, tile)?], Dim::from(0u64)))
 }
 
-/// Ways to run the problem by its number of rows; the first whose condition holds, and the last has none.
+/// Ways to run the problem by its number of rows; the first whose condition holds, and the last has none. None needs
+/// scratch memory or counters.
 pub fn variants(problem: &Problem<'_>) -> Option<Vec<SiteVariant>> {
-    let (launches, _) = launches(problem)?;
-    let _ = between;
-    Some(vec![SiteVariant { when: Vec::new(), launches }])
+    if !problem.site.arch.has_wgmma() {
+        return Some(vec![SiteVariant { when: Vec::new(), launches: launches(problem)?.0 }]);
+    }
+    let ranges = choose(problem);
+    let last = ranges.len().saturating_sub(1);
+    ranges
+        .into_iter()
+        .enumerate()
+        .map(|(index, (rows, tile))| {
+            let when = if index == last { Vec::new() } else { vec![between(&problem.m, 0, rows)] };
+            Some(SiteVariant { when, launches: vec![launch(problem, tile)?] })
+        })
+        .collect()
 }
 
-fn mma_tile(problem: &Problem<'_>) -> Tile {
-    let stages = if problem.site.arch.max_shared() < 128 << 10 { 3 } else { 4 };
+/// Tiles for Hopper with the most rows that each serves, in increasing order.
+fn choose(problem: &Problem<'_>) -> Vec<(u64, Tile)> {
+    let multiprocessors = u64::from(problem.site.arch.multiprocessors());
+    let (k, panels) = (problem.k as u64, problem.panels() as u64);
+    let cost = |tile: Tile, m: u64| tile.nanoseconds(m, k, panels, multiprocessors);
+    let fits = |tile: &Tile| tile.fits(problem);
+    let mut ranges: Vec<(u64, Tile)> = Vec::new();
+    for row_tile in 1..=CHOICES {
+        let m = row_tile * 128;
+        let best =
+            Tile::CANDIDATES.into_iter().filter(fits).min_by_key(|t| cost(*t, m)).unwrap_or(Tile::HOPPER);
+        match ranges.last_mut() {
+            // A few percent are not worth a kernel.
+            Some((rows, tile)) if cost(*tile, m) <= cost(best, m) * 103 / 100 => *rows = m,
+            _ => ranges.push((m, best)),
+        }
+    }
+    if ranges.last().is_some_and(|(_, tile)| *tile != Tile::HOPPER) {
+        ranges.push((u64::MAX, Tile::HOPPER));
+    }
+    ranges
+}
+
+fn mma_tile(arch: Arch) -> Tile {
+    let stages = if arch.max_shared() < 128 << 10 { 3 } else { 4 };
     Tile::Mma { warps_m: 2, warps_n: 2, stages, group: 8 }
 }
 
@@ -139,7 +215,7 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
     let out = matches!(problem.out, DType::BF16 | DType::F16 | DType::F32);
     let small = i32::try_from(problem.k).is_ok() && i32::try_from(problem.n()).is_ok();
     let whole = problem.k > 0 && problem.k.is_multiple_of(8) && problem.segments.iter().all(|s| *s > 0);
-    if problem.layout != Layout::Cores || !float || !out || !small || !whole {
+    if problem.layout != Layout::Cores || !float || !out || !small || !whole || !tile.fits(problem) {
         return None;
     }
     let (k, panels) = (problem.k as u64, problem.panels() as u64);
@@ -156,10 +232,7 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
         .ty("OUT", problem.out)
         .int("K", k)
         .int("PANELS", panels)
-        .line("// Divisions within two units in the last place: the exact ones cost more than a percent of a matmul.")
-        .line("DEVICE float fast_sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }")
-        .line("DEVICE float fast_silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }")
-        .body(&epilogue(problem)?)
+        .body(&tile_epilogue::declare(problem)?)
         .body(include_str!("epilogue.cu"));
     let (blocks, maps) = match tile {
         Tile::Wgmma { consumers, columns, stages, cluster, split, group } => {
@@ -207,108 +280,7 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
     launch.cluster = tile.cluster();
     launch.shared = tile.shared();
     launch.dependent = arch.has_tma();
-    let operands = problem.epilogue.iter().filter_map(|t| t.operand);
-    let pointers = operands.chain(problem.results.iter().copied()).map(Argument::Address);
-    Some(launch.args(maps).args([Argument::I32(problem.m.clone())]).args(pointers))
-}
-
-/// What `epilogue.cu` asks for: constants, `Pointers`, `place_of`, `operand_of`, `bias_pointer` and `finish`. Pointers are
-/// parameters in the order of the epilogue's operands, then the results.
-fn epilogue(problem: &Problem<'_>) -> Option<String> {
-    let gated = problem.gated();
-    let widths = if gated { &problem.segments[..1] } else { &problem.segments[..] };
-    if widths.len() != problem.results.len() {
-        return None;
-    }
-    let mut parameters = Vec::new();
-    let (mut bias, mut matrices) = (None, Vec::new());
-    for (index, term) in problem.epilogue.iter().enumerate().filter(|(_, t)| t.operand.is_some()) {
-        let name = format!("operand{index}");
-        parameters.push((format!("const ELEMENT *{name}"), name.clone()));
-        match term.step {
-            Epilogue::Bias if bias.is_some() => return None,
-            Epilogue::Bias => bias = Some(name),
-            _ => matrices.push(name),
-        }
-    }
-    for index in 0..widths.len() {
-        parameters.push((format!("OUT *result{index}"), format!("result{index}")));
-    }
-    let mut text = String::new();
-    let mut line = |args: std::fmt::Arguments<'_>| {
-        // Writing to a string has no reason to fail.
-        let _ = text.write_fmt(args);
-        text.push('\n');
-    };
-    line(format_args!("constexpr int GATED = {};", i32::from(gated)));
-    line(format_args!("constexpr int BIAS = {};", i32::from(bias.is_some())));
-    line(format_args!("constexpr int OPERANDS = {};", matrices.len()));
-    line(format_args!("constexpr int ALIGNED = {};", i32::from(problem.segments.iter().all(|s| s % 8 == 0))));
-    line(format_args!("constexpr int OUT_PANELS = {};", widths.iter().map(|w| w.div_ceil(8)).sum::<usize>()));
-    line(format_args!("constexpr int SECOND = {};", problem.segments[0]));
-    let join = |parts: Vec<&str>, by: &str| parts.join(by);
-    let declared: Vec<&str> = parameters.iter().map(|p| p.0.as_str()).collect();
-    let names: Vec<&str> = parameters.iter().map(|p| p.1.as_str()).collect();
-    line(format_args!("struct Pointers {{ {}; }};", join(declared.clone(), "; ")));
-    line(format_args!("#define POINTER_PARAMETERS {}", join(declared, ", ")));
-    line(format_args!("#define POINTERS Pointers{{{}}}", join(names, ", ")));
-    let at = bias.as_ref().map_or("(const ELEMENT *)0".to_string(), |b| format!("p.{b}"));
-    line(format_args!("DEVICE const ELEMENT *bias_pointer(const Pointers &p) {{ return {at}; }}"));
-    line(format_args!("// Operand `q` of the shape of the result."));
-    let chosen =
-        matrices.iter().enumerate().rev().fold("(const ELEMENT *)0".to_string(), |rest, (q, name)| {
-            format!("q == {q} ? p.{name} : {rest}")
-        });
-    line(format_args!("DEVICE const ELEMENT *operand_of(const Pointers &p, int q) {{ return {chosen}; }}"));
-    line(format_args!(
-        "// Where panel `panel` of the results is: result, its width, first column, position of the segment"
-    ));
-    line(format_args!("// in the bias."));
-    line(format_args!("struct Place {{ OUT *result; int width, column, first; }};"));
-    line(format_args!("DEVICE Place place_of(const Pointers &p, int panel) {{"));
-    let (mut panel, mut first) = (0, 0);
-    for (index, width) in widths.iter().enumerate() {
-        let end = panel + width.div_ceil(8);
-        let guard = if index + 1 < widths.len() { format!("if (panel < {end}) ") } else { String::new() };
-        line(format_args!(
-            "    {guard}return Place{{p.result{index}, {width}, (panel - {panel}) * 8, {first}}};"
-        ));
-        (panel, first) = (end, first + width);
-    }
-    line(format_args!("}}"));
-    line(format_args!(
-        "// The steps: accumulators of the column and, if gated, of the second segment's; biases; operands."
-    ));
-    line(format_args!("DEVICE float finish(float v, float u, float bias, float second, const float *o) {{"));
-    let mut operand = 0;
-    for term in &problem.epilogue {
-        match term.step {
-            Epilogue::Bias if gated => line(format_args!("    v += bias, u += second;")),
-            Epilogue::Bias => line(format_args!("    v += bias;")),
-            Epilogue::Activation(f) => line(format_args!("    v = {}(v);", activation(f)?)),
-            Epilogue::Glu(f) => line(format_args!("    v = {}(v) * u;", activation(f)?)),
-            Epilogue::Residual | Epilogue::Mul => {
-                let sign = if term.step == Epilogue::Mul { '*' } else { '+' };
-                line(format_args!("    v {sign}= o[{operand}];"));
-                operand += 1;
-            }
-        }
-    }
-    line(format_args!("    return v;\n}}"));
-    Some(text)
-}
-
-/// An activation as the prelude spells it.
-fn activation(f: UnaryFn) -> Option<&'static str> {
-    Some(match f {
-        UnaryFn::Silu => "fast_silu",
-        UnaryFn::Gelu => "gelu",
-        UnaryFn::GeluTanh => "gelu_tanh",
-        UnaryFn::Relu => "relu",
-        UnaryFn::Tanh => "tanhf",
-        UnaryFn::Sigmoid => "fast_sigmoid",
-        _ => return None,
-    })
+    Some(launch.args(maps).args([Argument::I32(problem.m.clone())]).args(tile_epilogue::arguments(problem)))
 }
 
 /// `acc[64 rows, n] (+)= a[64, 16] b[16, n]`, one group of four warps; `a` and `b` are descriptors of shared memory, and
@@ -332,16 +304,16 @@ fn wgmma_instruction(n: u32, dtype: DType) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use millrace_ir::dim::{Bindings, Sym};
     use millrace_ir::text::parse;
     use millrace_ir::{Module, NodeId};
 
     use super::*;
-    use crate::cuda::{Arch, Site};
+    use crate::cuda::Site;
 
-    /// A module of one matmul whose weight the tests take to be in cores.
-    fn module(dtype: &str, k: usize, segments: &[usize], epilogue: &str) -> Module {
+    /// A module of one matmul with input, bias and residual, whose weight the tests take to be in cores.
+    pub fn module(dtype: &str, k: usize, segments: &[usize], epilogue: &str) -> Module {
         let n: usize = segments.iter().sum();
         let widths = if epilogue.contains("glu(") { &segments[..1] } else { segments };
         let names: Vec<String> = (0..widths.len()).map(|i| format!("%{}", i + 3)).collect();
@@ -374,7 +346,8 @@ mod tests {
         problem
     }
 
-    fn with<R>(arch: Arch, module: &Module, f: impl FnOnce(Problem<'_>) -> R) -> R {
+    /// The problem of such a module, with its weight in cores.
+    pub fn with<R>(arch: Arch, module: &Module, f: impl FnOnce(Problem<'_>) -> R) -> R {
         f(problem(module, &module.graph.order, arch))
     }
 
@@ -438,32 +411,15 @@ mod tests {
     }
 
     #[test]
-    fn segments_and_operands_in_the_source() {
+    fn elsewhere_mma_with_plain_addresses() {
         let module = module("bf16", 64, &[64, 16, 16], "bias, relu");
         with(Arch::Sm80, &module, |problem| {
             let (launches, _) = launches(&problem).unwrap();
-            let text = &launches[0].source.text;
-            assert!(text.contains("if (panel < 8) return Place{p.result0, 64, (panel - 0) * 8, 0};"));
-            assert!(text.contains("if (panel < 10) return Place{p.result1, 16, (panel - 8) * 8, 64};"));
-            assert!(text.contains("    return Place{p.result2, 16, (panel - 10) * 8, 80};"));
-            assert!(text.contains("    v += bias;\n    v = relu(v);\n    return v;"));
-            // x, weight, m, bias, three results.
-            assert_eq!((launches[0].args.len(), launches[0].dependent), (7, false));
+            assert_eq!(launches[0].source.family, "cuda.matmul.mma");
+            // x, weight, m, bias, three results; 12 panels are one tile of 128 columns.
+            assert_eq!((launches[0].args.len(), launches[0].dependent, launches[0].threads), (7, false, 128));
+            assert_eq!([1, 128, 129].map(|m| blocks(&launches[0], m)), [1, 1, 2]);
             assert!(launches[0].source.promise.no_local);
-        });
-    }
-
-    #[test]
-    fn a_gated_epilogue_takes_the_second_segment() {
-        let module = module("bf16", 64, &[40, 40], "bias, glu(gelu), residual");
-        with(Arch::Sm90a, &module, |problem| {
-            let text = epilogue(&problem).unwrap();
-            assert!(text.contains("constexpr int SECOND = 40;"));
-            assert!(text.contains("constexpr int OUT_PANELS = 5;"));
-            assert!(text.contains(
-                "    v += bias, u += second;\n    v = gelu(v) * u;\n    v += o[0];\n    return v;"
-            ));
-            assert!(text.contains("{ return q == 0 ? p.operand2 : (const ELEMENT *)0; }"));
         });
     }
 
@@ -500,6 +456,32 @@ mod tests {
                         assert!(launch.shared <= arch.max_shared(), "{arch}: {launch:?}");
                         assert!(launch.source.promise.no_local);
                     }
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn the_number_of_rows_decides_on_the_tile() {
+        for (k, segments) in
+            [(4096, vec![4096]), (14336, vec![4096]), (4096, vec![4096, 1024, 1024]), (64, vec![8])]
+        {
+            let module = module("bf16", k, &segments, "");
+            with(Arch::Sm90a, &module, |problem| {
+                let ranges = choose(&problem);
+                assert!(ranges.windows(2).all(|w| w[0].0 < w[1].0 && w[0].1 != w[1].1), "{ranges:?}");
+                assert_eq!(ranges.last().unwrap().1, Tile::HOPPER);
+                let variants = variants(&problem).unwrap();
+                assert_eq!(variants.len(), ranges.len());
+                for (variant, (rows, tile)) in variants.iter().zip(&ranges).rev().skip(1) {
+                    assert_eq!((variant.when.len(), variant.when[0].max), (1, *rows));
+                    assert_eq!(variant.launches[0].shared, tile.shared());
+                }
+                assert!(variants.last().unwrap().when.is_empty());
+                for m in (128..=128 * CHOICES).step_by(128) {
+                    let cost = |tile: Tile| tile.nanoseconds(m, k as u64, problem.panels() as u64, 132);
+                    let chosen = ranges.iter().find(|r| m <= r.0).unwrap().1;
+                    assert!(Tile::CANDIDATES.into_iter().all(|t| cost(chosen) * 100 <= cost(t) * 103), "{m}");
                 }
             });
         }

@@ -12,6 +12,7 @@ pub mod norm;
 pub mod problem;
 pub mod simple;
 pub mod skinny;
+pub mod tile_epilogue;
 
 pub use problem::{Layout, Norm, Problem, Term};
 
