@@ -177,8 +177,12 @@ extern \"C\" __global__ void __launch_bounds__({THREADS}) KERNEL(const Unit *fro
     /// Tiles through shared memory: the operand is contiguous along `axis`, the result along the last one.
     fn transpose(&self, axis: usize, family: &'static str, extents: &mut Extents<'_>) -> SiteLaunch {
         let last = self.extents.len() - 1;
-        // Small elements are read and written as words.
-        let mut neighbours = if self.size < 4 { 4 / self.size } else { 1 };
+        // Small elements are read and written as words of up to 8 bytes; small tensors have small tiles.
+        let mut neighbours = (8 / self.size).min(4);
+        let short = extents.most(&self.extents[axis]).min(extents.most(&self.extents[last])) as u64;
+        while neighbours > 1 && 32 * neighbours > 2 * short.max(32) {
+            neighbours /= 2;
+        }
         let others = || {
             let rest =
                 (0..=last).filter(|i| *i != axis && *i != last).flat_map(|i| [&self.from[i], &self.to[i]]);

@@ -2,7 +2,7 @@
 //!
 //! Kept and reduced axes are merged into runs. Where the innermost run is reduced, a warp or a block folds each result
 //! with neighbouring lanes on neighbouring elements; where it is kept, neighbouring lanes have neighbouring results and
-//! 8 or 32 lines of a block share the reduced elements. The order of sums is fixed. Sums are in f32.
+//! the lines of a block share the reduced elements. The order of sums is fixed. Sums are in f32.
 
 use millrace_ir::ops::reduce::{Reduce, ReduceFn};
 use millrace_ir::{Dim, Node, Op, Operand};
@@ -50,8 +50,8 @@ pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
         let (results, text) = by_rows(op, &runs, &reduced, x.dtype.bits() / 8, &mut extents);
         (results, 256, text)
     } else {
-        let lines = if extents.most(&reduced) > 256 { 32 } else { 8 };
-        (32, 32 * lines, by_columns(op, &runs, lines, &mut extents))
+        let threads = if extents.most(&reduced) > 256 { 1024 } else { 256 };
+        (32, threads, by_columns(op, &runs, threads, &mut extents))
     };
     let source = SourceWriter::new("cuda.reduce")
         .body(ELEMENTS)
@@ -143,32 +143,45 @@ extern \"C\" __global__ void __launch_bounds__(256) KERNEL(const T *x, T *y{para
     (groups, text)
 }
 
-/// Text for blocks of 32 results and `lines` lines.
-fn by_columns(op: &Reduce, runs: &[Run], lines: u32, extents: &mut Extents<'_>) -> String {
+/// Text for blocks of `threads` threads with 32 results, which lines of threads share.
+fn by_columns(op: &Reduce, runs: &[Run], threads: u32, extents: &mut Extents<'_>) -> String {
     let (kept_sizes, kept_strides) = parts(runs, false, extents);
     let (sizes, strides) = parts(runs, true, extents);
+    // Neighbouring results stay neighbours in every reduced element if the innermost run says so.
+    let pack = runs.last().map_or(1, |r| common_unit(4, [&r.extent]));
     format!(
-        "{functions}extern \"C\" __global__ void __launch_bounds__(32 * {lines}) KERNEL(const T *x, T *y{parameters}) {{
-    __shared__ float parts[{lines}][32];
+        "{functions}constexpr int V = {pack}, LANES = 32 / V, LINES = {threads} / LANES;
+extern \"C\" __global__ void __launch_bounds__({threads}) KERNEL(const T *x, T *y{parameters}) {{
+    __shared__ float parts[LINES][32];
     wait_for_predecessor();
     release_successor();
     const Index results = {results}, count = {count};
-    const int lane = threadIdx.x % 32, line = threadIdx.x / 32;
-    const Index at = (Index)blockIdx.x * 32 + lane;
-    float v = start();
+    const int lane = threadIdx.x % LANES, line = threadIdx.x / LANES;
+    const Index at = (Index)blockIdx.x * 32 + lane * V;
+    float v[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) v[j] = start();
     if (at < results) {{
 {split_kept}    x += {kept};
 #pragma unroll 8
-    for (Index i = line; i < count; i += {lines}) {{
-{split}        v = fold(v, to_f32(x[{offset}]));
+    for (Index i = line; i < count; i += LINES) {{
+{split}        const Pack<T, V> pack = load_pack<T, V>(x + {offset});
+#pragma unroll
+        for (int j = 0; j < V; ++j) v[j] = fold(v[j], to_f32(pack.at[j]));
     }}
     }}
-    parts[line][lane] = v;
+#pragma unroll
+    for (int j = 0; j < V; ++j) parts[line][lane * V + j] = v[j];
+    const int column = threadIdx.x % 32;
+    for (int half = LINES / 2; half > 0; half /= 2) {{
+        __syncthreads();
+        for (int l = threadIdx.x / 32; l < half; l += {threads} / 32) {{
+            parts[l][column] = fold(parts[l][column], parts[l + half][column]);
+        }}
+    }}
     __syncthreads();
-    if (line == 0 && at < results) {{
-        for (int l = 1; l < {lines}; ++l) v = fold(v, parts[l][lane]);
-        y[at] = from_f32<T>(finish(v, (float)count));
-    }}
+    const Index result = (Index)blockIdx.x * 32 + column;
+    if (threadIdx.x < 32 && result < results) y[result] = from_f32<T>(finish(parts[0][column], (float)count));
 }}",
         functions = functions(op),
         parameters = extents.parameters(),
