@@ -19,27 +19,20 @@ template <int DEPTH, typename F> DEVICE void each_element(const float *row, u32 
     if (from + thread < head) f(row[from + thread], from + thread);
     const u32 packs = (to - head) / 4;
     const uint4 *at = (const uint4 *)(row + head);
-    u32 pack = thread;
-    for (; pack + (DEPTH - 1) * THREADS < packs; pack += DEPTH * THREADS) {
+    for (u32 pack = thread; pack < packs; pack += DEPTH * THREADS) {
         uint4 v[DEPTH];
 #pragma unroll
-        for (int d = 0; d < DEPTH; ++d) v[d] = at[pack + d * THREADS];
+        for (int d = 0; d < DEPTH; ++d) v[d] = at[min(pack + d * THREADS, packs - 1)];
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
-            const u32 index = head + (pack + d * THREADS) * 4;
-            f(__uint_as_float(v[d].x), index);
-            f(__uint_as_float(v[d].y), index + 1);
-            f(__uint_as_float(v[d].z), index + 2);
-            f(__uint_as_float(v[d].w), index + 3);
+            if (pack + d * THREADS < packs) {
+                const u32 index = head + (pack + d * THREADS) * 4;
+                f(__uint_as_float(v[d].x), index);
+                f(__uint_as_float(v[d].y), index + 1);
+                f(__uint_as_float(v[d].z), index + 2);
+                f(__uint_as_float(v[d].w), index + 3);
+            }
         }
-    }
-    for (; pack < packs; pack += THREADS) {
-        const uint4 v = at[pack];
-        const u32 index = head + pack * 4;
-        f(__uint_as_float(v.x), index);
-        f(__uint_as_float(v.y), index + 1);
-        f(__uint_as_float(v.z), index + 2);
-        f(__uint_as_float(v.w), index + 3);
     }
     const u32 tail = head + packs * 4 + thread;
     if (tail < to) f(row[tail], tail);

@@ -9,8 +9,10 @@ use super::source::{Promise, Source, SourceWriter};
 
 const COMMON: &str = include_str!("argmax.cu");
 
-/// Threads of a block of every kernel here.
+/// Threads of a block of [`argmax`] and [`topk`].
 pub const THREADS: u32 = 1024;
+/// Threads of a block of [`argmax_split`].
+pub const SPLIT_THREADS: u32 = 512;
 /// Index of a row that has a NaN.
 pub const NOT_A_NUMBER: i32 = -1;
 /// Index of a row whose largest element is infinite.
@@ -20,9 +22,9 @@ pub const NOTHING: i32 = -3;
 /// Most elements that [`topk`] finds.
 pub const MOST: usize = 1024;
 
-fn source(family: &'static str, body: &str) -> Arc<Source> {
+fn source(family: &'static str, threads: u32, body: &str) -> Arc<Source> {
     SourceWriter::new(family)
-        .int("THREADS", THREADS)
+        .int("THREADS", threads)
         .body(COMMON)
         .body(body)
         .promise(Promise { registers: 64, no_local: true })
@@ -31,27 +33,27 @@ fn source(family: &'static str, body: &str) -> Arc<Source> {
 
 /// `(const float *rows, int *out, int width)`, one block a row: the index of the largest element.
 pub fn argmax() -> Arc<Source> {
-    source("cuda.argmax", include_str!("argmax_row.cu"))
+    source("cuda.argmax", THREADS, include_str!("argmax_row.cu"))
 }
 
 /// `(const float *rows, int *out, int width, u64 *best, u32 *arrived)` on a grid of (parts, rows): as [`argmax`], with
 /// several blocks a row. `best` has `parts * rows` elements; `arrived` has `rows`, zero before and after.
 pub fn argmax_split() -> Arc<Source> {
-    source("cuda.argmax.split", include_str!("argmax_split.cu"))
+    source("cuda.argmax.split", SPLIT_THREADS, include_str!("argmax_split.cu"))
 }
 
 /// Blocks a row that fill `multiprocessors` with `rows` rows of `width` elements, for [`argmax_split`].
 pub fn parts(rows: u64, width: u64, multiprocessors: u32) -> u32 {
     let fill = (2 * u64::from(multiprocessors)).div_ceil(rows.max(1));
-    // A part has 16 elements a thread to read at least.
-    fill.clamp(1, (width / (u64::from(THREADS) * 16)).clamp(1, 64)) as u32
+    // A part has 4 elements a thread to read at least.
+    fill.clamp(1, (width / (u64::from(SPLIT_THREADS) * 4)).clamp(1, 64)) as u32
 }
 
 /// `(const float *rows, float *values, int *indices, int width, int k)`, one block a row, `k` up to [`MOST`]: the `k`
 /// largest elements and their indices, largest first, lower indices first among equals. Rows shorter than `k` end with
 /// minus infinity at index -1; a row with a NaN has index -1 everywhere.
 pub fn topk() -> Arc<Source> {
-    source("cuda.topk", include_str!("topk.cu"))
+    source("cuda.topk", THREADS, include_str!("topk.cu"))
 }
 
 #[cfg(test)]
@@ -60,8 +62,8 @@ mod tests {
 
     #[test]
     fn parts_fill_the_device_with_blocks_that_have_work() {
-        assert_eq!(parts(32, 128_256, 132), 7);
-        assert_eq!(parts(1, 128_256, 132), 7);
+        assert_eq!(parts(32, 128_256, 132), 9);
+        assert_eq!(parts(1, 128_256, 132), 62);
         assert_eq!(parts(1000, 128_256, 132), 1);
         assert_eq!(parts(1, 100, 132), 1);
         assert_eq!(parts(0, 0, 132), 1);

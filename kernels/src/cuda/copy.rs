@@ -7,9 +7,11 @@ use millrace_ir::{Dim, Module, Operand, ValueId};
 
 use super::plan::{Argument, SiteLaunch};
 use super::source::SourceWriter;
-use super::space::{Extents, common_unit, divisible, product_text, split_text};
+use super::space::{Extents, common_unit, divisible, product_text, split_text, strides};
 
 const THREADS: u32 = 256;
+/// Units a thread moves.
+const UNITS: u32 = 2;
 
 /// Copy of `extents` elements, strides and offsets in elements.
 #[derive(Clone, Debug)]
@@ -122,37 +124,65 @@ impl Copy {
         (!short(&self.extents[axis]) && !short(&self.extents[last])).then_some(axis)
     }
 
-    /// One thread a unit.
+    /// Whether the result is one run of memory.
+    fn dense(&self) -> bool {
+        strides(&self.extents) == self.to
+    }
+
+    /// A thread moves `UNITS` units, all read before the first is written.
     fn elementwise(&self, family: &'static str, extents: &mut Extents<'_>) -> SiteLaunch {
         let sizes = extents.texts(&self.extents);
         let from = extents.texts(&self.from);
         let to = extents.texts(&self.to);
         let (from_base, to_base) = (extents.text(&self.from_base), extents.text(&self.to_base));
-        let unit = unit_type(self.size);
         let sum = |base: &str, strides: &[String]| {
             let terms = strides.iter().enumerate().map(|(i, s)| format!(" + c{i} * {s}"));
             std::iter::once(base.to_string()).chain(terms).collect::<String>()
         };
+        let to = if self.dense() { format!("{to_base} + at") } else { sum(&to_base, &to) };
         let text = format!(
-            "extern \"C\" __global__ void __launch_bounds__({THREADS}) KERNEL(const {unit} *from, {unit} *to{}) {{\n    \
-             wait_for_predecessor();\n    release_successor();\n    const Index total = {};\n    const Index at = \
-             (Index)blockIdx.x * {THREADS} + threadIdx.x;\n    if (at >= total) return;\n{}    to[{}] = from[{}];\n}}",
-            extents.parameters(),
-            product_text(&sizes),
-            split_text("at", "c", &sizes),
-            sum(&to_base, &to),
-            sum(&from_base, &from),
+            "typedef {unit} Unit;
+extern \"C\" __global__ void __launch_bounds__({THREADS}) KERNEL(const Unit *from, Unit *to{parameters}) {{
+    wait_for_predecessor();
+    release_successor();
+    const Index total = {total};
+    const Index first = (Index)blockIdx.x * {block} + threadIdx.x;
+    Unit v[{UNITS}];
+    Index target[{UNITS}];
+#pragma unroll
+    for (int u = 0; u < {UNITS}; ++u) {{
+        const Index at = first + u * {THREADS};
+        if (at < total) {{
+{split}            target[u] = {to};
+            v[u] = from[{from}];
+        }}
+    }}
+#pragma unroll
+    for (int u = 0; u < {UNITS}; ++u) {{
+        if (first + u * {THREADS} < total) to[target[u]] = v[u];
+    }}
+}}",
+            unit = unit_type(self.size),
+            parameters = extents.parameters(),
+            total = product_text(&sizes),
+            block = THREADS * UNITS,
+            split = split_text("at", "c", &sizes),
+            from = sum(&from_base, &from),
         );
         let source = SourceWriter::new(family).line(extents.index_type()).body(&text).finish();
-        let blocks = self.extents.iter().fold(Dim::from(1u64), |n, d| n.mul(d)).ceil_div(i64::from(THREADS));
-        in_order(source, blocks)
+        let units = self.extents.iter().fold(Dim::from(1u64), |n, d| n.mul(d));
+        in_order(source, units.ceil_div(i64::from(THREADS * UNITS)))
     }
 
     /// Tiles through shared memory: the operand is contiguous along `axis`, the result along the last one.
     fn transpose(&self, axis: usize, family: &'static str, extents: &mut Extents<'_>) -> SiteLaunch {
         let last = self.extents.len() - 1;
-        // Small elements are read and written as words.
-        let mut neighbours = if self.size < 4 { 4 / self.size } else { 1 };
+        // Small elements are read and written as words of up to 8 bytes; small tensors have small tiles.
+        let mut neighbours = (8 / self.size).min(4);
+        let short = extents.most(&self.extents[axis]).min(extents.most(&self.extents[last])) as u64;
+        while neighbours > 1 && 32 * neighbours > 2 * short.max(32) {
+            neighbours /= 2;
+        }
         let others = || {
             let rest =
                 (0..=last).filter(|i| *i != axis && *i != last).flat_map(|i| [&self.from[i], &self.to[i]]);
@@ -182,39 +212,47 @@ impl Copy {
         let word = unit_type(self.size * neighbours);
         let (y, x) = (outer.len(), outer.len() + 1);
         let text = format!(
-            "constexpr int TILE = {tile}, NEAR = {neighbours};
+            "constexpr int NEAR = {neighbours}, TILE = 32 * NEAR;
 typedef {unit} Unit;
 typedef {word} Word;
+union Cell {{ Word word; Unit units[NEAR]; }};
 extern \"C\" __global__ void __launch_bounds__({THREADS}) KERNEL(const Unit *from, Unit *to{parameters}) {{
-    __shared__ Unit tile[TILE][TILE + 1];
+    // Words of NEAR columns; rotated by row so that neither side has bank conflicts.
+    __shared__ Word tile[TILE][32];
     wait_for_predecessor();
     release_successor();
 {split}    from += {from};
     to += {to};
     const Index rows = {rows}, columns = {columns};
     const Index row = c{y} * TILE, column = c{x} * TILE;
-    const int lane = threadIdx.x % 32 * NEAR, line = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, line = threadIdx.x / 32;
     // The operand runs along rows: neighbouring lanes have neighbouring rows.
-    if (row + lane < rows) {{
+    if (row + lane * NEAR < rows) {{
 #pragma unroll
-        for (int j = line; j < TILE; j += 8) {{
-            if (column + j < columns) {{
-                union {{ Word word; Unit units[NEAR]; }} v;
-                v.word = *(const Word *)(from + (column + j) * ({from_stride}) + row + lane);
+        for (int group = line; group < 32; group += 8) {{
+            if (column + group * NEAR < columns) {{
+                Cell read[NEAR];
 #pragma unroll
-                for (int i = 0; i < NEAR; ++i) tile[j][lane + i] = v.units[i];
+                for (int i = 0; i < NEAR; ++i) {{
+                    const Index at = (column + group * NEAR + i) * ({from_stride}) + row + lane * NEAR;
+                    read[i].word = *(const Word *)(from + at);
+                }}
+#pragma unroll
+                for (int r = 0; r < NEAR; ++r) {{
+                    Cell turned;
+#pragma unroll
+                    for (int i = 0; i < NEAR; ++i) turned.units[i] = read[i].units[r];
+                    tile[lane * NEAR + r][(group + lane) % 32] = turned.word;
+                }}
             }}
         }}
     }}
     __syncthreads();
-    if (column + lane < columns) {{
+    if (column + lane * NEAR < columns) {{
 #pragma unroll
         for (int j = line; j < TILE; j += 8) {{
             if (row + j < rows) {{
-                union {{ Word word; Unit units[NEAR]; }} v;
-#pragma unroll
-                for (int i = 0; i < NEAR; ++i) v.units[i] = tile[lane + i][j];
-                *(Word *)(to + (row + j) * ({to_stride}) + column + lane) = v.word;
+                *(Word *)(to + (row + j) * ({to_stride}) + column + lane * NEAR) = tile[j][(lane + j / NEAR) % 32];
             }}
         }}
     }}

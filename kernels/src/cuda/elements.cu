@@ -50,12 +50,24 @@ DEVICE float to_f32(f8e5m2 v) {
 }
 template <> DEVICE f8e4m3 from_f32<f8e4m3>(float v) {
     f8e4m3 out;
+#if ARCH >= 890
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(v));
+    out.bits = (u8)pair;
+#else
     out.bits = to_minifloat<7, 3, 0x7e>(v);
+#endif
     return out;
 }
 template <> DEVICE f8e5m2 from_f32<f8e5m2>(float v) {
     f8e5m2 out;
+#if ARCH >= 890
+    u16 pair;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(v));
+    out.bits = (u8)pair;
+#else
     out.bits = to_minifloat<15, 2, 0x7b>(v);
+#endif
     return out;
 }
 

@@ -5,7 +5,23 @@
 DEVICE float fn_exp(float x) { return __expf(x); }
 DEVICE float fn_quotient(float a, float b) { return __fdividef(a, b); }
 DEVICE float fn_rsqrt(float x) { return rsqrtf(x); }
+// With erfc by Abramowitz and Stegun 7.1.26.
+DEVICE float fn_gelu(float x) {
+    const float a = fabsf(x) * 0.70710678118654752f;
+    const float t = __fdividef(1.0f, 1.0f + 0.3275911f * a);
+    const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    const float tail = 0.5f * p * __expf(-a * a);
+    return x * (x >= 0.0f ? 1.0f - tail : tail);
+}
+// (1 + tanh u) / 2 is the sigmoid of 2 u.
+DEVICE float fn_gelu_tanh(float x) {
+    return __fdividef(x, 1.0f + __expf(-1.59576912160573071f * (x + 0.044715f * x * x * x)));
+}
 #else
+DEVICE float fn_gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
+DEVICE float fn_gelu_tanh(float x) {
+    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+}
 DEVICE float fn_exp(float x) { return expf(x); }
 DEVICE float fn_quotient(float a, float b) { return a / b; }
 DEVICE float fn_rsqrt(float x) { return 1.0f / sqrtf(x); }
@@ -18,10 +34,6 @@ DEVICE float fn_recip(float x) { return 1.0f / x; }
 DEVICE float fn_sigmoid(float x) { return fn_quotient(1.0f, 1.0f + fn_exp(-x)); }
 DEVICE float fn_silu(float x) { return fn_quotient(x, 1.0f + fn_exp(-x)); }
 DEVICE float fn_tanh(float x) { return tanhf(x); }
-DEVICE float fn_gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
-DEVICE float fn_gelu_tanh(float x) {
-    return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-}
 DEVICE float fn_relu(float x) { return fmaxf(x, 0.0f); }
 DEVICE float fn_erf(float x) { return erff(x); }
 DEVICE float fn_sin(float x) { return sinf(x); }

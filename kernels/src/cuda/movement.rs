@@ -273,3 +273,49 @@ fn iota(site: Site<'_>, node: &Node, op: &Iota) -> Option<Planned> {
     let result = Argument::Address(Operand::Value(node.results[0]));
     Some(Planned::one(in_order(source, blocks).args([result]).args(extents.arguments()?)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::Arch;
+    use millrace_ir::ops::{Reshape, Scatter};
+    use millrace_ir::{Builder, Module, Place, TensorType};
+
+    fn launches(module: &Module) -> usize {
+        let site = Site { module, nodes: &module.graph.order, arch: Arch::Sm80 };
+        plan(site, site.node(0)).unwrap().variants[0].launches.len()
+    }
+
+    fn place(module: &mut Module, operand: Operand, place: Place) {
+        let Operand::Value(value) = operand else { return };
+        module.graph.values[value].place = Some(place);
+    }
+
+    #[test]
+    fn memory_that_is_shared_is_not_copied() {
+        let mut b = Builder::new("m");
+        let x = b.input("x", TensorType::new(DType::F32, [4u64, 6]));
+        let y = b.one(Reshape { shape: vec![Dim::from(24u64)] }, &[x], "y").unwrap();
+        let mut module = b.finish();
+        assert_eq!(launches(&module), 1);
+        place(&mut module, x, Place::Output(0));
+        place(&mut module, y, Place::Output(0));
+        assert_eq!(launches(&module), 0);
+        place(&mut module, y, Place::Output(1));
+        assert_eq!(launches(&module), 1);
+    }
+
+    #[test]
+    fn a_scatter_in_place_writes_the_updates_only() {
+        let mut b = Builder::new("m");
+        let x = b.input("x", TensorType::new(DType::BF16, [4u64, 6]));
+        let ids = b.input("ids", TensorType::new(DType::I64, [2u64]));
+        let updates = b.input("updates", TensorType::new(DType::BF16, [2u64, 6]));
+        let y = b.one(Scatter { axis: 0 }, &[x, ids, updates], "y").unwrap();
+        let mut module = b.finish();
+        assert_eq!(launches(&module), 2);
+        place(&mut module, x, Place::Output(0));
+        place(&mut module, y, Place::Output(0));
+        assert_eq!(launches(&module), 1);
+    }
+}

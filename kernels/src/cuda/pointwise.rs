@@ -97,9 +97,12 @@ impl Map<'_> {
         let mut extents = Extents::new(site.module);
         extents.covers(result);
         let axes = merge(&result.shape, &shapes, |d| d.as_const().is_some() || extents.argument_fits(d));
-        // Bodies that compute in double have few operands in flight anyway.
-        let narrowest = self.operands.iter().chain(self.results).map(|d| d.bits() / 8).min().unwrap_or(4);
-        let most = (16 / narrowest.max(1)).clamp(1, 8) as u64;
+        let bytes = |d: &DType| d.bits() / 8;
+        let narrowest = self.operands.iter().chain(self.results).map(bytes).min().unwrap_or(4);
+        let widest = self.results.iter().map(bytes).max().unwrap_or(4);
+        // Results that are wider than the rest are stored 16 bytes at a time.
+        let unit = if self.operands.iter().all(|d| bytes(d) < widest) { widest } else { narrowest };
+        let most = (16 / unit.max(1)).clamp(1, 8) as u64;
         let inner = &axes[axes.len() - 1].extent;
         let ragged = axes.len() == 1 && !divisible(inner, most);
         let pack = if axes.len() == 1 { most } else { common_unit(most, [inner]) };

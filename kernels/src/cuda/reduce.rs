@@ -2,7 +2,7 @@
 //!
 //! Kept and reduced axes are merged into runs. Where the innermost run is reduced, a warp or a block folds each result
 //! with neighbouring lanes on neighbouring elements; where it is kept, neighbouring lanes have neighbouring results and
-//! eight lines of a block share the reduced elements. The order of sums is fixed. Sums are in f32.
+//! the lines of a block share the reduced elements. The order of sums is fixed. Sums are in f32.
 
 use millrace_ir::ops::reduce::{Reduce, ReduceFn};
 use millrace_ir::{Dim, Node, Op, Operand};
@@ -45,10 +45,13 @@ pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
     extents.covers(x);
     let runs = runs(&x.shape, &op.axes, |d| d.as_const().is_some() || extents.argument_fits(d));
     let rows = runs.last().is_none_or(|r| r.reduced);
-    let (threads, text) = if rows {
-        by_rows(op, &runs, x.dtype.bits() / 8, &mut extents)
+    let reduced = runs.iter().filter(|r| r.reduced).fold(Dim::from(1u64), |n, r| n.mul(&r.extent));
+    let (results, threads, text) = if rows {
+        let (results, text) = by_rows(op, &runs, &reduced, x.dtype.bits() / 8, &mut extents);
+        (results, 256, text)
     } else {
-        (32, by_columns(op, &runs, &mut extents))
+        let threads = if extents.most(&reduced) > 256 { 1024 } else { 256 };
+        (32, threads, by_columns(op, &runs, threads, &mut extents))
     };
     let source = SourceWriter::new("cuda.reduce")
         .body(ELEMENTS)
@@ -57,8 +60,9 @@ pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
         .body(&text)
         .finish();
     let addresses = [node.operands[0], Operand::Value(node.results[0])].map(Argument::Address);
-    let blocks = elements(y).ceil_div(threads);
-    Some(Planned::one(in_order(source, blocks).args(addresses).args(extents.arguments()?)))
+    let mut launch = in_order(source, elements(y).ceil_div(results));
+    launch.threads = threads;
+    Some(Planned::one(launch.args(addresses).args(extents.arguments()?)))
 }
 
 /// Start value, fold of an element, fold of two parts, end of a result.
@@ -89,10 +93,9 @@ fn offset(prefix: &str, strides: &[String]) -> String {
 }
 
 /// Results a block, and the text.
-fn by_rows(op: &Reduce, runs: &[Run], size: usize, extents: &mut Extents<'_>) -> (i64, String) {
+fn by_rows(op: &Reduce, runs: &[Run], count: &Dim, size: usize, extents: &mut Extents<'_>) -> (i64, String) {
     let reduced: Vec<&Run> = runs.iter().filter(|r| r.reduced).collect();
-    let count = reduced.iter().fold(Dim::from(1u64), |n, r| n.mul(&r.extent));
-    let lanes: i64 = if extents.most(&count) <= 2048 { 32 } else { 256 };
+    let lanes: i64 = if extents.most(count) <= 2048 { 32 } else { 256 };
     // Elements that follow each other in one run are loaded together.
     let pack = match reduced.as_slice() {
         [run] => common_unit(16 / size.max(2) as u64, [&run.extent]),
@@ -140,31 +143,45 @@ extern \"C\" __global__ void __launch_bounds__(256) KERNEL(const T *x, T *y{para
     (groups, text)
 }
 
-fn by_columns(op: &Reduce, runs: &[Run], extents: &mut Extents<'_>) -> String {
+/// Text for blocks of `threads` threads with 32 results, which lines of threads share.
+fn by_columns(op: &Reduce, runs: &[Run], threads: u32, extents: &mut Extents<'_>) -> String {
     let (kept_sizes, kept_strides) = parts(runs, false, extents);
     let (sizes, strides) = parts(runs, true, extents);
+    // Neighbouring results stay neighbours in every reduced element if the innermost run says so.
+    let pack = runs.last().map_or(1, |r| common_unit(4, [&r.extent]));
     format!(
-        "{functions}extern \"C\" __global__ void __launch_bounds__(256) KERNEL(const T *x, T *y{parameters}) {{
-    __shared__ float parts[8][32];
+        "{functions}constexpr int V = {pack}, LANES = 32 / V, LINES = {threads} / LANES;
+extern \"C\" __global__ void __launch_bounds__({threads}) KERNEL(const T *x, T *y{parameters}) {{
+    __shared__ float parts[LINES][32];
     wait_for_predecessor();
     release_successor();
     const Index results = {results}, count = {count};
-    const int lane = threadIdx.x % 32, line = threadIdx.x / 32;
-    const Index at = (Index)blockIdx.x * 32 + lane;
-    float v = start();
+    const int lane = threadIdx.x % LANES, line = threadIdx.x / LANES;
+    const Index at = (Index)blockIdx.x * 32 + lane * V;
+    float v[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) v[j] = start();
     if (at < results) {{
 {split_kept}    x += {kept};
-#pragma unroll 4
-    for (Index i = line; i < count; i += 8) {{
-{split}        v = fold(v, to_f32(x[{offset}]));
+#pragma unroll 8
+    for (Index i = line; i < count; i += LINES) {{
+{split}        const Pack<T, V> pack = load_pack<T, V>(x + {offset});
+#pragma unroll
+        for (int j = 0; j < V; ++j) v[j] = fold(v[j], to_f32(pack.at[j]));
     }}
     }}
-    parts[line][lane] = v;
+#pragma unroll
+    for (int j = 0; j < V; ++j) parts[line][lane * V + j] = v[j];
+    const int column = threadIdx.x % 32;
+    for (int half = LINES / 2; half > 0; half /= 2) {{
+        __syncthreads();
+        for (int l = threadIdx.x / 32; l < half; l += {threads} / 32) {{
+            parts[l][column] = fold(parts[l][column], parts[l + half][column]);
+        }}
+    }}
     __syncthreads();
-    if (line == 0 && at < results) {{
-        for (int l = 1; l < 8; ++l) v = fold(v, parts[l][lane]);
-        y[at] = from_f32<T>(finish(v, (float)count));
-    }}
+    const Index result = (Index)blockIdx.x * 32 + column;
+    if (threadIdx.x < 32 && result < results) y[result] = from_f32<T>(finish(parts[0][column], (float)count));
 }}",
         functions = functions(op),
         parameters = extents.parameters(),

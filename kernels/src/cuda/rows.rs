@@ -5,7 +5,7 @@
 //! other rows. Results may have the memory of the first operand.
 
 use millrace_ir::ops::add_norm::NormKind;
-use millrace_ir::{DType, Dim, Node, Op, Operand};
+use millrace_ir::{Dim, Node, Op, Operand};
 
 use super::copy::in_order;
 use super::plan::{Argument, Planned, Site, SiteLaunch, rows};
@@ -84,7 +84,7 @@ pub(super) fn divide(width: Option<u64>, pack: u64, size: u64) -> Division {
     let most = (64 / (pack * size)).clamp(1, 32 / pack);
     for lanes in [4u32, 8, 16, 32] {
         let packs = units.div_ceil(u64::from(lanes)) as u32;
-        if u64::from(packs) <= if lanes == 32 { most } else { 1 } {
+        if u64::from(packs) <= if lanes == 32 { most } else { most.min(2) } {
             return Division { threads: 128, lanes, packs };
         }
     }
@@ -153,10 +153,10 @@ impl Roles {
     }
 }
 
-/// Softmax along an axis that is not the last: one thread a column.
+/// Softmax along an axis that is not the last: blocks of 32 neighbouring columns, which 8 lines of threads share.
 fn columns(site: Site<'_>, node: &Node, axis: usize) -> Option<Planned> {
     let ty = site.operand_ty(node, 0);
-    if !ty.dtype.is_float() || ty.dtype == DType::I4 {
+    if !ty.dtype.is_float() {
         return None;
     }
     let product = |shape: &[Dim]| shape.iter().fold(Dim::from(1u64), |n, d| n.mul(d));
@@ -167,19 +167,32 @@ fn columns(site: Site<'_>, node: &Node, axis: usize) -> Option<Planned> {
     let text = format!(
         "typedef {ty} T;
 extern \"C\" __global__ void __launch_bounds__(256) KERNEL(const T *x, T *y{parameters}) {{
+    __shared__ float tops[8][32], sums[8][32];
     wait_for_predecessor();
     release_successor();
     const Index inner = {inner_text}, extent = {extent};
-    const Index at = (Index)blockIdx.x * 256 + threadIdx.x;
-    if (at >= {outer_text} * inner) return;
-    const Index start = at / inner * extent * inner + at % inner;
+    const int lane = threadIdx.x % 32, line = threadIdx.x / 32;
+    const Index at = (Index)blockIdx.x * 32 + lane;
+    const bool live = at < {outer_text} * inner;
+    const Index start = live ? at / inner * extent * inner + at % inner : 0;
+    const Index end = live ? extent : 0;
     x += start;
     y += start;
     float top = __uint_as_float(0xff800000u), sum = 0.0f;
-    for (Index i = 0; i < extent; ++i) top = fmaxf(top, to_f32(x[i * inner]));
-    for (Index i = 0; i < extent; ++i) sum += expf(to_f32(x[i * inner]) - top);
+#pragma unroll 4
+    for (Index i = line; i < end; i += 8) top = fmaxf(top, to_f32(x[i * inner]));
+    tops[line][lane] = top;
+    __syncthreads();
+    for (int l = 0; l < 8; ++l) top = fmaxf(top, tops[l][lane]);
+#pragma unroll 4
+    for (Index i = line; i < end; i += 8) sum += expf(to_f32(x[i * inner]) - top);
+    sums[line][lane] = sum;
+    __syncthreads();
+    sum = sums[0][lane];
+    for (int l = 1; l < 8; ++l) sum += sums[l][lane];
     const float factor = 1.0f / sum;
-    for (Index i = 0; i < extent; ++i) y[i * inner] = from_f32<T>(expf(to_f32(x[i * inner]) - top) * factor);
+#pragma unroll 4
+    for (Index i = line; i < end; i += 8) y[i * inner] = from_f32<T>(expf(to_f32(x[i * inner]) - top) * factor);
 }}",
         ty = element(ty.dtype),
         parameters = extents.parameters(),
@@ -187,7 +200,7 @@ extern \"C\" __global__ void __launch_bounds__(256) KERNEL(const T *x, T *y{para
     let source =
         SourceWriter::new("cuda.softmax.axis").body(ELEMENTS).line(extents.index_type()).body(&text).finish();
     let addresses = [node.operands[0], Operand::Value(node.results[0])].map(Argument::Address);
-    let blocks = outer.mul(&inner).ceil_div(256);
+    let blocks = outer.mul(&inner).ceil_div(32);
     Some(Planned::one(in_order(source, blocks).args(addresses).args(extents.arguments()?)))
 }
 
@@ -207,7 +220,7 @@ mod tests {
             }
         }
         assert_eq!(divide(Some(4096), 8, 2), Division { threads: 256, lanes: 256, packs: 2 });
-        assert_eq!(divide(Some(128), 8, 2), Division { threads: 128, lanes: 16, packs: 1 });
+        assert_eq!(divide(Some(128), 8, 2), Division { threads: 128, lanes: 8, packs: 2 });
         assert_eq!(divide(None, 8, 2).packs, 0);
     }
 }

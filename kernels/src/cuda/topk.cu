@@ -1,15 +1,34 @@
 // The k largest elements of a row, largest first, lower indices first among equals; one block a row, k <= CAPACITY.
 // Rows shorter than k end with minus infinity at index -1; a row with a NaN has index -1 everywhere.
 //
-// Keys (value, index) are all different. Digits of the key, highest first, are counted until the keys from the k-th
-// upwards fit shared memory; these are gathered and each finds its rank.
+// Keys (value, index) are all different. Every thread has a largest key; the k-th of these is at most the k-th of the
+// row, and few others are above it. If more are than shared memory holds, digits of the keys, highest first, are counted
+// until those from the k-th upwards fit. What is left is gathered, and each finds its rank.
 constexpr int CAPACITY = 1024, BINS = 2048, LEVELS = 6;
+
+// Gathers the keys from `least` upwards; returns how many there are, of which CAPACITY are kept. Sets `nan`.
+DEVICE u32 gather(const float *row, int width, u64 least, u64 *keys, u32 *found, bool &nan) {
+    __syncthreads();
+    if (threadIdx.x == 0) *found = 0;
+    __syncthreads();
+    each_element<8>(row, 0, (u32)width, [&](float v, u32 i) {
+        nan |= v != v;
+        const u64 key = key_of(v, i);
+        if (key >= least) {
+            const u32 slot = atomicAdd(found, 1u);
+            if (slot < CAPACITY) keys[slot] = key;
+        }
+    });
+    __syncthreads();
+    return *found;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     KERNEL(const float *rows, float *values, int *indices, int width, int k) {
     __shared__ u64 keys[CAPACITY];
     __shared__ u32 bins[BINS];
     __shared__ u32 found, bin, above;
+    __shared__ u64 bound;
     wait_for_predecessor();
     release_successor();
     const float *row = rows + (u64)blockIdx.x * width;
@@ -24,6 +43,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     u32 taken = 0;
     bool nan = false;
     if (width > CAPACITY) {
+        float best = __uint_as_float(0xff800000u);
+        u32 index = 0xffffffffu;
+        each_element<8>(row, 0, (u32)width, [&](float v, u32 i) {
+            if (v > best) {
+                best = v;
+                index = i;
+            }
+        });
+        const u64 mine = index == 0xffffffffu ? 0 : key_of(best, index);
+        keys[threadIdx.x] = mine;
+        if (threadIdx.x == 0) bound = 0;
+        __syncthreads();
+        u32 rank = 0;
+        for (int j = 0; j < THREADS; ++j) rank += keys[j] > mine;
+        if (mine != 0 && rank == (u32)k - 1) bound = mine;
+        __syncthreads();
+        least = bound;
+    }
+    u32 count = gather(row, width, least, keys, &found, nan);
+    if (count > CAPACITY) {
+        least = 0;
         int shift = 64;
         for (int level = 0; level < LEVELS; ++level) {
             const int digit = level % 3 == 2 ? 10 : 11;
@@ -70,19 +110,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             __syncthreads();
             if (fits) break;
         }
+        count = gather(row, width, least, keys, &found, nan);
     }
-    if (threadIdx.x == 0) found = 0;
-    __syncthreads();
-    each_element<8>(row, 0, (u32)width, [&](float v, u32 i) {
-        nan |= v != v;
-        const u64 key = key_of(v, i);
-        if (key >= least) {
-            const u32 slot = atomicAdd(&found, 1u);
-            if (slot < CAPACITY) keys[slot] = key;
-        }
-    });
     if (__syncthreads_or(nan)) return;
-    const u32 count = min(found, (u32)CAPACITY);
+    count = min(count, (u32)CAPACITY);
     for (u32 i = threadIdx.x; i < count; i += THREADS) {
         const u64 key = keys[i];
         u32 rank = 0;

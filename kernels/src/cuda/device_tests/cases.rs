@@ -108,6 +108,9 @@ fn edges(dtype: DType) -> Tensor {
     let n = values.len();
     let mut t = Tensor::from_values(dtype, &[n], values).unwrap();
     t.round();
+    if dtype == DType::I64 {
+        t.data.iter_mut().for_each(|v| *v = v.trunc());
+    }
     t
 }
 

@@ -43,10 +43,18 @@ pub fn add(dump: &mut Dump) {
     let (b, f) = (DType::BF16, DType::F32);
     let x: (DType, &[&str]) = (b, &["16384", "4096"]);
     let w: (DType, &[&str]) = (b, &["4096"]);
-    for (threads, lanes, packs) in
-        [(128, 32, 16), (128, 128, 4), (256, 256, 2), (512, 512, 1), (256, 256, 0), (512, 512, 0)]
-    {
-        let module = single(RmsNorm { eps: 1e-5 }, &[x, w]);
+    let short: [(DType, &[&str]); 2] = [(b, &["524288", "128"]), (b, &["128"])];
+    let long: [(DType, &[&str]); 2] = [x, w];
+    let divisions = [
+        (long, 256, 256, 2),
+        (long, 256, 256, 0),
+        (short, 128, 16, 1),
+        (short, 128, 8, 2),
+        (short, 256, 8, 2),
+        (short, 128, 4, 4),
+    ];
+    for (operands, threads, lanes, packs) in divisions {
+        let module = single(RmsNorm { eps: 1e-5 }, &operands);
         let node = module.graph.nodes.iter().next().unwrap().1;
         let site = Site { module: &module, nodes: &[module.graph.order[0]], arch: Arch::Sm90a };
         let division = rows_family::Division { threads, lanes, packs };
