@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use millrace::generation::{Generator, Request};
 use millrace::ir::{Error, Kind};
-use millrace::{Allocation, Class, CompileOptions, Decoder, Engine, Result, SessionOptions, compile};
+use millrace::{Allocation, CompileOptions, Decoder, Engine, Result, SessionOptions, compile};
 
 use super::compile::plan_line;
 use super::run::Scratch;

@@ -100,8 +100,8 @@ impl MemoryOptions {
             allocation,
             threads: self.threads,
             cap: self.memory_cap.as_deref().map(size::parse).transpose()?,
-            kv_pages: None,
             weights: self.weights.clone(),
+            ..SessionOptions::default()
         })
     }
 }
