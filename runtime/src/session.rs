@@ -180,8 +180,9 @@ impl<'e> Session<'e> {
                 let holders = holders(&required);
                 let message =
                     format!("{total} bytes are needed, {free} of the device's {all} are free ({holders})");
-                return Err(Error::new(Kind::OutOfMemory, "run/out-of-memory", message)
-                    .hint("lower --kv-pages, the batch or sequence limits, or use --memory dynamic"));
+                return Err(Error::new(Kind::OutOfMemory, "run/out-of-memory", message).hint(
+                    "free device memory, lower the batch or sequence limits, or use --memory dynamic",
+                ));
             }
         }
         Ok(())

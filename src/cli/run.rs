@@ -103,7 +103,6 @@ impl MemoryOptions {
             allocation,
             threads: self.threads,
             cap: self.memory_cap.as_deref().map(size::parse).transpose()?,
-            kv_pages: None,
             weights: self.weights.clone(),
             graphs: !self.no_graphs,
             ..SessionOptions::default()

@@ -11,8 +11,6 @@
 use std::sync::Arc;
 
 use millrace_ir::launch::{MapBase, TensorMap};
-use millrace_ir::ops::fused_matmul::Epilogue;
-use millrace_ir::ops::unary::UnaryFn;
 use millrace_ir::{DType, Dim};
 
 use super::problem::{Layout, Problem};
