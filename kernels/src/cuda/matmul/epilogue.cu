@@ -5,6 +5,9 @@
 // Constants and functions written for the problem: ELEMENT, OUT, GATED, BIAS, OPERANDS, ALIGNED (every width is a
 // multiple of 8), OUT_PANELS, SECOND (position of the second segment in the bias), Pointers, place_of, operand_of, finish.
 
+// Whether results go through scratch memory.
+constexpr bool STAGED = ALIGNED && sizeof(OUT) == 2;
+
 // Address in a warp's scratch memory of 16 bytes: row `row` of 16, unit `unit` of UNITS. Eight rows of one unit, and one
 // row of all units, are in distinct banks.
 template <int UNITS> DEVICE u32 scratch_slot(u32 scratch, int row, int unit) {
@@ -48,40 +51,61 @@ DEVICE float2 finish_pair(const float (&acc)[N][4], int j, int h, float2 bias, f
     return make_float2(finish(acc[j][2 * h], 0.0f, bias.x, 0.0f, a), finish(acc[j][2 * h + 1], 0.0f, bias.y, 0.0f, b));
 }
 
-// Through scratch memory, so that loads and stores are whole lines: 16-bit results, aligned widths.
-template <int N>
-DEVICE void store_staged(const float (&acc)[N][4], const Pointers &p, int row, int panel, int m, u32 scratch) {
-    constexpr int OUT_N = GATED ? N / 2 : N;
-    constexpr int UNITS = OUT_N % 8 == 0 ? 8 : OUT_N % 4 == 0 ? 4 : OUT_N % 2 == 0 ? 2 : 1;
-    constexpr int STEP = 32 / UNITS;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int unit = lane % UNITS, first_row = lane / UNITS;
-    uint4 ahead[16 / STEP];
-    auto fetch = [&](int chunk, int q) {
-        const int mine = panel + chunk * UNITS + unit;
+// How a warp's part of a tile goes through scratch memory: chunks of UNITS panels, STEP rows an access.
+template <int N> struct Chunks {
+    static constexpr int OUT_N = GATED ? N / 2 : N;
+    // Several operands leave registers for half lines only.
+    static constexpr int UNITS = OUT_N % 8 == 0 && OPERANDS < 2 ? 8 : OUT_N % 4 == 0 ? 4 : OUT_N % 2 == 0 ? 2 : 1;
+    static constexpr int STEP = 32 / UNITS, COUNT = OUT_N / UNITS;
+    // Chunks whose operand is under way; several operands would not leave enough registers.
+    static constexpr int DEPTH = !STAGED || OPERANDS != 1 ? 0 : COUNT < 3 ? COUNT : 3;
+};
+
+// A warp's accesses to operands in whole lines.
+template <int N> struct Ahead {
+    typedef Chunks<N> C;
+    uint4 data[C::DEPTH + 1][16 / C::STEP];
+
+    // Loads operand `q` of chunk `chunk` to place `at`; `panel` counts the result's.
+    DEVICE void fetch(int at, const Pointers &p, int q, int chunk, int row, int panel, int m) {
+        const int lane = threadIdx.x % 32, mine = panel + chunk * C::UNITS + lane % C::UNITS;
         const Place place = place_of(p, mine);
 #pragma unroll
-        for (int i = 0; i < 16 / STEP; ++i) {
-            const int r = row + i * STEP + first_row;
-            ahead[i] = make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < 16 / C::STEP; ++i) {
+            const int r = row + i * C::STEP + lane / C::UNITS;
+            data[at][i] = make_uint4(0, 0, 0, 0);
             if (r < m && mine < OUT_PANELS)
-                ahead[i] = *(const uint4 *)(operand_of(p, q) + (i64)r * place.width + place.column);
+                data[at][i] = *(const uint4 *)(operand_of(p, q) + (i64)r * place.width + place.column);
         }
-    };
-    if (OPERANDS == 1) fetch(0, 0);
+    }
+    // Begins what `store_rows` will wait for; call it before the accumulators are there.
+    DEVICE void begin(const Pointers &p, int row, int panel, int m) {
 #pragma unroll
-    for (int chunk = 0; chunk < OUT_N / UNITS; ++chunk) {
+        for (int chunk = 0; chunk < C::DEPTH; ++chunk) fetch(chunk, p, 0, chunk, row, GATED ? panel / 2 : panel, m);
+    }
+};
+
+// Through scratch memory, so that loads and stores are whole lines: 16-bit results, aligned widths.
+template <int N>
+DEVICE void store_staged(const float (&acc)[N][4], Ahead<N> &ahead, const Pointers &p, int row, int panel, int m,
+                         u32 scratch) {
+    typedef Chunks<N> C;
+    constexpr int UNITS = C::UNITS, STEP = C::STEP;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int unit = lane % UNITS, first_row = lane / UNITS;
+#pragma unroll
+    for (int chunk = 0; chunk < C::COUNT; ++chunk) {
         if (panel + chunk * UNITS >= OUT_PANELS) break;
         u32 extra[OPERANDS + 1][UNITS][2];
 #pragma unroll
         for (int q = 0; q < OPERANDS; ++q) {
-            // Several operands at a time would not leave enough registers to fetch ahead.
-            if (OPERANDS > 1) fetch(chunk, q);
+            const int at = C::DEPTH ? chunk % (C::DEPTH + !C::DEPTH) : 0;
+            if (!C::DEPTH) ahead.fetch(0, p, q, chunk, row, panel, m);
 #pragma unroll
             for (int i = 0; i < 16 / STEP; ++i)
-                store_shared(scratch_slot<UNITS>(scratch, i * STEP + first_row, unit), ahead[i]);
+                store_shared(scratch_slot<UNITS>(scratch, i * STEP + first_row, unit), ahead.data[at][i]);
             __syncwarp();
-            if (OPERANDS == 1 && chunk + 1 < OUT_N / UNITS) fetch(chunk + 1, 0);
+            if (C::DEPTH && chunk + C::DEPTH < C::COUNT) ahead.fetch(at, p, q, chunk + C::DEPTH, row, panel, m);
 #pragma unroll
             for (int j = 0; j < UNITS; ++j)
 #pragma unroll
@@ -154,16 +178,17 @@ template <int N> DEVICE void store_direct(const float (&acc)[N][4], const Pointe
     }
 }
 
-template <bool STAGED> struct Store;
+template <bool THROUGH_SCRATCH> struct Store;
 template <> struct Store<true> {
     template <int N>
-    DEVICE static void run(const float (&acc)[N][4], const Pointers &p, int row, int panel, int m, u32 scratch) {
-        store_staged(acc, p, row, panel, m, scratch);
+    DEVICE static void run(const float (&acc)[N][4], Ahead<N> &ahead, const Pointers &p, int row, int panel, int m,
+                           u32 scratch) {
+        store_staged(acc, ahead, p, row, panel, m, scratch);
     }
 };
 template <> struct Store<false> {
     template <int N>
-    DEVICE static void run(const float (&acc)[N][4], const Pointers &p, int row, int panel, int m, u32) {
+    DEVICE static void run(const float (&acc)[N][4], Ahead<N> &, const Pointers &p, int row, int panel, int m, u32) {
         store_direct(acc, p, row, panel, m);
     }
 };
@@ -175,7 +200,7 @@ constexpr int SCRATCH = 2048;
 // time of `store_rows`.
 template <int N> DEVICE void prefetch_rows(const Pointers &p, int row, int panel, int m) {
     constexpr int OUT_N = GATED ? N / 2 : N, LINES = (OUT_N + 7) / 8;
-    constexpr int COUNT = ALIGNED && OPERANDS ? 16 * LINES : 0;
+    constexpr int COUNT = STAGED && OPERANDS ? 16 * LINES : 0;
 #pragma unroll
     for (int i = threadIdx.x % 32; i < COUNT; i += 32) {
         const int r = row + i / LINES, mine = (GATED ? panel / 2 : panel) + i % LINES * 8;
@@ -187,9 +212,10 @@ template <int N> DEVICE void prefetch_rows(const Pointers &p, int row, int panel
     }
 }
 
-// Stores 16 rows from `row` on by N weight panels from `panel` on; rows from `m` on are left out.
+// Stores 16 rows from `row` on by N weight panels from `panel` on; rows from `m` on are left out. `ahead` has begun.
 template <int N>
-DEVICE void store_rows(const float (&acc)[N][4], const Pointers &p, int row, int panel, int m, u32 scratch) {
+DEVICE void store_rows(const float (&acc)[N][4], Ahead<N> &ahead, const Pointers &p, int row, int panel, int m,
+                       u32 scratch) {
     if (row >= m) return;
-    Store<ALIGNED && sizeof(OUT) == 2>::run(acc, p, row, GATED ? panel / 2 : panel, m, scratch);
+    Store<STAGED>::run(acc, ahead, p, row, GATED ? panel / 2 : panel, m, scratch);
 }

@@ -28,6 +28,9 @@ const WGMMA_K: u32 = 64;
 /// Row tiles of 128 up to which the number of rows decides on the tile.
 const CHOICES: u64 = 32;
 
+/// Percent of the best tile's time up to which the tile of fewer rows is kept.
+const KEEP: u64 = 107;
+
 /// Columns of `k` in a stage of `mma.cu`.
 const MMA_K: u32 = 32;
 
@@ -64,11 +67,12 @@ pub enum Tile {
 
 impl Tile {
     /// The tile for large numbers of rows on Hopper.
-    const HOPPER: Tile = Tile::hopper(256, 4, 1);
+    const HOPPER: Tile =
+        Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 2, split: 1, group: 8 };
 
     /// Tiles that [`variants`] chooses from.
     const CANDIDATES: [Tile; 6] = [
-        Tile::HOPPER,
+        Tile::hopper(256, 4, 1),
         Tile::hopper(192, 5, 1),
         Tile::hopper(128, 6, 1),
         Tile::hopper(64, 8, 1),
@@ -80,21 +84,28 @@ impl Tile {
         Tile::Wgmma { consumers: 2, columns, stages, cluster: 1, split, group: 16 }
     }
 
-    /// About how long a problem takes on an H200. Measured there: a step of 64 along `k` takes 722, 551, 384 and 232 ns for
+    /// About how long a problem takes on an H200. Measured there: a step of 64 along `k` takes 665, 500, 345 and 220 ns for
     /// tiles of 128 rows and 256, 192, 128 and 64 columns when every multiprocessor has one; a wave of tiles another
-    /// 1.5 us, a launch 2 us, and adding up the parts of a split 2.5 us.
+    /// 1.5 us, a launch 2 us, and adding up the parts of a split 4 us.
     fn nanoseconds(self, m: u64, k: u64, panels: u64, multiprocessors: u64) -> u64 {
         let Tile::Wgmma { columns, cluster, split, .. } = self else { return u64::MAX };
         let tiles = m.div_ceil(u64::from(self.rows())) * (8 * panels).div_ceil(u64::from(columns));
         let waves = tiles.div_ceil(multiprocessors / u64::from(cluster * split));
         let step = match columns {
-            64 => 232,
-            128 => 384,
-            192 => 551,
-            _ => 722,
+            64 => 220,
+            128 => 345,
+            192 => 500,
+            _ => 665,
         };
+        // With one row tile, what counts is the memory the weights come from, and narrow tiles keep more of them coming:
+        // 65 us with 128 columns against 78 with 256 for a weight of [28672, 4096].
+        let step = if m <= 128 && columns > 128 { 2 * step } else { step };
+        if split > 1 && waves > 1 {
+            // Split tiles do not overlap their ends with the next tiles.
+            return u64::MAX;
+        }
         let steps = k.div_ceil(u64::from(WGMMA_K)).div_ceil(u64::from(split));
-        waves * (steps * step + 1500) + 2000 + if split > 1 { 2500 } else { 0 }
+        waves * (steps * step + 1500) + 2000 + if split > 1 { 4000 } else { 0 }
     }
 
     /// Whether the kernel can do the problem: each block of a split needs a part of `k`, and of the columns whole pairs of
@@ -102,7 +113,7 @@ impl Tile {
     fn fits(&self, problem: &Problem<'_>) -> bool {
         let Tile::Wgmma { columns, split, .. } = *self else { return true };
         let pair = if problem.gated() { 16 } else { 8 };
-        columns.is_multiple_of(split * pair) && problem.k as u64 >= u64::from(split * WGMMA_K)
+        columns.is_multiple_of(split * pair) && problem.k.div_ceil(WGMMA_K as usize) >= split as usize
     }
 
     /// Rows of the tiles of one cluster.
@@ -191,20 +202,19 @@ fn choose(problem: &Problem<'_>) -> Vec<(u64, Tile)> {
         let best =
             Tile::CANDIDATES.into_iter().filter(fits).min_by_key(|t| cost(*t, m)).unwrap_or(Tile::HOPPER);
         match ranges.last_mut() {
-            // A few percent are not worth a kernel.
-            Some((rows, tile)) if cost(*tile, m) <= cost(best, m) * 103 / 100 => *rows = m,
+            // A few percent are not worth a kernel, nor is the estimate that good.
+            Some((rows, tile)) if cost(*tile, m) <= cost(best, m).saturating_mul(KEEP) / 100 => *rows = m,
             _ => ranges.push((m, best)),
         }
     }
-    if ranges.last().is_some_and(|(_, tile)| *tile != Tile::HOPPER) {
-        ranges.push((u64::MAX, Tile::HOPPER));
-    }
+    // Beyond, waves are many and their number matters little; what is left is the traffic of the tiles.
+    ranges.push((u64::MAX, Tile::HOPPER));
     ranges
 }
 
 fn mma_tile(arch: Arch) -> Tile {
     let stages = if arch.max_shared() < 128 << 10 { 3 } else { 4 };
-    Tile::Mma { warps_m: 2, warps_n: 2, stages, group: 8 }
+    Tile::Mma { warps_m: 2, warps_n: 2, stages, group: 16 }
 }
 
 /// One launch with a given tile, or none if the problem is not for these kernels.
@@ -367,13 +377,13 @@ pub(super) mod tests {
             let (launches, workspace) = launches(&problem).unwrap();
             let launch = &launches[0];
             assert_eq!((launches.len(), workspace.as_const()), (1, Some(0)));
-            assert_eq!((launch.threads, launch.cluster, launch.dependent), (384, 1, true));
+            assert_eq!((launch.threads, launch.cluster, launch.dependent), (384, 2, true));
             assert!(launch.shared <= Arch::Sm90a.max_shared());
-            // Row tiles of 128, 112 column tiles; never more blocks than multiprocessors.
-            assert_eq!([1, 128, 129, 16384].map(|m| blocks(launch, m)), [112, 112, 132, 132]);
+            // Two row tiles of 128 a cluster, 112 column tiles; never more blocks than multiprocessors.
+            assert_eq!([1, 256, 257, 16384].map(|m| blocks(launch, m)), [132; 4]);
             let maps = maps(launch);
             assert_eq!((maps[0].tile.as_slice(), maps[0].swizzle), ([64, 128].as_slice(), 128));
-            assert_eq!((maps[1].tile.as_slice(), maps[1].swizzle), ([64, 8, 32].as_slice(), 0));
+            assert_eq!((maps[1].tile.as_slice(), maps[1].swizzle), ([64, 8, 16].as_slice(), 0));
             let extents: Vec<_> = maps[1].shape.iter().map(|d| d.as_const().unwrap()).collect();
             assert_eq!(extents, [64, 512, 3584]);
             let strides: Vec<_> = maps[1].strides.iter().map(|d| d.as_const().unwrap()).collect();
@@ -389,7 +399,7 @@ pub(super) mod tests {
         with(Arch::Sm90a, &module, |problem| {
             let launch = launch(&problem, Tile::HOPPER).unwrap();
             // 80 panels are three tiles of 32.
-            assert_eq!([0, 1, 128, 129].map(|m| blocks(&launch, m)), [0, 3, 3, 6]);
+            assert_eq!([0, 1, 256, 257].map(|m| blocks(&launch, m)), [0, 6, 6, 12]);
         });
     }
 
@@ -479,7 +489,12 @@ pub(super) mod tests {
                 for m in (128..=128 * CHOICES).step_by(128) {
                     let cost = |tile: Tile| tile.nanoseconds(m, k as u64, problem.panels() as u64, 132);
                     let chosen = ranges.iter().find(|r| m <= r.0).unwrap().1;
-                    assert!(Tile::CANDIDATES.into_iter().all(|t| cost(chosen) * 100 <= cost(t) * 103), "{m}");
+                    assert!(
+                        Tile::CANDIDATES
+                            .into_iter()
+                            .all(|t| cost(chosen) * 100 <= cost(t).saturating_mul(KEEP)),
+                        "{m}"
+                    );
                 }
             });
         }

@@ -110,6 +110,14 @@ DEVICE void add_up(float (&sum)[SHARE][4], u32 at) {
     }
 }
 
+// `store_rows` of a tile that is not split; split tiles never get here.
+DEVICE void store_whole(const float (&acc)[SHARE][4], Ahead<SHARE> &ahead, const Pointers &p, int row, int panel, int m,
+                        u32 scratch) {
+    store_rows(acc, ahead, p, row, panel, m, scratch);
+}
+template <int N>
+DEVICE void store_whole(const float (&)[N][4], Ahead<SHARE> &, const Pointers &, int, int, int, u32) {}
+
 // Row tile (of the cluster's first block) and column tile of work item `item`.
 DEVICE void tile_of(int item, int row_tiles, int &tm, int &tn) {
     const int first = item / (GROUP * TILES_N) * GROUP;
@@ -189,7 +197,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
             int tm, tn;
             tile_of(item, row_tiles, tm, tn);
             const int row = (tm + rank) * BM + warp * 16, panel = tn * (BN / 8);
-            if (SPLIT == 1) prefetch_rows<BN / 8>(pointers, row, panel, m);
+            prefetch_rows<SHARE>(pointers, row, panel + slice * SHARE, m);
             int last = 0;
             hold(acc);
 #pragma unroll 1
@@ -205,11 +213,13 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
                 last = stage;
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
+            Ahead<SHARE> ahead;
+            ahead.begin(pointers, row, panel + slice * SHARE, m);
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             hold(acc);
             if (lane < CLUSTER) barrier_arrive(empty + 8 * last, lane);
             if (SPLIT == 1) {
-                store_rows(acc, pointers, row, panel, m, scratch);
+                store_whole(acc, ahead, pointers, row, panel, m, scratch);
                 continue;
             }
             // The ring is free once all consumers are done with it.
@@ -222,7 +232,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
             cluster_sync();
             float sum[SHARE][4];
             add_up(sum, at + slice * (SHARE * 512));
-            store_rows(sum, pointers, row, panel + slice * SHARE, m, scratch);
+            store_rows(sum, ahead, pointers, row, panel + slice * SHARE, m, scratch);
         }
     }
     // No block may leave while another may still write to its shared memory or arrive at its barriers.
