@@ -11,7 +11,7 @@ DEVICE u32 gather(const float *row, int width, u64 least, u64 *keys, u32 *found,
     __syncthreads();
     if (threadIdx.x == 0) *found = 0;
     __syncthreads();
-    each_element<8>(row, 0, (u32)width, [&](float v, u32 i) {
+    each_element<4>(row, 0, (u32)width, [&](float v, u32 i) {
         nan |= v != v;
         const u64 key = key_of(v, i);
         if (key >= least) {
@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (width > CAPACITY) {
         float best = __uint_as_float(0xff800000u);
         u32 index = 0xffffffffu;
-        each_element<8>(row, 0, (u32)width, [&](float v, u32 i) {
+        each_element<4>(row, 0, (u32)width, [&](float v, u32 i) {
             if (v > best) {
                 best = v;
                 index = i;
@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             shift -= digit;
             for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
             __syncthreads();
-            each_element<8>(row, 0, (u32)width, [&](float v, u32 i) {
+            each_element<4>(row, 0, (u32)width, [&](float v, u32 i) {
                 nan |= v != v;
                 const u64 key = key_of(v, i);
                 if (upper == 64 || key >> upper == prefix >> upper) {
