@@ -1,6 +1,7 @@
 //! The runtime on a GPU: memory, launches, graphs, profiles and failures, with an engine whose kernels are written here.
 //!
 //! Without a GPU the tests say so and pass; with `MILLRACE_REQUIRE_GPU` set they fail instead.
+#![allow(clippy::print_stderr)]
 
 use std::process::Command;
 
