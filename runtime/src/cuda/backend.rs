@@ -34,13 +34,22 @@ type Key = (Bindings, Option<usize>);
 
 /// Launches at certain bindings and addresses.
 struct Prepared {
-    addresses: Addresses,
+    moving: Moving,
     resolved: Resolved,
     ready: Vec<Ready>,
     tail: Option<Tail>,
     uses: u64,
     graph: Option<Graph>,
     graph_failed: bool,
+}
+
+/// Addresses that may differ from step to step; all others stay from load on.
+#[derive(Clone, PartialEq)]
+struct Moving {
+    inputs: Vec<Range>,
+    outputs: Vec<Range>,
+    arenas: Vec<Range>,
+    workspace: Range,
 }
 
 /// The argmax after a step.
@@ -252,6 +261,8 @@ impl Cuda {
     pub fn release(&mut self) {
         self.retire_outputs();
         if self.fixed {
+            // Graphs name the memory that goes, and may be running. A failed device runs nothing.
+            let _ = self.stream.synchronize();
             self.prepared.clear();
         }
         self.release_arenas();
@@ -284,19 +295,24 @@ impl Cuda {
         }
     }
 
-    fn addresses(&self, module: &Module, inputs: Vec<Range>) -> Addresses {
+    /// Where the values of a step whose sizes are `sizes` lie, inputs at `offsets` of their block.
+    fn moving(&self, offsets: &[u64], sizes: &StepSizes) -> Option<Moving> {
+        let outputs = self.outputs.iter().zip(&sizes.outputs).map(|(o, len)| o.range().part(0, *len));
+        Some(Moving {
+            inputs: parts(self.inputs.as_ref()?.range(), offsets, &sizes.inputs)?,
+            outputs: outputs.collect::<Option<_>>()?,
+            arenas: self.arenas.iter().map(Block::range).collect(),
+            workspace: self.workspace.as_ref()?.range(),
+        })
+    }
+
+    fn addresses(&self, module: &Module, moving: &Moving) -> Addresses {
         let range = |block: &Option<Block>| block.as_ref().map_or(Range::EMPTY, Block::range);
-        Addresses {
-            regions: Regions {
-                inputs,
-                outputs: self.outputs.iter().map(Block::range).collect(),
-                arenas: self.arenas.iter().map(Block::range).collect(),
-                states: self.states.iter().map(|s| s.as_ref().map(Block::range)).collect(),
-                weights: self.layout.ranges(module.weights.bound(), range(&self.weights)),
-            },
-            workspace: range(&self.workspace),
-            counters: range(&self.counters),
-        }
+        let Moving { inputs, outputs, arenas, workspace } = moving.clone();
+        let states = self.states.iter().map(|s| s.as_ref().map(Block::range)).collect();
+        let weights = self.layout.ranges(module.weights.bound(), range(&self.weights));
+        let regions = Regions { inputs, outputs, arenas, states, weights };
+        Addresses { regions, workspace, counters: range(&self.counters) }
     }
 
     /// Runs one step whose sizes are `sizes`; returns before it has ended, unless `argmax` names an output with its
@@ -320,15 +336,11 @@ impl Cuda {
         }
         let block = self.inputs.as_ref().ok_or_else(no_memory)?.range();
         let arrival = block.part(0, bytes).ok_or_else(no_memory)?;
-        let places = parts(block, &offsets, &sizes.inputs).ok_or_else(no_memory)?;
-        let mut addresses = self.addresses(module, places);
-        for (range, len) in addresses.regions.outputs.iter_mut().zip(&sizes.outputs) {
-            *range = range.part(0, *len).ok_or_else(no_memory)?;
-        }
+        let moving = self.moving(&offsets, sizes).ok_or_else(no_memory)?;
         let key = (bindings.clone(), argmax.map(|(output, ..)| output));
         let mut prepared = match self.prepared.take(&key) {
-            Some(found) if found.addresses == addresses => found,
-            _ => self.prepare(module, addresses, bindings, argmax)?,
+            Some(found) if found.moving == moving => found,
+            _ => self.prepare(module, moving, bindings, argmax)?,
         };
         prepared.uses += 1;
         let result = match profile {
@@ -350,14 +362,15 @@ impl Cuda {
     fn prepare(
         &self,
         module: &Module,
-        addresses: Addresses,
+        moving: Moving,
         bindings: &Bindings,
         argmax: Option<(usize, u64, u64)>,
     ) -> Result<Prepared> {
+        let addresses = self.addresses(module, &moving);
         let resolved = resolve(module, &self.program.table, &addresses, bindings, self.program.limits)?;
         let ready = self.program.ready(&resolved)?;
         let tail = argmax.map(|(output, rows, width)| self.tail(output, rows, width)).transpose()?.flatten();
-        Ok(Prepared { addresses, resolved, ready, tail, uses: 0, graph: None, graph_failed: false })
+        Ok(Prepared { moving, resolved, ready, tail, uses: 0, graph: None, graph_failed: false })
     }
 
     /// The argmax of an output, if the device can tell it.

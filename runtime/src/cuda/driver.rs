@@ -78,7 +78,7 @@ fn describe(result: sys::CUresult) -> String {
 /// Whether a result means that the context is of no use any more.
 pub(super) fn is_fatal(code: u32) -> bool {
     // ECC, NVLink and contained faults; then what a kernel can do wrong; then what the driver cannot explain.
-    matches!(code, 214 | 220 | 226 | 700 | 702 | 708..=710 | 714..=719 | 721 | 999)
+    matches!(code, 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 999)
 }
 
 /// An error unless `result` is success. `what` completes "the driver failed to ..".
@@ -655,6 +655,9 @@ impl Function {
                 }
                 all.push((offset, size));
             }
+            // Parameters aligned to more than 16 bytes make the driver count from an earlier address.
+            let first = all.first().map_or(0, |(offset, _)| *offset);
+            all.iter_mut().for_each(|(offset, _)| *offset -= first);
             all
         });
         Ok(Function { raw, image: image.clone(), parameters, max_threads, shared })

@@ -359,9 +359,10 @@ impl<'r> Schedule<'r> {
         Ok(true)
     }
 
-    /// Whether every draw of the step that was packed takes the most likely token.
+    /// Whether the step that was packed has draws and every one takes the most likely token. A row that nobody draws
+    /// from is not judged.
     fn draws_greedily(&self) -> bool {
-        self.draws.iter().all(|index| self.live[*index].sampler.is_greedy())
+        !self.draws.is_empty() && self.draws.iter().all(|index| self.live[*index].sampler.is_greedy())
     }
 
     /// Takes the rows of the step that was packed: draws, reports, and retires finished sequences.
