@@ -207,6 +207,9 @@ pub fn main(args: &Args) -> Result<()> {
         options.weights = WeightMode::Stripped;
     }
     let mut dumper = args.control.dumper(&registry)?;
+    // The report lists the remarks of every layer.
+    options.controls.whole |= args.json;
+    let watched = dumper.watches() || args.html.is_some();
     let mut recorder = args.html.as_ref().map(|_| Recorder::default());
     let mut observer = |pass: &'static str, module: &Module, changed: bool| {
         if let Some(recorder) = &mut recorder {
@@ -218,7 +221,7 @@ pub fn main(args: &Args) -> Result<()> {
     if args.control.stop_at.is_some() {
         return stop(args, &options, &mut observer);
     }
-    let compiled = compile(&args.model, &options, Some(&mut observer))?;
+    let compiled = compile(&args.model, &options, if watched { Some(&mut observer) } else { None })?;
     args.control.report(&compiled.runs, &compiled.context);
     dumper.finish()?;
     let bytes = match &args.output {
