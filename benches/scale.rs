@@ -28,7 +28,7 @@ fn run(nodes: usize) -> Result<f64> {
     manager.run(&Pipeline::level(2), &mut module, &mut context)?;
     let pipeline = start.elapsed().as_secs_f64();
     module.compact();
-    let module = lower(check(&module)?);
+    let module = lower(module)?;
     let verified = check(&module).map(|_| ());
     verified?;
     let whole = start.elapsed().as_secs_f64();

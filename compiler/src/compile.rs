@@ -133,7 +133,7 @@ pub fn compile<'a>(
     }
     let runs = manager.runs;
     module.compact();
-    let module = lower(check(&module)?);
+    let module = lower(module)?;
     check(&module)?;
     let manifest = manifest(&module, folder.as_ref(), limits, options);
     Ok(Compiled { module, manifest, runs, context, folder, weights: options.weights, source_hash })

@@ -120,8 +120,8 @@ impl From<Error> for Failure {
 }
 
 impl Manager<'_> {
-    /// Runs `pipeline` on `module`; verifies before the first pass, when fusion begins, when the plan stands and at
-    /// the end; with `verify_each` after every pass.
+    /// Runs `pipeline` on `module`; verifies before the first pass, when fusion begins, after stamping repeated
+    /// layers and at the end; with `verify_each` after every pass.
     ///
     /// # Errors
     /// `ir/invalid` for a module that breaks rules, `compile/phase` for a pass that does not accept the module's
@@ -307,7 +307,7 @@ impl Manager<'_> {
         context.remarks.truncate(Context::REMARKS);
         let time = start.elapsed();
         // The last pass to reach these phases is followed by passes that build on their promises.
-        let gate = module.phase != before && matches!(module.phase, Phase::Fused | Phase::Planned);
+        let gate = module.phase != before && module.phase == Phase::Fused;
         if self.verify_each || gate {
             verified(module, Some((name, spelled)))?;
         }

@@ -77,7 +77,7 @@ impl<'a> Tags<'a> {
             Tag::Layer(_, label) => Some((label, label)),
             Tag::Made => {
                 let parts = self.result.weights[id].expr.parts();
-                let spans = parts.into_iter().filter_map(|part| self.span(part));
+                let spans = parts.iter().filter_map(|part| self.span(*part));
                 spans.reduce(|(low, high), (l, h)| (low.min(l), high.max(h)))
             }
         }
@@ -92,7 +92,7 @@ impl<'a> Tags<'a> {
                 let (from, to) = (x.expr.parts(), y.expr.parts());
                 alike(x, y)
                     && Names::of(&x.name, &y.name).is_some()
-                    && from.iter().zip(&to).all(|(x, y)| self.next_weight(*x, *y))
+                    && from.iter().zip(to).all(|(x, y)| self.next_weight(*x, *y))
             }
             (Tag::Common, Tag::Common) => a == b,
             (a, b) => next(a, b),
@@ -185,8 +185,8 @@ impl<'a> Tags<'a> {
         match self.weight(id) {
             Tag::Made => {
                 let parts = self.result.weights[id].expr.parts();
-                let leaves = parts.into_iter().map(|part| self.leaf(part));
-                leaves.into_iter().find(|t| matches!(t, Tag::Layer(..))).unwrap_or(Tag::Common)
+                let mut leaves = parts.iter().map(|part| self.leaf(*part));
+                leaves.find(|t| matches!(t, Tag::Layer(..))).unwrap_or(Tag::Common)
             }
             tag => tag,
         }

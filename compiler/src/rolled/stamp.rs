@@ -264,8 +264,9 @@ impl<'a> Stamper<'a> {
             if *pairs.entry(a).or_insert(b) != b {
                 return Err("one made weight corresponds to several".into());
             }
-            let parts = |id: WeightId| self.tags.result.weights[id].expr.parts();
-            work.extend(parts(a).into_iter().zip(parts(b)));
+            let result = self.tags.result;
+            let parts = |id: WeightId| result.weights[id].expr.parts().iter().copied();
+            work.extend(parts(a).zip(parts(b)));
         }
         Ok(pairs)
     }
@@ -372,7 +373,7 @@ impl<'a> Stamper<'a> {
             let parts = self.tags.result.weights[*first].expr.parts();
             literals |= parts.is_empty();
             for part in parts {
-                if let Tag::Layer(class, _) = self.tags.weight(part) {
+                if let Tag::Layer(class, _) = self.tags.weight(*part) {
                     classes[class] = true;
                 }
             }
