@@ -11,6 +11,9 @@ use super::Rolled;
 /// Longest window.
 const LONGEST: usize = 4096;
 
+/// Most places where the first window is tried to begin.
+const SHIFTS: usize = 256;
+
 /// Comparisons of two nodes that a search may cost, for each node.
 const EFFORT: usize = 16;
 
@@ -51,36 +54,79 @@ impl<I: Id> Classes<I> {
         Some((class as usize, at as usize))
     }
 
-    fn add(&mut self, members: Vec<I>) -> Rolled<()> {
-        for (at, id) in members.iter().enumerate() {
-            let slot = self.of.get_mut(id.index()).filter(|c| **c == NONE);
-            *slot.ok_or("layers share some of their weights or states")? =
-                (self.members.len() as u32, at as u32);
+    /// Adds the thing that plays a part in the next window.
+    fn push(&mut self, class: usize, id: I) -> Rolled<()> {
+        if class == self.members.len() {
+            self.members.push(Vec::new());
         }
-        self.members.push(members);
+        let slot = self.of.get_mut(id.index()).filter(|c| **c == NONE);
+        *slot.ok_or("layers share some of their weights or states")? =
+            (class as u32, self.members[class].len() as u32);
+        self.members[class].push(id);
         Ok(())
     }
 
-    /// Adds the part that `at` gives for each window, or finds it: the same in every window, the part of another place,
-    /// or that of another place one window before.
-    fn place(&mut self, count: usize, at: &dyn Fn(usize) -> Option<I>) -> Rolled<()> {
-        let missing = || "layers are wired differently".to_string();
-        let [first, second] = [at(0), at(1)].map(|id| id.ok_or_else(missing));
-        let (first, second) = (first?, second?);
-        if first == second {
-            let all = (2..count).all(|window| at(window) == Some(first));
-            return if all { Ok(()) } else { Err("some layers share a weight or state".into()) };
+    /// The part of two weights of the first windows that others are made of.
+    fn part(&self, first: I, second: I) -> Part<I> {
+        match self.of(second) {
+            _ if first == second => Part::Common(first),
+            Some((class, window @ 0..=1)) => Part::Of(class, 1 - window),
+            _ => Part::Own(usize::MAX),
         }
-        if let Some((class, window)) = self.of(second) {
-            let members = &self.members[class];
-            let known = |w: usize| at(w).is_some_and(|id| members.get(w + window - 1) == Some(&id));
-            let all =
-                window <= 1 && (1..count).all(known) && (window == 0 || members.first() == Some(&first));
-            return if all { Ok(()) } else { Err(missing()) };
-        }
-        let members: Option<Vec<I>> = (0..count).map(at).collect();
-        self.add(members.ok_or_else(missing)?)
     }
+
+    /// Asks for the part of a place in one more window.
+    fn next(&mut self, part: Part<I>, window: usize, id: I) -> Rolled<()> {
+        if !part.holds(window, id, |class, w| self.members.get(class)?.get(w).copied()) {
+            return Err("layers share some of their weights or states".into());
+        }
+        if let Part::Own(class) = part { self.push(class, id) } else { Ok(()) }
+    }
+}
+
+/// What stands at a place of every window.
+#[derive(Clone, Copy)]
+enum Part<T> {
+    /// The same.
+    Common(T),
+    /// Something that no place before has: the next class.
+    Own(usize),
+    /// The thing of a class, of this window or of the one before.
+    Of(usize, usize),
+}
+
+impl<T: Copy + PartialEq> Part<T> {
+    /// The part of a place by its first two windows; `seen` are those of the classes so far.
+    fn of(first: T, second: T, seen: &mut Vec<(T, T)>) -> Self {
+        if first == second {
+            return Part::Common(first);
+        }
+        if let Some(class) = seen.iter().position(|(_, known)| *known == second) {
+            return Part::Of(class, 0);
+        }
+        if let Some(class) = seen.iter().position(|(known, _)| *known == second) {
+            return Part::Of(class, 1);
+        }
+        seen.push((first, second));
+        Part::Own(seen.len() - 1)
+    }
+
+    /// Whether it stands there in a window.
+    fn holds(self, window: usize, thing: T, member: impl Fn(usize, usize) -> Option<T>) -> bool {
+        match self {
+            Part::Common(common) => thing == common,
+            Part::Own(class) => window == 0 || member(class, window - 1) != Some(thing),
+            Part::Of(class, back) => window < back || member(class, window - back) == Some(thing),
+        }
+    }
+}
+
+/// How an operand is wired in every window.
+enum Slot {
+    /// To one value before all windows, or to a place of the same or the previous window.
+    Value(Option<ValueId>),
+    Weight(Part<WeightId>),
+    State(Part<StateId>),
 }
 
 impl Layers {
@@ -109,7 +155,22 @@ impl Layers {
                 best = found;
             }
         }
-        best.map(|(start, period, count)| Layers::at(module, &finder, start, period, count)).transpose()
+        let Some((start, period, count)) = best else { return Ok(None) };
+        // A window may begin anywhere; where the source's layers begin, no name belongs to two windows.
+        let mut reason = None;
+        for shift in 0..period.min(SHIFTS) {
+            let count = if shift <= finder.rest(start, period, count) { count } else { count - 1 };
+            if count < min {
+                break;
+            }
+            match Layers::at(module, &finder, start + shift, period, count) {
+                Ok(layers) => return Ok(Some(layers)),
+                Err(why) => {
+                    reason.get_or_insert(why);
+                }
+            }
+        }
+        reason.map_or(Ok(None), Err)
     }
 
     /// The same layers in a module that has fewer or more of them.
@@ -122,41 +183,93 @@ impl Layers {
     }
 
     fn at(module: &Module, finder: &Finder<'_>, start: usize, period: usize, count: usize) -> Rolled<Layers> {
+        if count < 2 {
+            return Err("one layer is no repetition".into());
+        }
         let graph = &module.graph;
         let node = |k: usize, window: usize| &graph.nodes[graph.order[start + window * period + k]];
         let mut weights = Classes::new(module.weights.bound());
         let mut states = Classes::new(module.states.bound());
-        let mut named = Vec::new();
+        let (mut seen_weights, mut seen_states, mut seen_names) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut slots, mut names, mut locs) = (Vec::new(), Vec::new(), Vec::new());
+        let wired = || "layers are wired differently".to_string();
         for k in 0..period {
-            for (slot, operand) in node(k, 0).operands.iter().enumerate() {
-                match operand {
-                    Operand::Value(_) => finder.wired(start, period, count, k, slot)?,
-                    Operand::Weight(_) => weights.place(count, &|w| match node(k, w).operands.get(slot) {
-                        Some(Operand::Weight(id)) => Some(*id),
-                        _ => None,
-                    })?,
-                    Operand::State(_) => states.place(count, &|w| match node(k, w).operands.get(slot) {
-                        Some(Operand::State(id)) => Some(*id),
-                        _ => None,
-                    })?,
+            let (a, b) = (node(k, 0), node(k, 1));
+            for (x, y) in a.operands.iter().zip(&b.operands) {
+                slots.push(match (x, y) {
+                    (Operand::Value(x), Operand::Value(y)) => {
+                        let def = finder.def(*x);
+                        let common = x == y && def.is_none_or(|(at, _)| at < start);
+                        let near = x != y && def.is_some_and(|(at, _)| at + period >= start);
+                        if !common && !near {
+                            return Err(wired());
+                        }
+                        Slot::Value(common.then_some(*x))
+                    }
+                    (Operand::Weight(x), Operand::Weight(y)) => {
+                        Slot::Weight(Part::of(*x, *y, &mut seen_weights))
+                    }
+                    (Operand::State(x), Operand::State(y)) => Slot::State(Part::of(*x, *y, &mut seen_states)),
+                    _ => return Err(wired()),
+                });
+            }
+            for (slot, (x, y)) in a.loc.iter().zip(&b.loc).enumerate() {
+                if x != y && seen_names.iter().any(|(_, second)| *second == x) {
+                    return Err(format!("source name `{x}` stands in two windows"));
+                }
+                let part = Part::of(x, y, &mut seen_names);
+                if matches!(part, Part::Own(_)) {
+                    locs.push((k, slot));
+                }
+                names.push(part);
+            }
+        }
+        // Window by window, so that each node is visited once.
+        for window in 0..count {
+            let (mut slot, mut name) = (slots.iter(), names.iter());
+            for k in 0..period {
+                let here = node(k, window);
+                for (at, operand) in here.operands.iter().enumerate() {
+                    match (slot.next(), operand) {
+                        (Some(Slot::Value(Some(common))), Operand::Value(v)) if common == v => {}
+                        (Some(Slot::Value(None)), Operand::Value(_))
+                            if window == 0 || node(k, window - 1).operands.get(at) != Some(operand) => {}
+                        (Some(Slot::Weight(part)), Operand::Weight(id)) => {
+                            weights.next(*part, window, *id)?
+                        }
+                        (Some(Slot::State(part)), Operand::State(id)) => states.next(*part, window, *id)?,
+                        _ => return Err(wired()),
+                    }
+                }
+                for loc in &here.loc {
+                    let member = |class: usize, w: usize| {
+                        let (k, slot): (usize, usize) = *locs.get(class)?;
+                        node(k, w).loc.get(slot)
+                    };
+                    if !name.next().is_some_and(|part| part.holds(window, loc, member)) {
+                        return Err(format!("source name `{loc}` has no counterpart in some layers"));
+                    }
                 }
             }
-            (0..node(k, 0).loc.len()).for_each(|slot| named.push((k, slot)));
         }
-        let locs = source_names(&named, count, &|(k, slot), window| &node(k, window).loc[slot])?;
         // What the weights are made of belongs to the layer as well.
         let mut class = 0;
         while class < weights.members.len() {
-            let members = weights.members[class].clone();
+            let members = std::mem::take(&mut weights.members[class]);
             let first = &module.weights[members[0]];
             if let Some(other) = members.iter().find(|w| !alike(first, &module.weights[**w])) {
-                return Err(format!(
-                    "weight @{} is made otherwise than @{}",
-                    module.weights[*other].name, first.name
-                ));
+                let name = &module.weights[*other].name;
+                return Err(format!("weight @{name} is made otherwise than @{}", first.name));
             }
-            for part in 0..first.expr.parts().len() {
-                weights.place(count, &|w| module.weights[members[w]].expr.parts().get(part).copied())?;
+            let parts = first.expr.parts().len();
+            let part = |w: usize, part: usize| module.weights[members[w]].expr.parts()[part];
+            let found: Vec<_> = (0..parts).map(|p| weights.part(part(0, p), part(1, p))).collect();
+            weights.members[class].clone_from(&members);
+            for (p, mut part_of) in found.into_iter().enumerate() {
+                if let Part::Own(new) = &mut part_of {
+                    *new = weights.members.len();
+                }
+                (0..count).try_for_each(|w| weights.next(part_of, w, part(w, p)))?;
             }
             class += 1;
         }
@@ -177,33 +290,6 @@ impl Layers {
         let (k, slot) = self.locs[class];
         &module.graph.nodes[module.graph.order[self.start + window * self.period + k]].loc[slot]
     }
-}
-
-/// The places whose source names differ from window to window, each name once.
-fn source_names<'m>(
-    places: &[(usize, usize)],
-    count: usize,
-    at: &dyn Fn((usize, usize), usize) -> &'m Loc,
-) -> Rolled<Vec<(usize, usize)>> {
-    let mut classes: Vec<(usize, usize)> = Vec::new();
-    for place in places {
-        let (first, second) = (at(*place, 0), at(*place, 1));
-        let all = if first == second {
-            (2..count).all(|w| at(*place, w) == first)
-        } else if let Some(known) = classes.iter().find(|c| at(**c, 1) == second) {
-            (0..count).all(|w| at(*place, w) == at(*known, w))
-        } else if let Some(known) = classes.iter().find(|c| at(**c, 0) == second) {
-            // The name of the window before.
-            (1..count).all(|w| at(*place, w) == at(*known, w - 1))
-        } else {
-            classes.push(*place);
-            (1..count).all(|w| at(*place, w) != at(*place, w - 1))
-        };
-        if !all {
-            return Err(format!("source name `{second}` has no counterpart in some layers"));
-        }
-    }
-    Ok(classes)
 }
 
 /// Whether two weights are made alike, whatever they are made of and called.
@@ -304,6 +390,12 @@ impl<'m> Finder<'m> {
         None
     }
 
+    /// Nodes behind the last of `count` windows that repeat still.
+    fn rest(&self, start: usize, period: usize, count: usize) -> usize {
+        let last = start + (count - 1) * period;
+        (last..last + period).take_while(|at| self.follows(*at, period)).count()
+    }
+
     /// The first position from `start` on whose window reads nothing from the windows that they all read.
     fn after_common(&self, start: usize, period: usize) -> usize {
         let mut start = start;
@@ -320,24 +412,5 @@ impl<'m> Finder<'m> {
             }
         }
         start
-    }
-
-    /// Whether operand `slot` of node `k` is wired alike in all windows: to one value before them all, or to a place
-    /// in the same or the previous window.
-    fn wired(&self, start: usize, period: usize, count: usize, k: usize, slot: usize) -> Rolled<()> {
-        let value = |window: usize| match self.node(start + window * period + k)?.operands.get(slot) {
-            Some(Operand::Value(value)) => Some(*value),
-            _ => None,
-        };
-        let (Some(first), Some(second)) = (value(0), value(1)) else {
-            return Err("layers are wired differently".into());
-        };
-        let all = if first == second {
-            self.def(first).is_none_or(|(at, _)| at < start) && (2..count).all(|w| value(w) == Some(first))
-        } else {
-            self.def(first).is_some_and(|(at, _)| at + period >= start)
-                && (1..count).all(|w| value(w - 1) != value(w))
-        };
-        if all { Ok(()) } else { Err("layers are wired differently".into()) }
     }
 }

@@ -34,6 +34,7 @@ pub(super) fn stamp(origin: &Module, layers: &Layers, map: &Map, result: &Module
     let tags = Tags::of(origin, layers, map, result)?;
     let finder = Finder::of(result);
     let (starts, period) = tags.period(&finder)?;
+    let names = |id: &NodeId| result.graph.nodes[*id].loc.iter().map(|loc| tags.loc(loc)).collect();
     let mut stamper = Stamper {
         start: 0,
         period,
@@ -44,6 +45,7 @@ pub(super) fn stamp(origin: &Module, layers: &Layers, map: &Map, result: &Module
         regions: Vec::new(),
         lowest: [Vec::new(), Vec::new()],
         lowest_name: Vec::new(),
+        names: result.graph.order.iter().map(names).collect(),
         values: 0,
         first: vec![0; result.graph.order.len()],
         tags,
@@ -108,6 +110,8 @@ struct Stamper<'a> {
     /// The lowest layer of each class of weights and states that the period reads.
     lowest: [Vec<Option<usize>>; 2],
     lowest_name: Vec<Option<usize>>,
+    /// What each source name is, by position.
+    names: Vec<Vec<Tag>>,
     /// Values of a period.
     values: usize,
     /// First value of each position up to the end of the period, and from the tail on.
@@ -466,12 +470,12 @@ impl<'a> Stamper<'a> {
     }
 
     /// Source names in a region, sorted.
-    fn locs(&self, locs: &[Loc], region: Region) -> Rolled<Vec<Loc>> {
+    fn locs(&self, at: usize, locs: &[Loc], region: Region) -> Rolled<Vec<Loc>> {
         let (layers, origin, kept) = (self.tags.layers, self.tags.origin, self.tags.map.kept);
         let mut all = Vec::with_capacity(locs.len());
         let mut labels: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-        for loc in locs {
-            match self.tags.loc(loc) {
+        for (loc, tag) in locs.iter().zip(&self.names[at]) {
+            match *tag {
                 Tag::Layer(class, label) if region == Region::Head => {
                     labels.entry(class).or_default().push(label)
                 }
@@ -538,7 +542,7 @@ impl<'a> Stamper<'a> {
             let ty = self.tags.result.graph.values[*value].ty.clone();
             results.push(graph.values.push(Value { ty, def: Def::Node { node: id, index }, place: None }));
         }
-        let loc = self.locs(&node.loc, region)?;
+        let loc = self.locs(at, &node.loc, region)?;
         let op = node.op.clone();
         graph.order.push(graph.nodes.push(Node { op, operands, results, loc, kernel: None }));
         Ok(())

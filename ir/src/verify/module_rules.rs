@@ -116,7 +116,12 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
 const FORMS: usize = 64;
 
 /// Whether a weight is well typed because another one is: one type, one expression over parts of the same types.
-fn same_form(module: &Module, types: &Types<'_>, good: (WeightId, &Weight), other: (WeightId, &Weight)) -> bool {
+fn same_form(
+    module: &Module,
+    types: &Types<'_>,
+    good: (WeightId, &Weight),
+    other: (WeightId, &Weight),
+) -> bool {
     let ty = |id: WeightId| module.weights.get(id).map(|_| types.operand(Operand::Weight(id)));
     let axis = |weight: &Weight| weight.stream.as_ref().map(|s| s.tile_axis);
     let ((a, x), (b, y)) = (good, other);
