@@ -65,3 +65,34 @@ fn a_decoder_is_rolled() {
         }
     }
 }
+
+#[test]
+fn filetests_are_what_the_steps_make_of_them() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/filetests/rolled");
+    let mut rolled = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|e| e != "ir") {
+            continue;
+        }
+        let source = std::fs::read_to_string(&path).unwrap();
+        let passes = source.lines().next().and_then(|l| l.split_once("--passes=")).unwrap().1;
+        let passes = passes.split(' ').next().unwrap();
+        let done = same(&text::parse(&source).unwrap(), passes);
+        rolled += usize::from(said(&done.context).iter().any(|s| s.contains("equal layers")));
+    }
+    assert_eq!(rolled, 4);
+}
+
+#[test]
+fn who_watches_sees_every_layer() {
+    let module = stack::decoder(21 * 12).unwrap();
+    let pipeline = Pipeline::level(2);
+    let mut nodes = Vec::new();
+    let mut observer = |_: &'static str, module: &Module, _: bool| nodes.push(module.graph.order.len());
+    let mut manager = Manager { observer: Some(&mut observer), ..Manager::default() };
+    let mut context = Context::cpu();
+    manager.run(&pipeline, &mut module.clone(), &mut context).unwrap();
+    assert_eq!(said(&context), [""; 0]);
+    assert!(nodes.iter().all(|n| *n > 100), "{nodes:?}");
+}

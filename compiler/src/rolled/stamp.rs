@@ -286,10 +286,9 @@ impl<'a> Stamper<'a> {
         let regions = std::mem::take(&mut self.regions);
         let mut made = Vec::new();
         let mut run: Vec<WeightId> = Vec::new();
-        let bound = self.tags.result.weights.bound();
-        for index in self.tags.map.weights.len()..bound {
+        for (index, region) in regions.into_iter().enumerate().skip(self.tags.map.weights.len()) {
             let id = WeightId::from_index(index);
-            let Some(region) = regions[index] else { continue };
+            let Some(region) = region else { continue };
             match before.get(&id) {
                 Some(first) => {
                     self.make(&mut made, &pairs, *first, 1)?;
