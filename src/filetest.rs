@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 
 use millrace_compiler::Registry;
 use millrace_compiler::differential::{detach_files, same_outputs, small_bindings};
+use millrace_compiler::manager::ROLLED;
 use millrace_compiler::pass::Context;
 use millrace_compiler::pipeline::{Controls, Manager, Pipeline};
 use millrace_compiler::target::Target;
@@ -89,6 +90,7 @@ impl RunLine {
                 }
                 "--target" => run.target = Target::named(value)?,
                 "--remarks" if value.is_empty() => {}
+                "--remarks" if value == ROLLED => run.remarks = Some(value.to_string()),
                 "--remarks" => run.remarks = Some(registry.get(value)?.name().to_string()),
                 "--verify-each" | "--stats" => {}
                 _ => return Err(malformed(format!("filetests take no option `{option}`"))),

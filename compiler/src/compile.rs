@@ -188,7 +188,7 @@ pub fn compile_with<'a>(
     module.compact();
     let mut device = DeviceCode::default();
     let module = if options.target.archs.is_empty() {
-        lower(check(&module)?)
+        lower(module)?
     } else {
         let lowered = cuda::lower(check(&module)?, &options.target.archs, &options.builder)?;
         device = DeviceCode { bundles: lowered.bundles, counts: lowered.counts, sources: lowered.sources };

@@ -17,6 +17,7 @@ pub mod pipeline;
 pub mod reduce;
 pub mod registry;
 pub mod rewrite;
+mod rolled;
 pub mod target;
 
 pub use compile::{CompileOptions, Compiled, compile};

@@ -177,6 +177,13 @@ impl Context {
         self.remarks.push(Remark { pass, node, loc: layer(graph, node), message: message.into() });
     }
 
+    /// Takes over the remarks of passes that ran on a part of the module.
+    pub(crate) fn take_remarks(&mut self, other: Context) {
+        let room = Self::REMARKS.saturating_sub(self.remarks.len());
+        self.remarks_left_out += other.remarks_left_out + other.remarks.len().saturating_sub(room) as u64;
+        self.remarks.extend(other.remarks.into_iter().take(room));
+    }
+
     /// Says why a rewrite does not happen.
     pub fn blocked(&mut self, pass: &'static str, graph: &Graph, node: NodeId, reason: &str) {
         self.remark(pass, graph, node, format!("blocked: {reason}"));

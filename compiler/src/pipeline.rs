@@ -6,11 +6,13 @@
 //! step      = pass [ "{" option "=" value { "," .. } "}" ]
 //!           | "(" pipeline ")"                                  a group, so that parts can be put together
 //!           | "fixpoint" [ "<max=" number ">" ] "{" pipeline "}"  repeated until nothing changes
+//!           | "rolled" [ "<min=" number ">" ] "{" pipeline "}"    repeated layers are rewritten once, see `rolled`
 //!           | "O0" | "O1" | "O2"                                a level, spelled out when printed
 //! place     = ( "before" | "after" ) ":" pass "=" pipeline        for [`Pipeline::insert`]
 //! ```
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use millrace_ir::nearest::nearest;
@@ -20,12 +22,14 @@ pub use crate::manager::{Controls, Manager, Observer, PassRun, Stop};
 use crate::options::PassOptions;
 use crate::pass::Pass;
 use crate::registry::Registry;
+use crate::rolled::FEWEST;
+pub use crate::rolled::LAYERS;
 
 /// Optimisation levels as pipelines.
 pub const LEVELS: [&str; 3] = [
     "canonicalize,dce,begin-fusion,schedule,group-launches,plan-memory,mark-streamable",
-    "canonicalize,const-fold,cse,dce,recover,canonicalize,const-fold,cse,dce,fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,dce,pack-weights,schedule,group-launches,plan-memory,mark-streamable",
-    "fixpoint{canonicalize,const-fold,cse,dce},recover,fixpoint{canonicalize,const-fold,cse,dce},fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,fixpoint{cse,dce},pack-weights,schedule{search=true},group-launches,plan-memory,mark-streamable",
+    "rolled{canonicalize,const-fold,cse,dce,recover,canonicalize,const-fold,cse,dce,fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,dce,pack-weights,schedule},group-launches,plan-memory,mark-streamable",
+    "rolled{fixpoint{canonicalize,const-fold,cse,dce},recover,fixpoint{canonicalize,const-fold,cse,dce},fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue,fuse-pointwise,fixpoint{cse,dce},pack-weights,schedule{search=true}},group-launches,plan-memory,mark-streamable",
 ];
 
 /// Most rounds of a fixpoint that says nothing.
@@ -50,6 +54,13 @@ pub enum Step {
         /// Most rounds; [`ROUNDS`] where the text says nothing.
         max: Option<usize>,
         /// The steps of a round.
+        steps: Vec<Step>,
+    },
+    /// Several steps, once, on one of many repeated layers and for all of them.
+    Rolled {
+        /// Fewest layers; [`LAYERS`] where the text says nothing.
+        min: Option<usize>,
+        /// The steps.
         steps: Vec<Step>,
     },
 }
@@ -152,14 +163,14 @@ impl Step {
     fn inner(&self) -> &[Step] {
         match self {
             Step::Pass(_) => &[],
-            Step::Group(steps) | Step::Fixpoint { steps, .. } => steps,
+            Step::Group(steps) | Step::Fixpoint { steps, .. } | Step::Rolled { steps, .. } => steps,
         }
     }
 
     fn inner_mut(&mut self) -> Option<&mut Vec<Step>> {
         match self {
             Step::Pass(_) => None,
-            Step::Group(steps) | Step::Fixpoint { steps, .. } => Some(steps),
+            Step::Group(steps) | Step::Fixpoint { steps, .. } | Step::Rolled { steps, .. } => Some(steps),
         }
     }
 }
@@ -195,7 +206,7 @@ fn put(steps: &mut Vec<Step>, first: bool, anchor: &str, mut inserted: Vec<Step>
 fn without(steps: &mut Vec<Step>, names: &[String]) {
     steps.retain_mut(|step| match step {
         Step::Pass(call) => !names.iter().any(|n| n == call.pass.name()),
-        Step::Group(inner) | Step::Fixpoint { steps: inner, .. } => {
+        Step::Group(inner) | Step::Fixpoint { steps: inner, .. } | Step::Rolled { steps: inner, .. } => {
             without(inner, names);
             !inner.is_empty()
         }
@@ -254,7 +265,11 @@ impl<'a> Parser<'a> {
         let name = self.word();
         let level = name.strip_prefix('O').and_then(|n| n.parse::<usize>().ok());
         if name == "fixpoint" {
-            steps.push(self.fixpoint(depth)?);
+            let (max, inner) = self.block(depth, name, "max", 1..=1000)?;
+            steps.push(Step::Fixpoint { max, steps: inner });
+        } else if name == "rolled" {
+            let (min, inner) = self.block(depth, name, "min", FEWEST..=1000)?;
+            steps.push(Step::Rolled { min, steps: inner });
         } else if let Some(text) = level.and_then(|n| self.registry.levels().get(n)) {
             let mut inner = Parser { rest: text, registry: self.registry };
             steps.extend(inner.steps(depth + 1)?);
@@ -264,23 +279,31 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    fn fixpoint(&mut self, depth: usize) -> Result<Step> {
-        let mut max = None;
+    /// `<key=N>`, if it is there, and the steps in braces.
+    fn block(
+        &mut self,
+        depth: usize,
+        name: &str,
+        key: &str,
+        range: RangeInclusive<usize>,
+    ) -> Result<(Option<usize>, Vec<Step>)> {
+        let mut number = None;
         if self.take("<") {
-            let known = self.word() == "max" && self.take("=");
-            max = self.word().parse::<usize>().ok().filter(|n| known && (1..=1000).contains(n));
-            if max.is_none() || !self.take(">") {
-                return Err(bad("`fixpoint<..>` takes max=N with N from 1 to 1000".to_string()));
+            let known = self.word() == key && self.take("=");
+            number = self.word().parse::<usize>().ok().filter(|n| known && range.contains(n));
+            if number.is_none() || !self.take(">") {
+                let (low, high) = range.into_inner();
+                return Err(bad(format!("`{name}<..>` takes {key}=N with N from {low} to {high}")));
             }
         }
         if !self.take("{") {
-            return Err(bad("`fixpoint` needs `{`".to_string()));
+            return Err(bad(format!("`{name}` needs `{{`")));
         }
         let steps = self.steps(depth + 1)?;
         if !self.take("}") {
-            return Err(bad("`fixpoint{` is not closed".to_string()));
+            return Err(bad(format!("`{name}{{` is not closed")));
         }
-        Ok(Step::Fixpoint { max, steps })
+        Ok((number, steps))
     }
 
     fn call(&mut self, name: &str) -> Result<Call> {
@@ -324,6 +347,8 @@ impl fmt::Display for Step {
             Step::Group(steps) => write!(f, "({})", join(steps)),
             Step::Fixpoint { max: None, steps } => write!(f, "fixpoint{{{}}}", join(steps)),
             Step::Fixpoint { max: Some(max), steps } => write!(f, "fixpoint<max={max}>{{{}}}", join(steps)),
+            Step::Rolled { min: None, steps } => write!(f, "rolled{{{}}}", join(steps)),
+            Step::Rolled { min: Some(min), steps } => write!(f, "rolled<min={min}>{{{}}}", join(steps)),
         }
     }
 }
@@ -364,9 +389,9 @@ mod tests {
 
     #[test]
     fn groups_fixpoints_and_options_print_back() {
-        let text = "(cse,(dce)),fixpoint<max=4>{cse,fixpoint{dce}},schedule{search=false}";
+        let text = "(cse,(dce)),fixpoint<max=4>{cse,fixpoint{dce}},rolled{rolled<min=6>{dce}},schedule{search=false}";
         assert_eq!(Pipeline::parse(text).unwrap().to_string(), text);
-        let spaced = " ( cse , (dce) ) , fixpoint < max = 4 > { cse, fixpoint { dce } } , schedule { search = false } ";
+        let spaced = " ( cse , (dce) ) , fixpoint < max = 4 > { cse, fixpoint { dce } } , rolled { rolled < min = 6 > { dce } } , schedule { search = false } ";
         assert_eq!(Pipeline::parse(spaced).unwrap().to_string(), text);
     }
 
@@ -413,6 +438,8 @@ mod tests {
         assert!(message("fixpoint{cse").contains("not closed"));
         assert!(message("fixpoint<max=0>{cse}").contains("takes max=N"));
         assert!(message("fixpoint<min=3>{cse}").contains("takes max=N"));
+        assert!(message("rolled<min=5>{cse}").contains("takes min=N with N from 6"));
+        assert!(message("rolled{cse").contains("`rolled{` is not closed"));
         assert!(message("(cse").contains("not closed"));
         assert!(message("()").contains("no pass ``"));
         assert!(message("cse,,dce").contains("no pass ``"));

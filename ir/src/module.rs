@@ -192,7 +192,7 @@ fn compact_weights(weights: &mut Arena<WeightId, Weight>, graph: &mut Graph) {
         }
     };
     kept.iter_mut()
-        .for_each(|(_, w): (WeightId, &mut Weight)| w.expr.parts_mut().into_iter().for_each(renamed));
+        .for_each(|(_, w): (WeightId, &mut Weight)| w.expr.parts_mut().iter_mut().for_each(renamed));
     for (_, node) in graph.nodes.iter_mut() {
         for operand in &mut node.operands {
             if let Operand::Weight(w) = operand {
@@ -205,36 +205,36 @@ fn compact_weights(weights: &mut Arena<WeightId, Weight>, graph: &mut Graph) {
 
 impl WeightExpr {
     /// The weights this expression reads, in order.
-    pub fn parts(&self) -> Vec<WeightId> {
+    pub fn parts(&self) -> &[WeightId] {
         match self {
             WeightExpr::File { .. }
             | WeightExpr::Splat(_)
             | WeightExpr::Random { .. }
-            | WeightExpr::Dense(_) => Vec::new(),
-            WeightExpr::Concat { parts, .. } => parts.clone(),
+            | WeightExpr::Dense(_) => &[],
+            WeightExpr::Concat { parts, .. } => parts,
             WeightExpr::Transpose { of, .. }
             | WeightExpr::Reshape { of }
             | WeightExpr::Cast { of }
             | WeightExpr::Slice { of, .. }
             | WeightExpr::Pack { of, .. }
-            | WeightExpr::Cores { of, .. } => vec![*of],
+            | WeightExpr::Cores { of, .. } => std::slice::from_ref(of),
         }
     }
 
-    /// The weights this expression reads, for renaming.
-    pub fn parts_mut(&mut self) -> Vec<&mut WeightId> {
+    /// The same for renaming.
+    pub fn parts_mut(&mut self) -> &mut [WeightId] {
         match self {
             WeightExpr::File { .. }
             | WeightExpr::Splat(_)
             | WeightExpr::Random { .. }
-            | WeightExpr::Dense(_) => Vec::new(),
-            WeightExpr::Concat { parts, .. } => parts.iter_mut().collect(),
+            | WeightExpr::Dense(_) => &mut [],
+            WeightExpr::Concat { parts, .. } => parts,
             WeightExpr::Transpose { of, .. }
             | WeightExpr::Reshape { of }
             | WeightExpr::Cast { of }
             | WeightExpr::Slice { of, .. }
             | WeightExpr::Pack { of, .. }
-            | WeightExpr::Cores { of, .. } => vec![of],
+            | WeightExpr::Cores { of, .. } => std::slice::from_mut(of),
         }
     }
 }

@@ -210,6 +210,9 @@ pub fn main(args: &Args) -> Result<()> {
         options.weights = WeightMode::Stripped;
     }
     let mut dumper = args.control.dumper(&registry)?;
+    // The report lists the remarks of every layer.
+    options.controls.whole |= args.json;
+    let watched = dumper.watches() || args.html.is_some();
     let mut recorder = args.html.as_ref().map(|_| Recorder::default());
     let mut observer = |pass: &'static str, module: &Module, changed: bool| {
         if let Some(recorder) = &mut recorder {
@@ -222,9 +225,10 @@ pub fn main(args: &Args) -> Result<()> {
         return stop(args, &options, &mut observer);
     }
     let mut progress = Progress::default();
-    let compiled = compile_with(&args.model, &options, Some(&mut observer), &mut progress)
-        // What was seen up to a failure matters most when there is one.
-        .inspect_err(|_| args.control.report(&progress.runs, &progress.context))?;
+    let compiled =
+        compile_with(&args.model, &options, if watched { Some(&mut observer) } else { None }, &mut progress)
+            // What was seen up to a failure matters most when there is one.
+            .inspect_err(|_| args.control.report(&progress.runs, &progress.context))?;
     args.control.report(&compiled.runs, &compiled.context);
     dumper.finish()?;
     let bytes = match &args.output {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use millrace::compiler::Registry;
+use millrace::compiler::manager::ROLLED;
 use millrace::compiler::pass::Context;
 use millrace::compiler::pipeline::{Controls, PassRun, Pipeline};
 use millrace::ir::{Module, text};
@@ -79,7 +80,7 @@ impl Control {
         for name in &self.disable_pass {
             registry.get(name)?;
         }
-        if let Some(name) = self.remarks.as_ref().filter(|n| !n.is_empty()) {
+        if let Some(name) = self.remarks.as_ref().filter(|n| !n.is_empty() && *n != ROLLED) {
             registry.get(name)?;
         }
         let limit = match self.opt_bisect_limit {
@@ -95,6 +96,8 @@ impl Control {
             limit,
             trace: self.opt_bisect_limit == Some(-1),
             reproducers: Some(self.reproducer_dir.clone()),
+            // Remarks are wanted for every layer, but for those about layers that are not looked at one by one.
+            whole: self.remarks.as_ref().is_some_and(|name| name != ROLLED),
         })
     }
 
@@ -182,6 +185,11 @@ pub struct Dumper {
 }
 
 impl Dumper {
+    /// Whether there is anything to take note of.
+    pub fn watches(&self) -> bool {
+        !self.after.is_empty()
+    }
+
     /// Takes note of the module after a pass, or before the first one, which is called `import`.
     pub fn observe(&mut self, pass: &str, module: &Module, changed: bool) {
         let number = self.number;

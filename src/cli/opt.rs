@@ -37,11 +37,12 @@ pub fn main(args: &Args) -> Result<()> {
     let mut module = read_module(&args.file)?;
     dumper.observe("import", &module, true);
     let mut context = Context::of(&TargetChoice::parse(&args.target)?.target);
+    let watched = dumper.watches();
     let mut observer =
         |pass: &'static str, module: &Module, changed: bool| dumper.observe(pass, module, changed);
     let mut manager = Manager {
         verify_each: args.control.verify_each,
-        observer: Some(&mut observer),
+        observer: if watched { Some(&mut observer) } else { None },
         controls,
         ..Manager::default()
     };
