@@ -84,7 +84,7 @@ impl Tile {
         Tile::Wgmma { consumers: 2, columns, stages, cluster: 1, split, group: 16 }
     }
 
-    /// About how long a problem takes on an H200. Measured there: a step of 64 along `k` takes 665, 500, 345 and 220 ns for
+    /// About how long a problem takes on an H200. Measured there: a step of 64 along `k` takes 655, 505, 365 and 230 ns for
     /// tiles of 128 rows and 256, 192, 128 and 64 columns when every multiprocessor has one; a wave of tiles another
     /// 1.5 us, a launch 2 us, and adding up the parts of a split 4 us.
     fn nanoseconds(self, m: u64, k: u64, panels: u64, multiprocessors: u64) -> u64 {
@@ -92,10 +92,10 @@ impl Tile {
         let tiles = m.div_ceil(u64::from(self.rows())) * (8 * panels).div_ceil(u64::from(columns));
         let waves = tiles.div_ceil(multiprocessors / u64::from(cluster * split));
         let step = match columns {
-            64 => 220,
-            128 => 345,
-            192 => 500,
-            _ => 665,
+            64 => 230,
+            128 => 365,
+            192 => 505,
+            _ => 655,
         };
         // With one row tile, what counts is the memory the weights come from, and narrow tiles keep more of them coming:
         // 65 us with 128 columns against 78 with 256 for a weight of [28672, 4096].
