@@ -588,8 +588,8 @@ impl Drop for Image {
 pub(super) struct Function {
     pub(super) raw: sys::CUfunction,
     image: Arc<Image>,
-    /// Offset and size of each parameter, if the driver tells.
-    pub parameters: Option<Vec<(usize, usize)>>,
+    /// Size of each parameter, if the driver tells. Their offsets count from the driver's own start of parameters.
+    pub parameters: Option<Vec<usize>>,
     /// Most threads of a block.
     pub max_threads: u32,
     /// Bytes of shared memory fixed at build.
@@ -653,7 +653,7 @@ impl Function {
                 if got != sys::CUresult::CUDA_SUCCESS {
                     break;
                 }
-                all.push((offset, size));
+                all.push(size);
             }
             all
         });
