@@ -3,7 +3,44 @@
 //! Weights come in two layouts. *Rows* is the plain `[n, k]`. *Cores* is `[n / 8, k / 8, 8, 8]`: blocks of eight rows by
 //! eight columns, 128 contiguous bytes for 16-bit elements. A warp reads four neighbouring blocks as 512 contiguous bytes,
 //! and a tile of blocks is what the matrix instructions read from shared memory without a swizzle.
+//!
+//! Three families share the work: [`skinny`] for few rows, [`large`] for many, [`simple`] for everything else.
 
+pub mod epilogue;
+pub mod large;
+pub mod norm;
 pub mod problem;
+pub mod simple;
+pub mod skinny;
+pub mod tile_epilogue;
 
 pub use problem::{Layout, Norm, Problem, Term};
+
+use millrace_ir::{Dim, Op};
+
+use super::plan::{Planned, Site, SiteVariant};
+
+/// How to run `matmul`, `matmul.fused` or `rms_norm, matmul.fused`; `None` for any other site.
+pub fn plan(site: Site<'_>) -> Option<Planned> {
+    if site.only().is_some_and(|node| matches!(node.op, Op::Matmul(_))) {
+        return simple::activations(site);
+    }
+    let problem = Problem::of(site)?;
+    let mut variants = skinny::variants(&problem);
+    match large::variants(&problem) {
+        Some(tail) => variants.extend(tail.into_iter().map(|mut variant| {
+            variant.launches.splice(0..0, norm::launch(&problem));
+            variant
+        })),
+        None => variants.push(SiteVariant { when: Vec::new(), launches: simple::launches(&problem)? }),
+    }
+    if let Some(m) = problem.m.as_const() {
+        // The number of rows is known: one variant is all.
+        let fits = |v: &SiteVariant| {
+            v.when.iter().all(|c| u64::try_from(m).is_ok_and(|m| (c.min..=c.max).contains(&m)))
+        };
+        variants = variants.into_iter().find(fits).into_iter().collect();
+        variants.iter_mut().for_each(|v| v.when.clear());
+    }
+    Some(Planned { variants, workspace: Dim::from(0u64), counters: 0 })
+}

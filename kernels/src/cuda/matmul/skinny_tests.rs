@@ -1,0 +1,216 @@
+use millrace_ir::{Dim, Module, NodeId, Op, text};
+
+use super::*;
+use crate::cuda::matmul::plan;
+use crate::cuda::plan::{Planned, Site};
+
+/// `[rms_norm,] matmul.fused` on `x bf16[$t, k]` with a weight of `layout`.
+struct Case {
+    segments: Vec<usize>,
+    k: usize,
+    norm: bool,
+    epilogue: &'static str,
+    out: &'static str,
+}
+
+fn case(n: usize, k: usize) -> Case {
+    Case { segments: vec![n], k, norm: false, epilogue: "", out: "" }
+}
+
+impl Case {
+    fn module(&self, layout: Layout, dtype: &str) -> Module {
+        let Case { segments, k, norm, epilogue, out } = self;
+        let n: usize = segments.iter().sum();
+        let results: Vec<String> = match epilogue.contains("glu") {
+            true => vec![format!("{dtype}[$t, {}]", segments[0])],
+            false => segments
+                .iter()
+                .map(|s| format!("{}[$t, {s}]", if out.is_empty() { dtype } else { out }))
+                .collect(),
+        };
+        let residual = epilogue.contains("residual");
+        let mut text = format!(
+            "module @m phase fused {{\n  dim $t in 1..=8192\n  weight @w : {dtype}[{n}, {k}] = splat(1)\n  weight @g : {dtype}[{k}] = splat(1)\n"
+        );
+        let extra = if residual { format!(", %1 \"r\": {dtype}[$t, {n}]") } else { String::new() };
+        let mut attrs = format!("segments = {segments:?}");
+        if !epilogue.is_empty() {
+            attrs.push_str(&format!(", epilogue = [{epilogue}]"));
+        }
+        if !out.is_empty() {
+            attrs.push_str(&format!(", out = {out}"));
+        }
+        let outputs: Vec<String> =
+            results.iter().enumerate().map(|(i, r)| format!("\"y{i}\": {r}")).collect();
+        let names: Vec<String> = (0..results.len()).map(|i| format!("%{}", 20 + i)).collect();
+        text.push_str(&format!(
+            "  graph @main(%0 \"x\": {dtype}[$t, {k}]{extra}) -> ({}) {{\n",
+            outputs.join(", ")
+        ));
+        let x = if *norm { "%9" } else { "%0" };
+        if *norm {
+            text.push_str(&format!("    %9 = rms_norm %0, @g {{eps = 1e-5}} : {dtype}[$t, {k}]\n"));
+        }
+        let more = if residual { ", %1" } else { "" };
+        text.push_str(&format!(
+            "    {} = matmul.fused {x}, @w{more} {{{attrs}}} : {}\n    return {}\n  }}\n}}\n",
+            names.join(", "),
+            results.join(", "),
+            names.join(", ")
+        ));
+        let mut module = text::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+        if layout == Layout::Cores {
+            let w = module.weight_named("w").unwrap();
+            let panels: usize = segments.iter().map(|s| s.div_ceil(8)).sum();
+            module.weights[w].ty.shape = [panels, k / 8, 8, 8].map(Dim::from).to_vec();
+        }
+        module
+    }
+}
+
+fn nodes(module: &Module) -> Vec<NodeId> {
+    module.graph.order.clone()
+}
+
+fn planned(module: &Module, arch: Arch) -> Planned {
+    plan(Site { module, nodes: &nodes(module), arch }).expect("a plan")
+}
+
+/// The matmuls of the decoders that decode speed is measured with, and odd ones.
+fn cases() -> Vec<Case> {
+    let glu = |n, k| Case { segments: vec![n, n], norm: true, epilogue: "glu(silu)", ..case(n, k) };
+    let qkv = |q, kv, k| Case { segments: vec![q, kv, kv], norm: true, ..case(q, k) };
+    let residual = |n, k| Case { epilogue: "residual", ..case(n, k) };
+    let head = |n, k, norm| Case { out: "f32", norm, ..case(n, k) };
+    vec![
+        qkv(4096, 1024, 4096),
+        residual(4096, 4096),
+        glu(14336, 4096),
+        residual(4096, 14336),
+        head(128256, 4096, true),
+        qkv(2048, 512, 2048),
+        residual(2048, 2048),
+        glu(8192, 2048),
+        residual(2048, 8192),
+        head(128256, 2048, false),
+        glu(27648, 5120),
+        residual(8192, 28672),
+        qkv(8192, 1024, 8192),
+        Case { segments: vec![7, 9], epilogue: "silu", ..case(0, 8) },
+        case(1, 8),
+        case(1000, 1000),
+        glu(33, 24),
+    ]
+}
+
+#[test]
+fn every_shape_of_interest_has_a_plan_on_every_architecture() {
+    for case in cases() {
+        let module = case.module(Layout::Cores, "bf16");
+        for arch in Arch::ALL {
+            let planned = planned(&module, arch);
+            assert_eq!(
+                planned.variants.len(),
+                RANGES.len() + 1,
+                "{:?} x {} on {arch}",
+                case.segments,
+                case.k
+            );
+            assert!(planned.variants.last().unwrap().when.is_empty());
+            for launch in planned.variants.iter().flat_map(|v| &v.launches) {
+                assert!(launch.shared <= arch.max_shared(), "{} bytes on {arch}", launch.shared);
+                assert!(launch.threads <= 1024 && launch.source.text.contains("KERNEL("));
+                assert!(arch.has_tma() || launch.cluster == 1);
+                assert_eq!(launch.dependent, arch.has_tma());
+                assert!(launch.source.text.contains("wait_for_predecessor();"));
+            }
+        }
+    }
+}
+
+#[test]
+fn one_row_reads_the_norm_on_the_way_and_many_rows_launch_it() {
+    let all = cases();
+    let module = all[0].module(Layout::Cores, "bf16");
+    let planned = planned(&module, Arch::Sm90a);
+    let families =
+        |v: usize| planned.variants[v].launches.iter().map(|l| l.source.family).collect::<Vec<_>>();
+    assert_eq!(families(0), ["cuda.matmul.skinny"]);
+    assert!(planned.variants[0].launches[0].source.text.contains("#define NORM_ON 1"));
+    assert_eq!(families(3), ["cuda.matmul.norm", "cuda.matmul.skinny"]);
+    assert_eq!(families(6)[0], "cuda.matmul.norm");
+}
+
+#[test]
+fn large_weights_keep_nearly_every_multiprocessor_busy() {
+    for case in &cases()[..13] {
+        let module = case.module(Layout::Cores, "bf16");
+        let order = nodes(&module);
+        let problem = Problem::of(Site { module: &module, nodes: &order, arch: Arch::Sm90a }).unwrap();
+        for (_, rows) in RANGES {
+            let shape = shape(&problem, rows as usize).unwrap();
+            let share = (shape.passes * shape.tile).div_ceil(shape.split) * 132;
+            let even = problem.panels();
+            assert!(even * 100 >= share * 75, "{:?} x {} at {rows}: {shape:?}", case.segments, case.k);
+        }
+    }
+}
+
+#[test]
+fn other_types_and_layouts_take_the_simple_family() {
+    for (layout, dtype) in [(Layout::Rows, "bf16"), (Layout::Rows, "f32"), (Layout::Rows, "f16")] {
+        for case in cases() {
+            let module = case.module(layout, dtype);
+            let planned = planned(&module, Arch::Sm90a);
+            assert_eq!(planned.variants.len(), 1);
+            let last = planned.variants[0].launches.last().unwrap();
+            assert_eq!(last.source.family, "cuda.matmul.simple");
+            assert_eq!(planned.variants[0].launches.len(), 1 + usize::from(case.norm));
+        }
+    }
+}
+
+#[test]
+fn a_known_number_of_rows_has_one_variant() {
+    let mut module = cases()[1].module(Layout::Cores, "bf16");
+    for value in module.graph.values.ids().collect::<Vec<_>>() {
+        module.graph.values[value].ty.shape[0] = Dim::from(4u64);
+    }
+    let planned = planned(&module, Arch::Sm90a);
+    assert_eq!(planned.variants.len(), 1);
+    assert!(planned.variants[0].when.is_empty());
+    assert!(planned.variants[0].launches[0].source.text.contains("constexpr int COLUMNS = 8;"));
+}
+
+#[test]
+fn activations_multiply_with_broadcast_batches() {
+    let module = text::parse(
+        "module @m phase fused {\n  dim $b in 1..=64\n  graph @main(%0 \"a\": f32[$b, 1, 3, 4], %1 \"b\": f32[5, 4, 2]) -> (\"c\": f32[$b, 5, 3, 2]) {\n    %2 = matmul %0, %1 : f32[$b, 5, 3, 2]\n    return %2\n  }\n}\n",
+    )
+    .unwrap();
+    assert!(matches!(module.graph.nodes[nodes(&module)[0]].op, Op::Matmul(_)));
+    let planned = planned(&module, Arch::Sm80);
+    let text = &planned.variants[0].launches[0].source.text;
+    assert!(text.contains("a += (u64)i0 * (1);") && text.contains("b += (u64)i1 * (1);"), "{text}");
+    assert!(!text.contains("b += (u64)i0"));
+}
+
+/// Writes every source of the cases into the folder `MILLRACE_DUMP_SOURCES`, to compile or measure them elsewhere.
+#[test]
+#[ignore = "writes files"]
+fn dump_sources() {
+    let Ok(folder) = std::env::var("MILLRACE_DUMP_SOURCES") else { return };
+    for arch in Arch::ALL {
+        for (index, case) in cases().iter().enumerate() {
+            for layout in [Layout::Cores, Layout::Rows] {
+                let module = case.module(layout, "bf16");
+                for (v, variant) in planned(&module, arch).variants.iter().enumerate() {
+                    for (l, launch) in variant.launches.iter().enumerate() {
+                        let name = format!("{folder}/{arch}-{index}-{layout:?}-{v}-{l}.cu");
+                        std::fs::write(name, &launch.source.text).unwrap();
+                    }
+                }
+            }
+        }
+    }
+}
