@@ -655,9 +655,6 @@ impl Function {
                 }
                 all.push(size);
             }
-            // Parameters aligned to more than 16 bytes make the driver count from an earlier address.
-            let first = all.first().map_or(0, |(offset, _)| *offset);
-            all.iter_mut().for_each(|(offset, _)| *offset -= first);
             all
         });
         Ok(Function { raw, image: image.clone(), parameters, max_threads, shared })
