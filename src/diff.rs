@@ -31,7 +31,7 @@ impl Side {
         let parts = weight.expr.parts();
         let names: Vec<&str> = parts.iter().map(|p| self.module.weights[*p].name.as_str()).collect();
         let mut expr = weight.expr.clone();
-        expr.parts_mut().into_iter().for_each(|part| *part = WeightId::from_index(0));
+        expr.parts_mut().iter_mut().for_each(|part| *part = WeightId::from_index(0));
         format!("{} {expr:?} {names:?}", weight.ty)
     }
 }

@@ -5,8 +5,8 @@
 //! // run: not opt --passes=plan-memory            the passes have to fail
 //! ```
 //!
-//! The options are those of `millrace opt` that change the result: `--passes`, `--disable-pass`, `--stop-at`,
-//! `--opt-bisect-limit`, and `--remarks=PASS`, which shows remarks of one pass only. The snapshot (`case.snap` beside
+//! The options are those of `millrace opt` that change the result: `--passes`, `--pass-at` behind it, `--disable-pass`,
+//! `--stop-at`, `--opt-bisect-limit`, `--target`, and `--remarks=PASS`, which shows remarks of one pass only. The snapshot (`case.snap` beside
 //! `case.ir`) holds the difference the passes make, their counters and remarks, or their error. Every file is a
 //! differential test as well: the reference evaluator gives the same outputs before and after. Modules are verified
 //! after every pass.
@@ -27,8 +27,10 @@ use std::path::{Path, PathBuf};
 
 use millrace_compiler::Registry;
 use millrace_compiler::differential::{detach_files, same_outputs, small_bindings};
+use millrace_compiler::manager::ROLLED;
 use millrace_compiler::pass::Context;
 use millrace_compiler::pipeline::{Controls, Manager, Pipeline};
+use millrace_compiler::target::Target;
 use millrace_ir::verify::check;
 use millrace_ir::{Error, Kind, Module, Phase, Result, plan, text};
 use similar::TextDiff;
@@ -47,6 +49,8 @@ pub struct RunLine {
     pub remarks: Option<String>,
     /// Whether the passes have to fail.
     pub fails: bool,
+    /// The target whose facts the passes see.
+    pub target: Target,
 }
 
 fn malformed(message: impl Into<String>) -> Error {
@@ -66,19 +70,27 @@ impl RunLine {
         let fails = line.starts_with("not ");
         let line = line.strip_prefix("not ").unwrap_or(line);
         let options = line.strip_prefix("opt").ok_or_else(|| malformed(format!("cannot run `{line}`")))?;
-        let mut run =
-            RunLine { pipeline: Pipeline::default(), controls: Controls::default(), remarks: None, fails };
+        let mut run = RunLine {
+            pipeline: Pipeline::default(),
+            controls: Controls::default(),
+            remarks: None,
+            fails,
+            target: Target::named("cpu")?,
+        };
         for option in options.split_whitespace() {
             let (key, value) = option.split_once('=').unwrap_or((option, ""));
             match key {
                 "--passes" => run.pipeline = registry.pipeline(value)?,
+                "--pass-at" => run.pipeline.insert(value, registry)?,
                 "--disable-pass" => run.controls.disabled.push(registry.get(value)?.name().to_string()),
                 "--stop-at" => run.controls.stop = Some(registry.stop(value)?),
                 "--opt-bisect-limit" => {
                     let limit = value.parse().map_err(|_| malformed(format!("`{value}` is no number")))?;
                     run.controls.limit = Some(limit);
                 }
+                "--target" => run.target = Target::named(value)?,
                 "--remarks" if value.is_empty() => {}
+                "--remarks" if value == ROLLED => run.remarks = Some(value.to_string()),
                 "--remarks" => run.remarks = Some(registry.get(value)?.name().to_string()),
                 "--verify-each" | "--stats" => {}
                 _ => return Err(malformed(format!("filetests take no option `{option}`"))),
@@ -98,7 +110,7 @@ pub fn report(source: &str, registry: &Registry) -> Result<String> {
     let before = text::parse(source)?;
     check(&before)?;
     let mut after = before.clone();
-    let mut context = Context::cpu();
+    let mut context = Context::of(&run.target);
     let mut manager = Manager { verify_each: true, controls: run.controls, ..Manager::default() };
     match (manager.run(&run.pipeline, &mut after, &mut context), run.fails) {
         (Err(error), true) => return Ok(format!("{error}\n")),

@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-const AREAS: [&str; 19] = [
+const AREAS: [&str; 20] = [
     "checkpoint",
     "compare",
     "compile",
+    "cuda",
     "demo",
     "engine",
     "eval",

@@ -246,3 +246,65 @@ fn differences_of_texts() {
     fails(&["diff", MLP, "README.md"], 2, "engine/magic");
     fails(&["diff", MLP, "missing"], 2, "io/failed");
 }
+
+#[test]
+fn a_pass_that_panics_leaves_a_reproducer() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path().display().to_string();
+    let passes = "--passes=canonicalize,fuse-linear,(cse,trigger-panic),dce";
+    let stderr =
+        fails(&["opt", MLP, passes, "--reproducer-dir", &at, "--stats"], 70, "compile/pass-panicked");
+    assert!(stderr.contains("the pass panicked: asked for by name"), "{stderr}");
+    // What was collected before is printed all the same.
+    assert!(stderr.contains("fuse-linear.rewrites = 6\n"), "{stderr}");
+    let [name] = &names(folder.path())[..] else { panic!("{:?}", names(folder.path())) };
+    assert!(
+        name.starts_with("millrace-reproducer-trigger-panic-") && stderr.contains(name.as_str()),
+        "{name}"
+    );
+    let file = folder.path().join(name);
+    let source = std::fs::read_to_string(&file).unwrap();
+    assert!(source.starts_with("// run: opt --passes=trigger-panic\n"), "{source}");
+    assert!(source.contains("phase fused") && source.contains("matmul.fused"), "{source}");
+    // The command that the error names shows it again.
+    let again = ["opt", "--passes=trigger-panic", &file.display().to_string(), "--reproducer-dir", &at];
+    fails(&again, 70, "compile/pass-panicked");
+}
+
+#[test]
+fn a_failing_compilation_prints_what_it_collected() {
+    let args =
+        ["compile", TINY, "--dry-run", "--pipeline", "canonicalize,fuse-linear,plan-memory", "--stats"];
+    let stderr = fails(&args, 1, "compile/phase");
+    assert!(stderr.contains("fuse-linear.rewrites = "), "{stderr}");
+    let stopped = [&args[..], &["--stop-at=planned"]].concat();
+    assert!(fails(&stopped, 1, "compile/phase").contains("fuse-linear.rewrites = "));
+    let remarks =
+        ["compile", TINY, "--dry-run", "--pipeline", "O1,cse", "--remarks=plan-memory", "--time-passes"];
+    let stderr = fails(&remarks, 1, "compile/phase");
+    assert!(stderr.contains("remark[plan-memory]") && stderr.contains(" runs"), "{stderr}");
+}
+
+#[test]
+fn passes_are_put_in_at_places() {
+    let place = "--pass-at=before:pack-weights=fixpoint{chunk-mlp,chunk-attention}";
+    let compile = ["compile", "examples/models/baker-street-6m", "--dummy-weights", "--dry-run", "--json"];
+    let (plain, _) = works(&compile);
+    let (json, stderr) = works(&[&compile[..], &[place, "--remarks=chunk-attention"]].concat());
+    let [plain, json] = [plain, json].map(|t| serde_json::from_str::<serde_json::Value>(&t).unwrap());
+    let pipeline = json["manifest"]["pipeline"].as_str().unwrap();
+    assert!(pipeline.contains(",fixpoint{chunk-mlp,chunk-attention},pack-weights,"), "{pipeline}");
+    assert!(stderr.contains("remark[chunk-attention]"), "{stderr}");
+    let peak = |report: &serde_json::Value| report["memory"]["activations"]["peak_bytes"].as_u64().unwrap();
+    assert!(peak(&json) < peak(&plain), "{} is not below {}", peak(&json), peak(&plain));
+    // Several places, in order; groups and fixpoints are searched.
+    let two =
+        ["--pass-at=after:fuse-linear=cse", "--pass-at=before:cse=dce", "--passes=fixpoint{fuse-linear}"];
+    let (_, times) = works(&[&["opt", MLP, "--time-passes"], &two[..]].concat());
+    assert!(times.contains("dce") && times.contains("cse"), "{times}");
+    let wrong =
+        |place: &str| fails(&["opt", MLP, "--passes=O1", "--pass-at", place], 1, "compile/bad-pipeline");
+    assert!(wrong("before:schedul=cse").contains("did you mean `schedule`?"));
+    assert!(wrong("before:chunk-mlp=cse").contains("does not call `chunk-mlp`"));
+    assert!(wrong("beside:cse=dce").contains("before:PASS=PASSES"));
+}

@@ -156,8 +156,8 @@ fn random_graphs_keep_their_meaning() {
     let idle: Vec<&str> = registry()
         .iter()
         .map(|p| p.name())
-        // chunk-mlp wants widths of whole panels and a feed-forward layer that holds the peak.
-        .filter(|p| !["begin-fusion", "schedule", "chunk-mlp"].contains(p))
+        // The chunk passes want widths of whole panels and a layer that holds the peak.
+        .filter(|p| !["begin-fusion", "schedule", "chunk-mlp", "chunk-attention"].contains(p))
         .filter(|p| !summary.applied.contains_key(*p))
         .collect();
     assert!(idle.is_empty(), "never applied: {idle:?}");

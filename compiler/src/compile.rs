@@ -1,18 +1,23 @@
 //! `compile`: the whole way from a folder or an IR file to an engine.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use millrace_ir::checkpoint::TensorSource;
 use millrace_ir::engine::{SectionKind, WrittenEngine};
+use millrace_ir::launch::Bundle;
 use millrace_ir::manifest::{LanguageModel, Manifest, ModelKind};
 use millrace_ir::verify::check;
 use millrace_ir::{Bindings, DType, Error, Kind, Module, Phase, Result, text};
+use millrace_kernels::cuda::Source;
 
+use crate::codegen::cuda::{self, BuildCounts, Builder};
 use crate::codegen::{EngineParts, WeightMode, lower, write_engine};
 use crate::import::{Family, Limits, Options, SourceFolder, import};
 use crate::pass::Context;
 use crate::passes::{PlanReport, plan_report};
 use crate::pipeline::{Controls, Manager, Observer, PassRun, Pipeline};
+use crate::target::TargetChoice;
 
 /// How to compile.
 #[derive(Clone, Debug)]
@@ -29,6 +34,10 @@ pub struct CompileOptions {
     pub verify_each: bool,
     /// What to leave out, where to stop, and what to do when a pass fails.
     pub controls: Controls,
+    /// What to generate code for.
+    pub target: TargetChoice,
+    /// How device kernels are built.
+    pub builder: Builder,
 }
 
 impl Default for CompileOptions {
@@ -40,8 +49,19 @@ impl Default for CompileOptions {
             weights: WeightMode::Stored,
             verify_each: false,
             controls: Controls::default(),
+            target: TargetChoice::default(),
+            builder: Builder::usual(),
         }
     }
+}
+
+/// What passes did and said, up to a failure if there is one.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    /// Runs of passes.
+    pub runs: Vec<PassRun>,
+    /// Remarks and counters.
+    pub context: Context,
 }
 
 /// A compiled module with what goes beside it, not yet written.
@@ -56,12 +76,25 @@ pub struct Compiled {
     pub context: Context,
     /// The folder, if the model came from one.
     pub folder: Option<SourceFolder>,
+    /// Kernels of a GPU engine.
+    pub device: DeviceCode,
     weights: WeightMode,
     source_hash: [u8; 32],
 }
 
+/// Kernels of a GPU engine; empty for other targets.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceCode {
+    /// Launch table and images of each architecture.
+    pub bundles: Vec<Bundle>,
+    /// How many kernels came from where.
+    pub counts: BuildCounts,
+    /// CUDA C++ of every kernel by its hash.
+    pub sources: Vec<(String, Arc<Source>)>,
+}
+
 /// A model as its importer or author wrote it.
-pub struct Source {
+pub struct SourceModel {
     /// The module, before any pass.
     pub module: Module,
     /// The folder, if the model came from one.
@@ -70,12 +103,12 @@ pub struct Source {
     hash: [u8; 32],
 }
 
-impl Source {
+impl SourceModel {
     /// Reads the model at `path`, a folder or an `.ir` file.
     ///
     /// # Errors
     /// Everything that can be wrong with the model or the options of its import.
-    pub fn read(path: &Path, options: &Options) -> Result<Source> {
+    pub fn read(path: &Path, options: &Options) -> Result<SourceModel> {
         if path.is_dir() {
             let folder = SourceFolder::open(path, options)?;
             let (module, limits) = import(&folder, options)?;
@@ -85,7 +118,7 @@ impl Source {
                 hasher.update(&checkpoint.fingerprint());
             }
             let hash = *hasher.finalize().as_bytes();
-            return Ok(Source { module, folder: Some(folder), limits: Some(limits), hash });
+            return Ok(SourceModel { module, folder: Some(folder), limits: Some(limits), hash });
         }
         let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, &e))?;
         let source = String::from_utf8(bytes).map_err(|_| {
@@ -100,7 +133,12 @@ impl Source {
             );
             return Err(Error::new(Kind::BadInput, "compile/phase", message).at(path.display()));
         }
-        Ok(Source { module, folder: None, limits: None, hash: *blake3::hash(source.as_bytes()).as_bytes() })
+        Ok(SourceModel {
+            module,
+            folder: None,
+            limits: None,
+            hash: *blake3::hash(source.as_bytes()).as_bytes(),
+        })
     }
 }
 
@@ -112,16 +150,32 @@ impl Source {
 pub fn compile<'a>(
     path: &Path,
     options: &CompileOptions,
-    mut observer: Option<&'a mut Observer<'a>>,
+    observer: Option<&'a mut Observer<'a>>,
 ) -> Result<Compiled> {
-    let Source { mut module, folder, limits, hash: source_hash } = Source::read(path, &options.import)?;
+    compile_with(path, options, observer, &mut Progress::default())
+}
+
+/// [`compile`], with what passes did and said in `progress` if it fails.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_with<'a>(
+    path: &Path,
+    options: &CompileOptions,
+    mut observer: Option<&'a mut Observer<'a>>,
+    progress: &mut Progress,
+) -> Result<Compiled> {
+    let SourceModel { mut module, folder, limits, hash: source_hash } =
+        SourceModel::read(path, &options.import)?;
     if let Some(observer) = &mut observer {
         observer("import", &module, true);
     }
-    let mut context = Context::cpu();
+    progress.context = Context::of(&options.target.target);
     let controls = options.controls.clone();
     let mut manager = Manager { verify_each: options.verify_each, observer, controls, ..Manager::default() };
-    manager.run(&options.pipeline, &mut module, &mut context).map_err(|e| e.at(path.display()))?;
+    let done = manager.run(&options.pipeline, &mut module, &mut progress.context);
+    progress.runs = manager.runs;
+    done.map_err(|e| e.at(path.display()))?;
     if module.phase != Phase::Planned {
         let message = format!("the pipeline ends in phase {}, an engine needs planned", module.phase);
         return Err(
@@ -131,12 +185,19 @@ pub fn compile<'a>(
     if !options.weight_streaming {
         module.weights.iter_mut().for_each(|(_, w)| w.stream = None);
     }
-    let runs = manager.runs;
     module.compact();
-    let module = lower(check(&module)?);
+    let mut device = DeviceCode::default();
+    let module = if options.target.archs.is_empty() {
+        lower(module)?
+    } else {
+        let lowered = cuda::lower(check(&module)?, &options.target.archs, &options.builder)?;
+        device = DeviceCode { bundles: lowered.bundles, counts: lowered.counts, sources: lowered.sources };
+        lowered.module
+    };
     check(&module)?;
     let manifest = manifest(&module, folder.as_ref(), limits, options);
-    Ok(Compiled { module, manifest, runs, context, folder, weights: options.weights, source_hash })
+    let Progress { runs, context } = std::mem::take(progress);
+    Ok(Compiled { module, manifest, runs, context, folder, device, weights: options.weights, source_hash })
 }
 
 fn manifest(
@@ -221,6 +282,7 @@ impl Compiled {
             manifest: &self.manifest,
             module: check(&self.module)?,
             files,
+            bundles: &self.device.bundles,
             provenance,
             weights: self.weights,
         };

@@ -1,5 +1,7 @@
 //! Millrace compiler.
-#![forbid(unsafe_code)]
+//!
+//! `unsafe` is confined to `codegen::cuda::nvrtc`, the calls into NVRTC.
+#![deny(unsafe_code)]
 
 pub mod bisect;
 pub mod codegen;
@@ -15,6 +17,7 @@ pub mod pipeline;
 pub mod reduce;
 pub mod registry;
 pub mod rewrite;
+mod rolled;
 pub mod target;
 
 pub use compile::{CompileOptions, Compiled, compile};

@@ -14,6 +14,10 @@ use millrace_ir::{Error, Kind, Module, Phase, Result, text};
 
 use crate::pass::{Context, Numbering, Pass};
 use crate::pipeline::{Call, Pipeline, ROUNDS, Step};
+use crate::rolled::{self, LAYERS, Layers, Trial};
+
+/// The name under which `rolled{..}` speaks.
+pub const ROLLED: &str = "rolled";
 
 /// Time and effect of one run of a pass.
 #[derive(Clone, Debug)]
@@ -53,6 +57,9 @@ pub struct Controls {
     pub trace: bool,
     /// Folder for reproducers; none are written without it.
     pub reproducers: Option<PathBuf>,
+    /// Runs the steps of `rolled{..}` on the whole module, so that remarks are about every layer. Observers, limits,
+    /// traces and stops ask for it by themselves.
+    pub whole: bool,
 }
 
 /// How a pipeline runs.
@@ -70,6 +77,8 @@ pub struct Manager<'a> {
     pub stopped: bool,
     /// Which passes need not run again.
     pub settled: Settled,
+    /// Time spent in finding repeated layers and in stamping them out.
+    pub rolling: Duration,
 }
 
 /// The passes that changed nothing since the module last changed.
@@ -111,8 +120,8 @@ impl From<Error> for Failure {
 }
 
 impl Manager<'_> {
-    /// Runs `pipeline` on `module`; verifies before the first pass, when fusion begins, when the plan stands and at
-    /// the end; with `verify_each` after every pass.
+    /// Runs `pipeline` on `module`; verifies before the first pass, when fusion begins, after stamping repeated
+    /// layers and at the end; with `verify_each` after every pass.
     ///
     /// # Errors
     /// `ir/invalid` for a module that breaks rules, `compile/phase` for a pass that does not accept the module's
@@ -161,18 +170,102 @@ impl Manager<'_> {
                 Step::Pass(call) => self.call(call, module, context)?,
                 Step::Group(steps) => self.steps(steps, module, context, before)?,
                 Step::Fixpoint { max, steps } => {
-                    let mut ever = false;
-                    for _ in 0..max.unwrap_or(ROUNDS) {
+                    let (mut ever, mut settled) = (false, false);
+                    let rounds = max.unwrap_or(ROUNDS);
+                    for _ in 0..rounds {
                         if !self.steps(steps, module, context, before)? || self.stopped {
+                            settled = true;
                             break;
                         }
                         ever = true;
                     }
+                    if !settled && let Some(id) = module.graph.order.first() {
+                        let message =
+                            format!("stopped after {rounds} rounds, the last of which changed something");
+                        context.remark("fixpoint", &module.graph, *id, message);
+                    }
                     ever
+                }
+                Step::Rolled { min, steps } => {
+                    let watched = before.is_some() || self.watched(context);
+                    match (!watched).then(|| self.rolled(min.unwrap_or(LAYERS), step, module, context)) {
+                        Some(Some(changed)) => changed,
+                        _ => self.steps(steps, module, context, before)?,
+                    }
                 }
             };
         }
         Ok(changed)
+    }
+
+    /// Whether somebody looks at what happens inside of a group.
+    fn watched(&self, context: &Context) -> bool {
+        let Numbering { limit, trace, .. } = context.numbering;
+        self.observer.is_some()
+            || self.controls.stop.is_some()
+            || self.controls.whole
+            || limit.is_some()
+            || trace
+    }
+
+    /// Runs the steps of a `rolled` group for repeated layers; none if they have to run on the whole module.
+    fn rolled(
+        &mut self,
+        min: usize,
+        step: &Step,
+        module: &mut Module,
+        context: &mut Context,
+    ) -> Option<bool> {
+        let Step::Rolled { steps, .. } = step else { return None };
+        let start = Instant::now();
+        let layers = match Layers::find(module, min) {
+            Ok(layers) => layers?,
+            Err(reason) => return self.unrolled(&reason, module, context),
+        };
+        let mut trial = |mut module: Module| -> Result<Trial> {
+            let mut manager = Manager {
+                verify_each: self.verify_each,
+                controls: Controls { reproducers: None, ..self.controls.clone() },
+                ..Manager::default()
+            };
+            let mut inner = Context { panel: context.panel, align: context.align, ..Context::default() };
+            // Other layers than these may repeat as well.
+            let rolled = manager.rolled(min, step, &mut module, &mut inner);
+            let done = match rolled {
+                Some(changed) => Ok(changed),
+                None => manager.steps(steps, &mut module, &mut inner, None),
+            };
+            let changed =
+                done.and_then(|changed| verified(&module, None).map(|()| changed)).map_err(|f| f.error)?;
+            Ok(Trial { module, context: inner, runs: manager.runs, changed })
+        };
+        let whole = match rolled::run(module, &layers, &mut trial) {
+            Ok(whole) => whole,
+            Err(reason) => return self.unrolled(&reason, module, context),
+        };
+        whole.stats.iter().for_each(|(name, value)| context.count(name, *value));
+        context.take_remarks(whole.context);
+        if let Some(first) = module.graph.order.first() {
+            context.remark(ROLLED, &module.graph, *first, layers.said());
+        }
+        let inside: Duration = whole.runs.iter().map(|run| run.time).sum();
+        self.rolling += start.elapsed().saturating_sub(inside);
+        self.runs.extend(whole.runs);
+        self.settled.changes += u64::from(whole.changed);
+        Some(whole.changed)
+    }
+
+    /// Says why the steps of a group run on the whole module.
+    fn unrolled(&mut self, reason: &str, module: &Module, context: &mut Context) -> Option<bool> {
+        if let Some(first) = module.graph.order.first() {
+            context.blocked(
+                ROLLED,
+                &module.graph,
+                *first,
+                &format!("{reason}; the passes run on all layers"),
+            );
+        }
+        None
     }
 
     /// Runs one pass under the gates of the manager.
@@ -221,7 +314,7 @@ impl Manager<'_> {
         context.remarks.truncate(Context::REMARKS);
         let time = start.elapsed();
         // The last pass to reach these phases is followed by passes that build on their promises.
-        let gate = module.phase != before && matches!(module.phase, Phase::Fused | Phase::Planned);
+        let gate = module.phase != before && module.phase == Phase::Fused;
         if self.verify_each || gate {
             verified(module, Some((name, spelled)))?;
         }
@@ -286,7 +379,7 @@ impl Replay<'_> {
     fn manager(&self) -> Manager<'static> {
         Manager {
             verify_each: true,
-            controls: Controls { reproducers: None, ..self.controls.clone() },
+            controls: Controls { reproducers: None, whole: true, ..self.controls.clone() },
             ..Manager::default()
         }
     }

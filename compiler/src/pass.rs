@@ -124,6 +124,10 @@ pub struct Context {
     pub numbering: Numbering,
     /// Rows of a packed weight panel.
     pub panel: usize,
+    /// Whether matmul weights of 16-bit elements are stored in cores.
+    pub cores: bool,
+    /// Whether nodes that one launch runs are joined.
+    pub launch_groups: bool,
     /// Alignment of arenas and offsets.
     pub align: u64,
 }
@@ -134,7 +138,20 @@ impl Context {
 
     /// The facts of a target.
     pub fn of(target: &crate::target::Target) -> Self {
-        Context { panel: target.panel, align: target.align, ..Context::default() }
+        let crate::target::Target { name: _, panel, cores, launch_groups, align, without: _ } = target;
+        Context {
+            panel: *panel,
+            cores: *cores,
+            launch_groups: *launch_groups,
+            align: *align,
+            ..Context::default()
+        }
+    }
+
+    /// A context of the same target that has seen nothing.
+    pub fn target_facts(&self) -> Self {
+        let Context { panel, cores, launch_groups, align, .. } = *self;
+        Context { panel, cores, launch_groups, align, ..Context::default() }
     }
 
     /// The facts of the CPU target.
@@ -158,6 +175,13 @@ impl Context {
             return;
         }
         self.remarks.push(Remark { pass, node, loc: layer(graph, node), message: message.into() });
+    }
+
+    /// Takes over the remarks of passes that ran on a part of the module.
+    pub(crate) fn take_remarks(&mut self, other: Context) {
+        let room = Self::REMARKS.saturating_sub(self.remarks.len());
+        self.remarks_left_out += other.remarks_left_out + other.remarks.len().saturating_sub(room) as u64;
+        self.remarks.extend(other.remarks.into_iter().take(room));
     }
 
     /// Says why a rewrite does not happen.

@@ -281,7 +281,8 @@ pub fn splat(module: &Module, weight: WeightId) -> Option<f64> {
             WeightExpr::File { .. }
             | WeightExpr::Random { .. }
             | WeightExpr::Concat { .. }
-            | WeightExpr::Pack { .. } => return None,
+            | WeightExpr::Pack { .. }
+            | WeightExpr::Cores { .. } => return None,
         }
     }
     None

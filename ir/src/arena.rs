@@ -91,6 +91,13 @@ impl<I: Id, T> Arena<I, T> {
         item
     }
 
+    /// Forgets the slots from `bound` on, as if they had never been used.
+    pub fn truncate(&mut self, bound: usize) {
+        let gone = self.slots.iter().skip(bound).filter(|slot| slot.is_some()).count();
+        self.slots.truncate(bound);
+        self.live -= gone;
+    }
+
     /// The item, unless it was removed or never existed.
     pub fn get(&self, id: I) -> Option<&T> {
         self.slots.get(id.index())?.as_ref()

@@ -12,7 +12,7 @@ use crate::graph::*;
 use crate::ops::Op;
 use crate::ops::add_norm::NormKind;
 use crate::ops::fused_matmul::Epilogue;
-use crate::ops::pointwise::Step;
+use crate::ops::pointwise::{Pointwise, Step};
 use crate::types::TensorType;
 
 /// Work of one node or of several.
@@ -220,10 +220,25 @@ fn flops(op: &Op, s: &Shapes<'_>) -> Option<u64> {
             let keys = s.extent(1, 0)?.div_ceil(sequences);
             product(&[4, s.operand(0)?, windowed(keys, op.mask.window)])
         }
-        // One per step and element; conversions are none.
+        // One per step and element, of steps per row one per row, of reductions one per element that goes in;
+        // conversions are none.
         Op::Pointwise(op) => {
-            let steps = op.body.iter().filter(|step| !matches!(step, Step::Cast(..))).count();
-            product(&[steps as u64, s.result()?])
+            let inputs: Vec<bool> = s.operands.iter().map(|ty| Pointwise::is_per_row(&ty.shape)).collect();
+            let types: Vec<TensorType> = s.operands.iter().map(|ty| (*ty).clone()).collect();
+            let mut shape = Pointwise::shape(&types).ok()?;
+            let elements = s.count(&shape)?;
+            if let Some(last) = shape.last_mut() {
+                *last = Dim::from(1i64);
+            }
+            let rows = s.count(&shape)?;
+            let phases = op.phases(&inputs);
+            let steps = op.body.iter().zip(&phases.per_row).map(|(step, per_row)| match step {
+                Step::Cast(..) => 0,
+                Step::Reduce(..) => elements,
+                _ if *per_row => rows,
+                _ => elements,
+            });
+            steps.fold(0, u64::saturating_add)
         }
     })
 }

@@ -155,6 +155,16 @@ pub enum WeightExpr {
         /// Source, `[n, k]`.
         of: WeightId,
     },
+    /// Rows of a `[n, k]` source in blocks of eight rows by eight columns: each segment of rows is padded to a multiple
+    /// of eight with zeros; type `[panels, k / 8, 8, 8]`.
+    Cores {
+        /// Rows of each segment; their sum is `n`.
+        segments: Vec<usize>,
+        /// Whether the panels of two equal segments alternate, for gated matmuls.
+        alternate: bool,
+        /// Source, `[n, k]`.
+        of: WeightId,
+    },
 }
 
 impl WeightExpr {
@@ -241,6 +251,9 @@ pub struct Node {
     pub loc: Vec<Loc>,
     /// Its kernel, in phase lowered.
     pub kernel: Option<KernelId>,
+    /// Whether it is launched together with the node before it in the order. Memory that any node of such a group
+    /// reads or writes is alive during the whole group.
+    pub joined: bool,
 }
 
 /// What a node reads.

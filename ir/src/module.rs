@@ -36,11 +36,6 @@ impl Module {
         operands.iter().map(|o| self.operand_type(*o).clone()).collect()
     }
 
-    /// The weight called `name`.
-    pub fn weight_named(&self, name: &str) -> Option<WeightId> {
-        self.weights.iter().find(|(_, w)| w.name == name).map(|(id, _)| id)
-    }
-
     /// Infers the results of a node and adds it to the arenas without a place in the order.
     pub fn new_node(&mut self, op: Op, operands: Vec<Operand>, loc: Vec<Loc>) -> Result<NodeId> {
         let types = self.operand_types(&operands);
@@ -48,7 +43,14 @@ impl Module {
             Error::new(Kind::BadInput, "ir/ill-typed", format!("`{}` {message}", op.name()))
                 .at(loc.first().map_or("graph", |l| l))
         })?;
-        let node = self.graph.nodes.push(Node { op, operands, results: Vec::new(), loc, kernel: None });
+        let node = self.graph.nodes.push(Node {
+            op,
+            operands,
+            results: Vec::new(),
+            loc,
+            kernel: None,
+            joined: false,
+        });
         let ids = results
             .into_iter()
             .enumerate()
@@ -190,7 +192,7 @@ fn compact_weights(weights: &mut Arena<WeightId, Weight>, graph: &mut Graph) {
         }
     };
     kept.iter_mut()
-        .for_each(|(_, w): (WeightId, &mut Weight)| w.expr.parts_mut().into_iter().for_each(renamed));
+        .for_each(|(_, w): (WeightId, &mut Weight)| w.expr.parts_mut().iter_mut().for_each(renamed));
     for (_, node) in graph.nodes.iter_mut() {
         for operand in &mut node.operands {
             if let Operand::Weight(w) = operand {
@@ -203,34 +205,36 @@ fn compact_weights(weights: &mut Arena<WeightId, Weight>, graph: &mut Graph) {
 
 impl WeightExpr {
     /// The weights this expression reads, in order.
-    pub fn parts(&self) -> Vec<WeightId> {
+    pub fn parts(&self) -> &[WeightId] {
         match self {
             WeightExpr::File { .. }
             | WeightExpr::Splat(_)
             | WeightExpr::Random { .. }
-            | WeightExpr::Dense(_) => Vec::new(),
-            WeightExpr::Concat { parts, .. } => parts.clone(),
+            | WeightExpr::Dense(_) => &[],
+            WeightExpr::Concat { parts, .. } => parts,
             WeightExpr::Transpose { of, .. }
             | WeightExpr::Reshape { of }
             | WeightExpr::Cast { of }
             | WeightExpr::Slice { of, .. }
-            | WeightExpr::Pack { of, .. } => vec![*of],
+            | WeightExpr::Pack { of, .. }
+            | WeightExpr::Cores { of, .. } => std::slice::from_ref(of),
         }
     }
 
-    /// The weights this expression reads, for renaming.
-    pub fn parts_mut(&mut self) -> Vec<&mut WeightId> {
+    /// The same for renaming.
+    pub fn parts_mut(&mut self) -> &mut [WeightId] {
         match self {
             WeightExpr::File { .. }
             | WeightExpr::Splat(_)
             | WeightExpr::Random { .. }
-            | WeightExpr::Dense(_) => Vec::new(),
-            WeightExpr::Concat { parts, .. } => parts.iter_mut().collect(),
+            | WeightExpr::Dense(_) => &mut [],
+            WeightExpr::Concat { parts, .. } => parts,
             WeightExpr::Transpose { of, .. }
             | WeightExpr::Reshape { of }
             | WeightExpr::Cast { of }
             | WeightExpr::Slice { of, .. }
-            | WeightExpr::Pack { of, .. } => vec![of],
+            | WeightExpr::Pack { of, .. }
+            | WeightExpr::Cores { of, .. } => std::slice::from_mut(of),
         }
     }
 }

@@ -53,9 +53,7 @@ impl Tensor {
     /// Rounds every value to the element type.
     pub fn round(&mut self) {
         let dtype = self.dtype;
-        if dtype != DType::I64 {
-            self.data.iter_mut().for_each(|v| *v = round_to(dtype, *v));
-        }
+        self.data.iter_mut().for_each(|v| *v = round_to(dtype, *v));
     }
 
     /// The values as little-endian bytes of the element type.
@@ -95,7 +93,7 @@ pub fn round_to(dtype: DType, value: f64) -> f64 {
         DType::U8 => f64::from(value as u8),
         DType::I4 => f64::from((value as i8).clamp(-8, 7)),
         DType::I32 => f64::from(value as i32),
-        DType::I64 => value.trunc(),
+        DType::I64 => (value as i64) as f64,
         DType::Bool => f64::from(u8::from(value != 0.0)),
     }
 }

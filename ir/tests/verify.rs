@@ -108,7 +108,14 @@ const CASES: [Case; 21] = [
     ("V5 unknown", "error[V5] the order names n7, which does not exist", |m| m.graph.order.push(n(7))),
     ("V5 no result", "error[V5] n2: has no result", |m| {
         let op = m.graph.nodes[n(0)].op.clone();
-        let empty = Node { op, operands: Vec::new(), results: Vec::new(), loc: Vec::new(), kernel: None };
+        let empty = Node {
+            op,
+            operands: Vec::new(),
+            results: Vec::new(),
+            loc: Vec::new(),
+            kernel: None,
+            joined: false,
+        };
         let node = m.graph.nodes.push(empty);
         m.graph.order.push(node);
     }),

@@ -8,7 +8,8 @@ use millrace_ir::verify::check;
 use millrace_ir::{Error, Kind, Module, Phase, Result, text};
 
 use crate::generation::{ChatTemplate, Tokenizer, TokenizerConfig};
-use crate::session::{Session, SessionOptions};
+use crate::options::SessionOptions;
+use crate::session::Session;
 
 /// A checked engine.
 pub struct Engine {

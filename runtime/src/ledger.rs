@@ -5,7 +5,7 @@ use std::fmt;
 /// What memory is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
-    /// Weights mapped from the engine file or held in memory.
+    /// Weights: mapped from the engine file, held in memory or on the device.
     Weights,
     /// The activation arena.
     Activations,
@@ -13,11 +13,18 @@ pub enum Class {
     Io,
     /// States, such as the KV cache.
     Kv,
+    /// Scratch memory and counters of device kernels.
+    Workspace,
+    /// Pinned host memory that data passes through on its way to and from a device.
+    Staging,
 }
+
+const CLASSES: usize = 6;
 
 impl Class {
     /// All classes.
-    pub const ALL: [Class; 4] = [Class::Weights, Class::Activations, Class::Io, Class::Kv];
+    pub const ALL: [Class; CLASSES] =
+        [Class::Weights, Class::Activations, Class::Io, Class::Kv, Class::Workspace, Class::Staging];
 
     /// Its name in reports.
     pub fn name(self) -> &'static str {
@@ -26,15 +33,22 @@ impl Class {
             Class::Activations => "activations",
             Class::Io => "io",
             Class::Kv => "kv",
+            Class::Workspace => "workspace",
+            Class::Staging => "staging",
         }
+    }
+
+    /// Whether only sessions on a device hold such memory.
+    pub fn only_on_devices(self) -> bool {
+        matches!(self, Class::Workspace | Class::Staging)
     }
 }
 
 /// Bytes held now and at most, by class.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ledger {
-    now: [u64; 4],
-    peak: [u64; 4],
+    now: [u64; CLASSES],
+    peak: [u64; CLASSES],
 }
 
 impl Ledger {
@@ -53,19 +67,20 @@ impl Ledger {
         self.now.iter().sum()
     }
 
+    /// Classes that this session has held memory of, or could on its device.
+    pub fn classes(&self) -> impl Iterator<Item = Class> + '_ {
+        Class::ALL.into_iter().filter(|c| !c.only_on_devices() || self.peak(*c) > 0)
+    }
+
     pub(crate) fn set(&mut self, class: Class, bytes: u64) {
         self.now[class as usize] = bytes;
         self.peak[class as usize] = self.peak[class as usize].max(bytes);
-    }
-
-    pub(crate) fn add(&mut self, class: Class, bytes: u64) {
-        self.set(class, self.now(class) + bytes);
     }
 }
 
 impl fmt::Display for Ledger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for class in Class::ALL {
+        for class in self.classes() {
             write!(f, "{} {} (peak {}), ", class.name(), self.now(class), self.peak(class))?;
         }
         write!(f, "total {}", self.total())

@@ -1,11 +1,13 @@
 //! Millrace runtime: opens engines and runs them inside the memory they are given.
 //!
 //! An [`Engine`] is a checked file; a [`Session`] holds memory and runs steps. [`generation`] stands above sessions and
-//! knows nothing of them. `unsafe` is confined to `memory` (aligned buffers and typed views) and `mapping` (the mapped
-//! weights of an engine file).
+//! knows nothing of them. `unsafe` is confined to `memory` (aligned buffers and typed views), `mapping` (the mapped
+//! weights of an engine file), `cpu::execute` (typed views of one node) and, under [`cuda`], `driver` (handles and device
+//! memory), `transfer` (pinned memory) and `launch` (launches and graphs).
 #![deny(unsafe_code)]
 
 mod cpu;
+pub mod cuda;
 pub mod engine;
 pub mod generation;
 pub mod ledger;
@@ -14,12 +16,16 @@ mod mapping;
 #[allow(unsafe_code)]
 mod memory;
 pub mod models;
+pub mod options;
+mod places;
 pub mod profile;
 pub mod session;
+mod sizes;
 mod weights;
 
 pub use engine::Engine;
 pub use ledger::{Class, Ledger};
 pub use models::{Decoder, Encoder};
+pub use options::{Allocation, Device, SessionOptions};
 pub use profile::Profile;
-pub use session::{Allocation, AllocationGuard, Session, SessionOptions, TensorRef};
+pub use session::{AllocationGuard, Session, TensorRef};

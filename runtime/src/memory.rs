@@ -7,6 +7,8 @@ use std::ptr::NonNull;
 use half::{bf16, f16};
 use millrace_ir::{Error, Kind, Result};
 
+use crate::places::Piece;
+
 /// Alignment of every buffer.
 pub(crate) const ALIGN: usize = 64;
 
@@ -88,6 +90,24 @@ impl Plain for f16 {}
 impl Plain for i32 {}
 impl Plain for i64 {}
 impl Plain for u8 {}
+
+impl Piece for Region {
+    fn part(self, start: u64, len: u64) -> Option<Region> {
+        Region::part(self, start, len)
+    }
+
+    fn overlaps(self, other: Region) -> bool {
+        Region::overlaps(self, other)
+    }
+
+    fn same(self, other: Region) -> bool {
+        Region::same(self, other)
+    }
+
+    fn bytes(self) -> u64 {
+        self.len as u64
+    }
+}
 
 impl Region {
     /// A region that is only read.

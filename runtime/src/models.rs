@@ -1,31 +1,36 @@
 //! Sessions as models: a decoder for [`crate::generation`], an encoder for embeddings.
 
-use millrace_ir::manifest::{LanguageModel, ModelKind};
-use millrace_ir::{DType, Error, Kind, Result};
+use std::borrow::Cow;
 
-use crate::generation::{EmbedLimits, EmbedModel, ModelLimits, StepInputs, StepModel};
+use millrace_ir::manifest::{LanguageModel, ModelKind};
+use millrace_ir::{Bindings, DType, Error, Kind, Result};
+
+use crate::generation::{EmbedLimits, EmbedModel, ModelLimits, StepInputs, StepModel, argmax_rows};
+use crate::options::Device;
 use crate::session::{Session, TensorRef};
 
 fn i32_bytes(values: &[i32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// Runs a step whose inputs are i32 tensors.
-fn run_i32(session: &mut Session<'_>, inputs: &[(&[i32], Vec<u64>)]) -> Result<()> {
+/// Calls `run` with i32 tensors.
+fn with_i32<T>(inputs: &[(&[i32], Vec<u64>)], run: impl FnOnce(&[TensorRef<'_>]) -> Result<T>) -> Result<T> {
     let bytes: Vec<Vec<u8>> = inputs.iter().map(|(v, _)| i32_bytes(v)).collect();
     let tensors: Vec<TensorRef<'_>> = inputs
         .iter()
         .zip(&bytes)
         .map(|((_, shape), bytes)| TensorRef { dtype: DType::I32, shape, bytes })
         .collect();
-    session.run(&tensors)
+    run(&tensors)
 }
 
 /// Output 0 of the last step as f32 rows.
 fn f32_output(session: &Session<'_>) -> Result<Vec<f32>> {
-    let output = session.output(0).filter(|o| o.dtype == DType::F32).ok_or_else(|| {
-        Error::new(Kind::Incompatible, "run/bad-output", "the engine's output is not an f32 tensor")
-    })?;
+    let output = session.read_output(0)?;
+    if output.dtype != DType::F32 {
+        let message = "the engine's output is not an f32 tensor";
+        return Err(Error::new(Kind::Incompatible, "run/bad-output", message));
+    }
     Ok(output.bytes.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect())
 }
 
@@ -43,6 +48,27 @@ fn limits_of<'s>(session: &'s Session<'_>, kind: ModelKind) -> Result<&'s Langua
 pub struct Decoder<'s, 'e> {
     session: &'s mut Session<'e>,
     limits: ModelLimits,
+    /// Most columns of the block table, if its width is rounded up so that steps recur while sequences grow.
+    widest_table: Option<usize>,
+}
+
+/// Input number of the block table of decoders.
+const BLOCK_TABLE: usize = 4;
+
+/// The width that a block table of `width` columns is given, at most `widest`.
+fn rounded_width(width: usize, widest: usize) -> usize {
+    width.next_power_of_two().min(widest).max(width)
+}
+
+/// A block table of `width` columns with zeros up to `wide` columns; they are never read, since `kv_lens` bounds what
+/// is.
+fn widened(table: &[i32], width: usize, wide: usize) -> Vec<i32> {
+    let mut out = Vec::with_capacity(table.len() / width.max(1) * wide);
+    for row in table.chunks_exact(width.max(1)) {
+        out.extend(row);
+        out.resize(out.len() + wide - width, 0);
+    }
+    out
 }
 
 impl<'s, 'e> Decoder<'s, 'e> {
@@ -64,7 +90,11 @@ impl<'s, 'e> Decoder<'s, 'e> {
             eos: model.eos.clone(),
             bos: model.bos,
         };
-        Ok(Decoder { session, limits })
+        let widest_table = match session.device() {
+            Device::Cpu => None,
+            Device::Cuda(_) => widest_table(session),
+        };
+        Ok(Decoder { session, limits, widest_table })
     }
 
     /// The session.
@@ -79,19 +109,55 @@ impl StepModel for Decoder<'_, '_> {
     }
 
     fn step(&mut self, inputs: &StepInputs, logits: &mut Vec<f32>) -> Result<()> {
+        self.run(inputs, Session::run)?;
+        *logits = f32_output(self.session)?;
+        Ok(())
+    }
+
+    fn step_argmax(&mut self, inputs: &StepInputs, tokens: &mut Vec<u32>) -> Result<()> {
+        let indices = self.run(inputs, |session, tensors| session.run_argmax(tensors, 0))?;
+        tokens.clear();
+        tokens.extend(indices.iter().map_while(|index| u32::try_from(*index).ok()));
+        if tokens.len() == indices.len() {
+            return Ok(());
+        }
+        // A row has no largest logit: the logits tell why.
+        argmax_rows(&f32_output(self.session)?, self.limits.vocab_size, tokens)
+    }
+}
+
+/// Most columns of the block table.
+fn widest_table(session: &Session<'_>) -> Option<usize> {
+    let module = session.engine().module();
+    let (_, ty) = module.input_types().into_iter().nth(BLOCK_TABLE)?;
+    let columns = ty.shape.get(1)?.extent(&Bindings::maxima(&module.dims))?;
+    usize::try_from(columns).ok()
+}
+
+impl<'e> Decoder<'_, 'e> {
+    /// Calls `run` with the session and the inputs as tensors.
+    fn run<T>(
+        &mut self,
+        inputs: &StepInputs,
+        run: impl FnOnce(&mut Session<'e>, &[TensorRef<'_>]) -> Result<T>,
+    ) -> Result<T> {
         inputs.check(&self.limits)?;
         let (t, b) = (inputs.tokens() as u64, inputs.sequences() as u64);
+        let width = inputs.pages_per_seq;
+        let wide = self.widest_table.map_or(width, |widest| rounded_width(width, widest));
+        let table = match wide {
+            _ if wide == width => Cow::Borrowed(&inputs.block_table),
+            _ => Cow::Owned(widened(&inputs.block_table, width, wide)),
+        };
         let tensors: [(&[i32], Vec<u64>); 6] = [
             (&inputs.token_ids, vec![t]),
             (&inputs.positions, vec![t]),
             (&inputs.seq_starts, vec![b + 1]),
             (&inputs.kv_lens, vec![b]),
-            (&inputs.block_table, vec![b, inputs.pages_per_seq as u64]),
+            (&table, vec![b, wide as u64]),
             (&inputs.logit_rows, vec![inputs.logit_rows.len() as u64]),
         ];
-        run_i32(self.session, &tensors)?;
-        *logits = f32_output(self.session)?;
-        Ok(())
+        with_i32(&tensors, |tensors| run(self.session, tensors))
     }
 }
 
@@ -135,9 +201,33 @@ impl EmbedModel for Encoder<'_, '_> {
         let (t, b) = (tokens.len() as u64, ids.len() as u64);
         let tensors: [(&[i32], Vec<u64>); 4] =
             [(&tokens, vec![t]), (&positions, vec![t]), (&types, vec![t]), (&starts, vec![b + 1])];
-        run_i32(self.session, &tensors)?;
+        with_i32(&tensors, |tensors| self.session.run(tensors))?;
         let all = f32_output(self.session)?;
         let width = all.len().checked_div(ids.len()).unwrap_or(0);
         Ok(all.chunks_exact(width.max(1)).map(<[f32]>::to_vec).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_grow_by_doubling_within_the_engine() {
+        let widths: Vec<usize> = (1..=9).map(|w| rounded_width(w, 6)).collect();
+        // What is too wide already is for the session to refuse.
+        assert_eq!(widths, [1, 2, 4, 4, 6, 6, 7, 8, 9]);
+    }
+
+    #[test]
+    fn padding_keeps_rows() {
+        assert_eq!(widened(&[1, 2, 3, 4, 5, 6], 3, 4), [1, 2, 3, 0, 4, 5, 6, 0]);
+        assert_eq!(widened(&[7], 1, 1), [7]);
+    }
+
+    #[test]
+    fn sessions_may_move_to_another_thread() {
+        fn sent<T: Send>() {}
+        sent::<Session<'_>>();
     }
 }

@@ -1,8 +1,10 @@
 //! Times of nodes: a [`Profile`] that is attached to a session records every step it runs; a session without one reads
 //! no clock.
 //!
-//! Times are measured on the thread that runs the step, so a node's span contains the work of all threads. What lies
-//! between spans (checks, places, inputs) belongs to the step alone: spans sum to less than their step.
+//! On the CPU times are measured on the thread that runs the step, so a node's span contains the work of all threads.
+//! What lies between spans (checks, places, inputs) belongs to the step alone: spans sum to less than their step. A
+//! device measures its own times by events between launches; the time of nodes that it runs together is entered at the
+//! last of them that computes.
 
 use std::time::{Duration, Instant};
 
@@ -68,6 +70,14 @@ impl Profile {
         let duration = start.elapsed();
         if let Some(step) = self.steps.last_mut() {
             step.spans.push(Span { node, start: start.saturating_duration_since(self.origin), duration });
+        }
+    }
+
+    /// Enters a node that a device ran for `seconds`, beginning `after` seconds into the step.
+    pub(crate) fn device_node(&mut self, node: NodeId, after: f64, seconds: f64) {
+        let span = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        if let Some(step) = self.steps.last_mut() {
+            step.spans.push(Span { node, start: step.start + span(after), duration: span(seconds) });
         }
     }
 

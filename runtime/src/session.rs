@@ -5,44 +5,18 @@
 //! Both evaluate the same symbolic plan.
 
 use std::ops::{Deref, DerefMut};
-use std::path::PathBuf;
 
 use millrace_ir::bind::bind;
 use millrace_ir::checkpoint::{Checkpoint, TensorSource};
-use millrace_ir::{Bindings, DType, Error, Id, Kind, Module, Result, StateId, TensorType};
-use millrace_kernels::cpu::Pool;
+use millrace_ir::{Bindings, DType, Error, Kind, Module, Result, StateId, TensorType};
 
-use crate::cpu::{Program, Regions};
+use crate::cpu::Cpu;
+use crate::cuda::{Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger};
-use crate::memory::{Buffer, Region};
+use crate::options::{Allocation, Device, SessionOptions};
 use crate::profile::{Profile, sequences};
-use crate::weights::Weights;
-
-/// When activation memory is allocated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Allocation {
-    /// Once, at the upper bounds.
-    #[default]
-    Static,
-    /// For each step, at its shape.
-    Dynamic,
-}
-
-/// How a session is set up.
-#[derive(Clone, Debug, Default)]
-pub struct SessionOptions {
-    /// When activation memory is allocated.
-    pub allocation: Allocation,
-    /// Threads; all processors by default.
-    pub threads: Option<usize>,
-    /// Bound on all bytes the session holds.
-    pub cap: Option<u64>,
-    /// Cache pages; the engine's maximum by default.
-    pub kv_pages: Option<u64>,
-    /// Model folder that a stripped engine takes its weights from.
-    pub weights: Option<PathBuf>,
-}
+use crate::sizes::{StepSizes, no_size, state_bytes, weight_bytes};
 
 /// A tensor of the caller or of a session, dense and row-major, little-endian.
 #[derive(Clone, Copy, Debug)]
@@ -55,18 +29,28 @@ pub struct TensorRef<'a> {
     pub bytes: &'a [u8],
 }
 
+/// What runs the steps, with its memory.
+enum Backend {
+    Cpu(Cpu),
+    Cuda(Box<Cuda>),
+}
+
+/// Runs `$call` on whichever backend there is.
+macro_rules! on_backend {
+    ($backend:expr, $b:ident => $call:expr) => {
+        match $backend {
+            Backend::Cpu($b) => $call,
+            Backend::Cuda($b) => $call,
+        }
+    };
+}
+
 /// See the module.
 pub struct Session<'e> {
     engine: &'e Engine,
-    pool: Pool,
-    program: Program,
-    weights: Weights,
-    states: Vec<Option<Buffer>>,
+    backend: Backend,
     state_shapes: Vec<(StateId, Vec<u64>)>,
     maxima: Bindings,
-    arenas: Vec<Buffer>,
-    inputs: Vec<Buffer>,
-    outputs: Vec<Buffer>,
     output_shapes: Vec<Vec<u64>>,
     allocation: Allocation,
     cap: Option<u64>,
@@ -77,30 +61,42 @@ pub struct Session<'e> {
 /// The symbol that sizes caches.
 const PAGES: &str = "pages";
 
-fn no_size(what: &str) -> Error {
-    Error::new(Kind::BadInput, "run/no-size", format!("the size of {what} has no value"))
-        .hint("every symbol of the graph must occur in an input or a state")
-}
-
-fn bytes_at(ty: &TensorType, bindings: &Bindings, what: &str) -> Result<u64> {
-    ty.bytes().extent(bindings).ok_or_else(|| no_size(what))
+fn open_backend(engine: &Engine, options: &SessionOptions) -> Result<Backend> {
+    let target = engine.manifest().target.as_str();
+    let threads = options.threads.unwrap_or_else(default_threads);
+    match (target, options.device) {
+        ("cpu", None | Some(Device::Cpu)) => Ok(Backend::Cpu(Cpu::new(engine.module(), threads)?)),
+        ("cuda", None | Some(Device::Cuda(_))) => {
+            let index = options.device.map_or(0, |d| if let Device::Cuda(index) = d { index } else { 0 });
+            Ok(Backend::Cuda(Box::new(Cuda::new(engine, index, threads, options)?)))
+        }
+        (_, device) => {
+            let wanted = match device {
+                Some(Device::Cpu) => "the session is to run on cpu",
+                Some(Device::Cuda(_)) => "the session is to run on cuda",
+                None => "this runtime runs cpu and cuda",
+            };
+            let hint = match device {
+                Some(Device::Cuda(_)) => "compile with --target cuda:ARCH",
+                _ => "compile with --target cpu",
+            };
+            let message = format!("the engine is for {target}, {wanted}");
+            Err(Error::new(Kind::Incompatible, "engine/target", message).hint(hint))
+        }
+    }
 }
 
 impl<'e> Session<'e> {
-    /// Allocates what the options ask for. All sizes are known and compared with the cap before the first allocation.
+    /// Allocates what the options ask for. All sizes are known and compared with the cap, and with the free memory of
+    /// a device, before the first allocation.
     ///
     /// # Errors
     /// `run/cap` if the cap does not suffice, `run/out-of-memory`, `engine/stripped` without a weight folder,
-    /// `engine/kernel` if the engine names kernels this runtime does not have.
+    /// `engine/kernel` if the engine names kernels this runtime does not have, `engine/target` if it is for another
+    /// device; `cuda/..` if there is no such device or the engine has no kernels for it.
     pub fn new(engine: &'e Engine, options: SessionOptions) -> Result<Session<'e>> {
         let module = engine.module();
-        if engine.manifest().target != "cpu" {
-            let message = format!("the engine is for {}, this runtime runs cpu", engine.manifest().target);
-            return Err(
-                Error::new(Kind::Incompatible, "engine/target", message).hint("compile with --target cpu")
-            );
-        }
-        let program = Program::new(module)?;
+        let backend = open_backend(engine, &options)?;
         let mut maxima = Bindings::maxima(&module.dims);
         if let (Some(pages), Some(decl)) =
             (options.kv_pages, module.dims.iter().find(|d| d.sym.name() == PAGES))
@@ -113,36 +109,29 @@ impl<'e> Session<'e> {
         }
         let mut session = Session {
             engine,
-            pool: Pool::new(options.threads.unwrap_or_else(default_threads)),
-            program,
-            weights: Weights::none(),
-            states: Vec::new(),
+            backend,
             state_shapes: Vec::new(),
             maxima,
-            arenas: Vec::new(),
-            inputs: Vec::new(),
-            outputs: Vec::new(),
             output_shapes: Vec::new(),
             allocation: options.allocation,
             cap: options.cap,
             ledger: Ledger::default(),
             profile: None,
         };
-        session.check_cap()?;
+        session.check_memory()?;
         let checkpoint = options.weights.as_deref().map(Checkpoint::open).transpose()?;
-        session.weights = Weights::load(engine, checkpoint.as_ref().map(|c| c as &dyn TensorSource))?;
-        session.ledger.set(Class::Weights, session.weights.total());
-        session.states.resize_with(module.states.bound(), || None);
+        let source = checkpoint.as_ref().map(|c| c as &dyn TensorSource);
+        on_backend!(&mut session.backend, b => b.load(engine, source, &session.maxima)?);
+        session.ledger.set(Class::Weights, on_backend!(&session.backend, b => b.weight_bytes()));
+        session.ledger.set(Class::Kv, state_bytes(module, &session.maxima)?);
         for (id, state) in module.states.iter() {
-            let bytes = bytes_at(&state.ty, &session.maxima, &state.name)?;
-            session.states[id.index()] = Some(Buffer::zeroed(bytes, "the cache")?);
-            session.ledger.add(Class::Kv, bytes);
             let shape = state.ty.shape_at(&session.maxima).ok_or_else(|| no_size(&state.name))?;
             session.state_shapes.push((id, shape));
         }
         if session.allocation == Allocation::Static {
             session.allocate(&session.maxima.clone())?;
         }
+        session.note_device_memory();
         Ok(session)
     }
 
@@ -150,31 +139,27 @@ impl<'e> Session<'e> {
         self.engine.module()
     }
 
-    /// Bytes the session will hold in each class at `bindings`.
+    /// Bytes the session will hold in each class at `bindings`, staging memory left out.
     ///
     /// # Errors
     /// `run/no-size` if a size has no value.
-    pub fn required(&self, bindings: &Bindings) -> Result<[(Class, u64); 4]> {
+    pub fn required(&self, bindings: &Bindings) -> Result<Vec<(Class, u64)>> {
         let module = self.module();
-        let mut kv = 0;
-        for (_, state) in module.states.iter() {
-            kv += bytes_at(&state.ty, bindings, &state.name)?;
+        let sizes = StepSizes::at(module, bindings)?;
+        let mut required = vec![
+            (Class::Weights, weight_bytes(module)?),
+            (Class::Activations, sizes.activations()),
+            (Class::Io, sizes.io()),
+            (Class::Kv, state_bytes(module, bindings)?),
+        ];
+        if let Backend::Cuda(cuda) = &self.backend {
+            required.push((Class::Workspace, cuda.workspace_bytes(bindings)?));
         }
-        let mut io = 0;
-        for (name, ty) in module.input_types().into_iter().chain(module.output_types()) {
-            io += bytes_at(ty, bindings, name)?;
-        }
-        let mut activations = 0;
-        for (_, arena) in module.arenas.iter() {
-            activations += arena.size.extent(bindings).ok_or_else(|| no_size(&arena.name))?;
-        }
-        let reader = millrace_ir::weights::WeightReader::new(module);
-        let weights = module.used_weights().into_iter().map(|w| reader.len(w)).sum::<Result<u64>>()?;
-        Ok([(Class::Weights, weights), (Class::Activations, activations), (Class::Io, io), (Class::Kv, kv)])
+        Ok(required)
     }
 
-    fn check_cap(&self) -> Result<()> {
-        let Some(cap) = self.cap else { return Ok(()) };
+    /// Compares what is needed at load with the cap and with the free memory of a device.
+    fn check_memory(&self) -> Result<()> {
         // A dynamic session is asked for the smallest step at load and for each step's own shape later.
         let bindings = match self.allocation {
             Allocation::Static => self.maxima.clone(),
@@ -184,7 +169,23 @@ impl<'e> Session<'e> {
                 minima
             }
         };
-        self.check_cap_at(cap, &bindings)
+        if let Some(cap) = self.cap {
+            self.check_cap_at(cap, &bindings)?;
+        }
+        if let Backend::Cuda(cuda) = &self.backend {
+            let required = self.required(&bindings)?;
+            let total: u64 = required.iter().map(|(_, b)| b).sum();
+            let (free, all) = cuda.memory()?;
+            if total > free {
+                let holders = holders(&required);
+                let message =
+                    format!("{total} bytes are needed, {free} of the device's {all} are free ({holders})");
+                return Err(Error::new(Kind::OutOfMemory, "run/out-of-memory", message).hint(
+                    "free device memory, lower the batch or sequence limits, or use --memory dynamic",
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn check_cap_at(&self, cap: u64, bindings: &Bindings) -> Result<()> {
@@ -193,46 +194,41 @@ impl<'e> Session<'e> {
         if total <= cap {
             return Ok(());
         }
-        let holders: Vec<String> = required.iter().map(|(c, b)| format!("{} {b}", c.name())).collect();
-        Err(Error::new(
-            Kind::OutOfMemory,
-            "run/cap",
-            format!("{total} bytes are needed, the cap is {cap} ({})", holders.join(", ")),
-        )
-        .hint("raise --memory-cap, use --memory dynamic, or compile with smaller limits"))
+        let message = format!("{total} bytes are needed, the cap is {cap} ({})", holders(&required));
+        Err(Error::new(Kind::OutOfMemory, "run/cap", message)
+            .hint("raise --memory-cap, use --memory dynamic, or compile with smaller limits"))
     }
 
     /// Allocates arena, inputs and outputs for `bindings`.
     fn allocate(&mut self, bindings: &Bindings) -> Result<()> {
-        let module = self.module();
         self.release();
         if let Some(cap) = self.cap {
             self.check_cap_at(cap, bindings)?;
         }
-        for (_, arena) in module.arenas.iter() {
-            let bytes = arena.size.extent(bindings).ok_or_else(|| no_size(&arena.name))?;
-            self.arenas.push(Buffer::zeroed(bytes, "activations")?);
-            self.ledger.add(Class::Activations, bytes);
+        let sizes = StepSizes::at(self.module(), bindings)?;
+        match &mut self.backend {
+            Backend::Cpu(cpu) => cpu.allocate(&sizes)?,
+            Backend::Cuda(cuda) => cuda.allocate(&sizes, bindings, self.allocation)?,
         }
-        for (name, ty) in module.input_types() {
-            let bytes = bytes_at(ty, bindings, name)?;
-            self.inputs.push(Buffer::zeroed(bytes, "inputs")?);
-            self.ledger.add(Class::Io, bytes);
-        }
-        for (name, ty) in module.output_types() {
-            let bytes = bytes_at(ty, bindings, name)?;
-            self.outputs.push(Buffer::zeroed(bytes, "outputs")?);
-            self.ledger.add(Class::Io, bytes);
-        }
+        self.ledger.set(Class::Activations, sizes.activations());
+        self.ledger.set(Class::Io, sizes.io());
+        self.note_device_memory();
         Ok(())
     }
 
     fn release(&mut self) {
-        self.arenas.clear();
-        self.inputs.clear();
-        self.outputs.clear();
+        on_backend!(&mut self.backend, b => b.release());
         self.ledger.set(Class::Activations, 0);
         self.ledger.set(Class::Io, 0);
+        self.note_device_memory();
+    }
+
+    /// Enters what only a device session holds into the ledger.
+    fn note_device_memory(&mut self) {
+        if let Backend::Cuda(cuda) = &self.backend {
+            self.ledger.set(Class::Workspace, cuda.workspace_held());
+            self.ledger.set(Class::Staging, cuda.staging_held());
+        }
     }
 
     /// Bytes by class.
@@ -269,31 +265,50 @@ impl<'e> Session<'e> {
         if allocation == self.allocation {
             return Ok(());
         }
+        let before = std::mem::replace(&mut self.allocation, allocation);
         match allocation {
             Allocation::Static => {
                 let maxima = self.maxima.clone();
                 if let Err(error) = self.allocate(&maxima) {
                     self.release();
+                    self.allocation = before;
                     return Err(error);
                 }
             }
             Allocation::Dynamic => self.release(),
         }
-        self.allocation = allocation;
         Ok(())
     }
 
-    /// Clears every state to zero.
+    /// Clears every state to zero. On a device that has failed it does nothing: the next step tells.
     pub fn reset_states(&mut self) {
-        self.states.iter_mut().flatten().for_each(|b| b.bytes_mut().fill(0));
+        on_backend!(&mut self.backend, b => b.reset_states());
     }
 
-    /// Runs one step. `inputs` are in the order of the graph's inputs; outputs are read by [`Session::output`].
+    /// Runs one step. `inputs` are in the order of the graph's inputs; outputs are read by [`Session::output`]. On a
+    /// device the step may still be running when this returns; reading an output waits for it.
     ///
     /// # Errors
     /// `run/bad-inputs`, `run/bad-dtype`, `run/bad-shape`, `run/out-of-range` for inputs that do not fit, `run/cap` and
-    /// `run/out-of-memory` for dynamic sessions, `run/bad-index` for index values that point nowhere.
+    /// `run/out-of-memory` for dynamic sessions, `run/bad-index` for index values that point nowhere,
+    /// `cuda/poisoned` on a device that has failed.
     pub fn run(&mut self, inputs: &[TensorRef<'_>]) -> Result<()> {
+        self.run_with(inputs, None).map(drop)
+    }
+
+    /// [`Session::run`] and then [`Session::argmax`] of an output, on a device without a pause between them.
+    ///
+    /// # Errors
+    /// As those two.
+    pub fn run_argmax(&mut self, inputs: &[TensorRef<'_>], output: usize) -> Result<Vec<i32>> {
+        match self.run_with(inputs, Some(output))? {
+            Some(indices) => Ok(indices),
+            None => self.argmax(output),
+        }
+    }
+
+    /// Runs a step; a device may answer with the argmax of output `argmax` as well.
+    fn run_with(&mut self, inputs: &[TensorRef<'_>], argmax: Option<usize>) -> Result<Option<Vec<i32>>> {
         let module = self.module();
         let declared = module.input_types();
         if declared.len() != inputs.len() {
@@ -328,53 +343,64 @@ impl<'e> Session<'e> {
         if self.allocation == Allocation::Dynamic {
             self.allocate(&bindings)?;
         }
-        for (buffer, input) in self.inputs.iter_mut().zip(inputs) {
-            buffer.bytes_mut()[..input.bytes.len()].copy_from_slice(input.bytes);
-        }
-        let outputs: Vec<(Vec<u64>, u64)> = module
+        let sizes = StepSizes::at(module, &bindings)?;
+        self.output_shapes = module
             .output_types()
             .into_iter()
-            .map(|(name, ty)| {
-                let shape = ty.shape_at(&bindings).ok_or_else(|| no_size(name))?;
-                Ok((shape, bytes_at(ty, &bindings, name)?))
-            })
+            .map(|(name, ty)| ty.shape_at(&bindings).ok_or_else(|| no_size(name)))
             .collect::<Result<_>>()?;
-        let part = |buffer: &mut Buffer, bytes: u64| {
-            buffer.region().part(0, bytes).ok_or_else(|| no_size("a buffer"))
+        let rows = argmax.map(|output| self.rows(output).map(|(rows, width)| (output, rows, width)));
+        let profile = self.profile.as_mut();
+        let result = match &mut self.backend {
+            Backend::Cpu(cpu) => cpu.run(module, inputs, &sizes, &bindings, profile).map(|()| None),
+            Backend::Cuda(cuda) => {
+                rows.transpose().and_then(|rows| cuda.run(module, inputs, &sizes, &bindings, rows, profile))
+            }
         };
-        let regions = Regions {
-            inputs: self
-                .inputs
-                .iter_mut()
-                .zip(inputs)
-                .map(|(b, i)| part(b, i.bytes.len() as u64))
-                .collect::<Result<_>>()?,
-            outputs: self
-                .outputs
-                .iter_mut()
-                .zip(&outputs)
-                .map(|(b, (_, n))| part(b, *n))
-                .collect::<Result<_>>()?,
-            arenas: self.arenas.iter_mut().map(Buffer::region).collect(),
-            states: self.states.iter_mut().map(|s| s.as_mut().map(Buffer::region)).collect(),
-            weights: module.weights.ids().fold(
-                vec![None; module.weights.bound()],
-                |mut all: Vec<Option<Region>>, id| {
-                    all[id.index()] = self.weights.region(id);
-                    all
-                },
-            ),
-        };
-        self.output_shapes = outputs.into_iter().map(|(shape, _)| shape).collect();
-        let result = self.program.run(module, &self.pool, &regions, &bindings, self.profile.as_mut());
         if let Some(profile) = &mut self.profile {
             profile.end();
         }
         if self.allocation == Allocation::Dynamic {
-            self.arenas.clear();
+            on_backend!(&mut self.backend, b => b.release_arenas());
             self.ledger.set(Class::Activations, 0);
         }
+        self.note_device_memory();
         result
+    }
+
+    /// Rows and width of output `index`, which must be f32.
+    fn rows(&self, index: usize) -> Result<(u64, u64)> {
+        let shape = self.output_shapes.get(index);
+        let ty = self.module().output_types().into_iter().nth(index).map(|(_, ty)| ty.dtype);
+        let width = shape.and_then(|s| s.last()).copied().filter(|w| *w > 0 && *w <= i32::MAX as u64);
+        match (shape, ty, width) {
+            (Some(shape), Some(DType::F32), Some(width)) => {
+                Ok((shape[..shape.len() - 1].iter().product(), width))
+            }
+            _ => Err(Error::new(
+                Kind::Usage,
+                "run/bad-output",
+                format!("output {index} of the last step has no rows of f32"),
+            )),
+        }
+    }
+
+    /// For each row of output `index` of the last step, an f32 tensor whose last axis is a row: the index of the
+    /// largest element, the lowest among equals; -1 if the row holds a NaN or its largest element is not finite.
+    ///
+    /// # Errors
+    /// `run/bad-output` if there is no such output, `cuda/poisoned` on a device that has failed.
+    pub fn argmax(&mut self, index: usize) -> Result<Vec<i32>> {
+        let (rows, width) = self.rows(index)?;
+        if let Backend::Cuda(cuda) = &mut self.backend
+            && let Some(indices) = cuda.argmax(index, rows, width)?
+        {
+            return Ok(indices);
+        }
+        let output = self.read_output(index)?;
+        let values: Vec<f32> =
+            output.bytes.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect();
+        Ok(values.chunks_exact(width as usize).map(argmax_row).collect())
     }
 
     /// Attaches a profile that records every step from here on; returns the one attached before.
@@ -387,18 +413,113 @@ impl<'e> Session<'e> {
         self.profile.take()
     }
 
-    /// Threads that kernels use.
+    /// Threads that kernels use; 0 on a device.
     pub fn threads(&self) -> usize {
-        self.pool.threads()
+        match &self.backend {
+            Backend::Cpu(cpu) => cpu.threads(),
+            Backend::Cuda(_) => 0,
+        }
     }
 
-    /// Output `index` of the last step.
-    pub fn output(&self, index: usize) -> Option<TensorRef<'_>> {
-        let shape = self.output_shapes.get(index)?;
-        let (_, ty) = self.module().output_types().into_iter().nth(index)?;
-        let bytes = usize::try_from(millrace_ir::types::const_bytes(ty.dtype, shape)?).ok()?;
-        Some(TensorRef { dtype: ty.dtype, shape, bytes: self.outputs.get(index)?.bytes().get(..bytes)? })
+    /// Where the session runs.
+    pub fn device(&self) -> Device {
+        match &self.backend {
+            Backend::Cpu(_) => Device::Cpu,
+            Backend::Cuda(cuda) => Device::Cuda(cuda.index()),
+        }
     }
+
+    /// What has become of CUDA graphs; `None` on the CPU.
+    pub fn graph_report(&self) -> Option<GraphReport> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => Some(cuda.graph_report()),
+        }
+    }
+
+    /// What the memory pool of a device session holds; `None` on the CPU.
+    ///
+    /// # Errors
+    /// `cuda/poisoned` on a device that has failed.
+    pub fn pool_report(&self) -> Result<Option<PoolReport>> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok(None),
+            Backend::Cuda(cuda) => cuda.pool_report().map(Some),
+        }
+    }
+
+    /// Gives pooled memory that is not in use back to the device.
+    ///
+    /// # Errors
+    /// `cuda/poisoned` on a device that has failed.
+    pub fn trim_pool(&self) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok(()),
+            Backend::Cuda(cuda) => cuda.trim_pool(),
+        }
+    }
+
+    /// Allocations of device memory so far; 0 on the CPU. Steps of a static session make none.
+    pub fn allocations(&self) -> u64 {
+        match &self.backend {
+            Backend::Cpu(_) => 0,
+            Backend::Cuda(cuda) => cuda.allocations(),
+        }
+    }
+
+    /// Waits until the device has done all work of this session.
+    ///
+    /// # Errors
+    /// `cuda/poisoned` on a device that has failed.
+    pub fn synchronize(&self) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok(()),
+            Backend::Cuda(cuda) => cuda.synchronize(),
+        }
+    }
+
+    /// Output `index` of the last step; `None` if there is none or its device has failed.
+    pub fn output(&self, index: usize) -> Option<TensorRef<'_>> {
+        self.read_output(index).ok()
+    }
+
+    /// [`Session::output`] with the reason for an absence. A device's output is fetched when it is first asked for.
+    ///
+    /// # Errors
+    /// `run/bad-output` if there is no such output, `cuda/poisoned` on a device that has failed.
+    pub fn read_output(&self, index: usize) -> Result<TensorRef<'_>> {
+        let missing =
+            || Error::new(Kind::Usage, "run/bad-output", format!("the last step has no output {index}"));
+        let shape = self.output_shapes.get(index).ok_or_else(missing)?;
+        let (_, ty) = self.module().output_types().into_iter().nth(index).ok_or_else(missing)?;
+        let len = millrace_ir::types::const_bytes(ty.dtype, shape).ok_or_else(missing)?;
+        let bytes = match &self.backend {
+            Backend::Cpu(cpu) => cpu.output(index),
+            Backend::Cuda(cuda) => cuda.output(index, len)?,
+        };
+        let bytes = usize::try_from(len).ok().and_then(|len| bytes?.get(..len)).ok_or_else(missing)?;
+        Ok(TensorRef { dtype: ty.dtype, shape, bytes })
+    }
+}
+
+fn holders(required: &[(Class, u64)]) -> String {
+    let all: Vec<String> = required.iter().map(|(c, b)| format!("{} {b}", c.name())).collect();
+    all.join(", ")
+}
+
+/// See [`Session::argmax`].
+fn argmax_row(row: &[f32]) -> i32 {
+    let mut best = 0;
+    for (at, value) in row.iter().enumerate() {
+        if value.is_nan() {
+            return -1;
+        }
+        if *value > row[best] {
+            best = at;
+        }
+    }
+    // The width was compared with the range of i32.
+    if row.get(best).is_some_and(|v| v.is_finite()) { best as i32 } else { -1 }
 }
 
 fn default_threads() -> usize {

@@ -41,39 +41,21 @@ impl Weights {
             reader = reader.with_source("model", source);
         }
         for id in module.used_weights() {
-            let weight = &module.weights[id];
             let len = reader.len(id)?;
             total += len;
-            let record = file.weight(&weight.name);
-            let shape = weight.ty.const_shape();
-            let place = match record {
-                Some(r) if r.dtype != weight.ty.dtype || Some(&r.shape) != shape.as_ref() || r.len != len => {
-                    return Err(Error::new(
-                        Kind::BadInput,
-                        "engine/weight-mismatch",
-                        "graph and weight index disagree",
-                    )
-                    .at(format!("@{}", weight.name))
-                    .hint("the file was altered: build it again"));
-                }
-                Some(r) if !file.is_stripped() && file.file().is_some() => {
-                    Place::Mapped { start: r.offset, len }
-                }
-                Some(r) if !file.is_stripped() => {
+            let place = match Origin::of(engine, id, len, source.is_some())? {
+                Origin::Stored(r) if file.file().is_some() => Place::Mapped { start: r.offset, len },
+                Origin::Stored(r) => {
                     let mut buffer = Buffer::zeroed(len, "weights")?;
                     file.read_weight_at(r, 0, buffer.bytes_mut())?;
                     Place::Owned(buffer)
                 }
-                Some(r) => Place::Owned(bind(&mut reader, id, len, r, source.is_some())?),
-                None if needs_source(module, id) => {
-                    return Err(Error::new(
-                        Kind::BadInput,
-                        "engine/no-weight",
-                        "the engine lacks this weight",
-                    )
-                    .at(format!("@{}", weight.name)));
+                Origin::Bound(r) => {
+                    let buffer = fill(&mut reader, id, len)?;
+                    check_hash(r, blake3::hash(buffer.bytes()))?;
+                    Place::Owned(buffer)
                 }
-                None => Place::Owned(fill(&mut reader, id, len)?),
+                Origin::Computed => Place::Owned(fill(&mut reader, id, len)?),
             };
             places[id.index()] = Some(place);
         }
@@ -107,30 +89,54 @@ fn fill(reader: &mut WeightReader<'_>, id: WeightId, len: u64) -> Result<Buffer>
     Ok(buffer)
 }
 
-fn bind(
-    reader: &mut WeightReader<'_>,
-    id: WeightId,
-    len: u64,
-    record: &WeightRecord,
-    bound: bool,
-) -> Result<Buffer> {
-    if !bound {
-        return Err(Error::new(
-            Kind::Incompatible,
-            "engine/stripped",
-            "the engine was built without weights",
-        )
-        .hint("name the model folder with --weights DIR"));
+/// Where the bytes of a weight come from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Origin<'a> {
+    /// The engine file.
+    Stored(&'a WeightRecord),
+    /// A model folder; the engine has only their hash.
+    Bound(&'a WeightRecord),
+    /// Its expression.
+    Computed,
+}
+
+impl<'a> Origin<'a> {
+    /// Where the `len` bytes of weight `id` come from; `bound` tells whether there is a model folder.
+    pub fn of(engine: &'a Engine, id: WeightId, len: u64, bound: bool) -> Result<Origin<'a>> {
+        let (file, module) = (engine.file(), engine.module());
+        let weight = &module.weights[id];
+        let shape = weight.ty.const_shape();
+        match file.weight(&weight.name) {
+            Some(r) if r.dtype != weight.ty.dtype || Some(&r.shape) != shape.as_ref() || r.len != len => {
+                Err(Error::new(Kind::BadInput, "engine/weight-mismatch", "graph and weight index disagree")
+                    .at(format!("@{}", weight.name))
+                    .hint("the file was altered: build it again"))
+            }
+            Some(r) if !file.is_stripped() => Ok(Origin::Stored(r)),
+            Some(r) if bound => Ok(Origin::Bound(r)),
+            Some(_) => {
+                Err(Error::new(Kind::Incompatible, "engine/stripped", "the engine was built without weights")
+                    .hint("name the model folder with --weights DIR"))
+            }
+            None if needs_source(module, id) => {
+                Err(Error::new(Kind::BadInput, "engine/no-weight", "the engine lacks this weight")
+                    .at(format!("@{}", weight.name)))
+            }
+            None => Ok(Origin::Computed),
+        }
     }
-    let buffer = fill(reader, id, len)?;
-    if blake3::hash(buffer.bytes()).as_bytes() != &record.hash {
-        return Err(Error::new(
-            Kind::Incompatible,
-            "engine/weight-hash",
-            "the folder has other weights than the engine was built from",
-        )
-        .at(format!("@{}", record.name))
-        .hint("bind the model folder the engine was built from, or build the engine again"));
+}
+
+/// Compares the hash of bound bytes with that of the engine.
+pub(crate) fn check_hash(record: &WeightRecord, hash: blake3::Hash) -> Result<()> {
+    if hash.as_bytes() == &record.hash {
+        return Ok(());
     }
-    Ok(buffer)
+    Err(Error::new(
+        Kind::Incompatible,
+        "engine/weight-hash",
+        "the folder has other weights than the engine was built from",
+    )
+    .at(format!("@{}", record.name))
+    .hint("bind the model folder the engine was built from, or build the engine again"))
 }

@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use indicatif::{ProgressBar, ProgressStyle};
 use millrace::compiler::Registry;
 use millrace::compiler::codegen::WeightMode;
-use millrace::compiler::compile::Source;
+use millrace::compiler::compile::{Progress, SourceModel, compile_with};
 use millrace::compiler::import::{Options, Precision};
 use millrace::compiler::pass::Context;
 use millrace::compiler::pipeline::{Manager, Pipeline};
-use millrace::compiler::target::Target;
+use millrace::compiler::target::TargetChoice;
 use millrace::ir::{DType, Module, text};
 use millrace::page::{Facts, Recorder, page};
-use millrace::{CompileOptions, Compiled, Error, Result, compile};
+use millrace::{CompileOptions, Compiled, Error, Result};
 use serde_json::json;
 
 use super::control::Control;
@@ -91,7 +91,7 @@ impl ModelOptions {
     /// # Errors
     /// Unknown target or element type, malformed pipeline.
     pub fn resolve(&self) -> Result<CompileOptions> {
-        Target::named(&self.target)?;
+        let target = TargetChoice::parse(&self.target)?;
         let precision = match self.dtype.as_str() {
             "auto" => Precision::Auto,
             "float32" | "f32" => Precision::Fixed(DType::F32),
@@ -104,7 +104,7 @@ impl ModelOptions {
         };
         let pipeline = match &self.pipeline {
             Some(text) => Pipeline::parse(text)?,
-            None => Pipeline::level(self.opt_level as usize),
+            None => target.level(self.opt_level as usize),
         };
         Ok(CompileOptions {
             import: Options {
@@ -120,6 +120,7 @@ impl ModelOptions {
             pipeline,
             weight_streaming: self.weight_streaming,
             weights: WeightMode::Stored,
+            target,
             ..CompileOptions::default()
         })
     }
@@ -177,9 +178,9 @@ fn stop(
     options: &CompileOptions,
     observer: &mut dyn FnMut(&'static str, &Module, bool),
 ) -> Result<()> {
-    let mut module = Source::read(&args.model, &options.import)?.module;
+    let mut module = SourceModel::read(&args.model, &options.import)?.module;
     observer("import", &module, true);
-    let mut context = Context::cpu();
+    let mut context = Context::of(&options.target.target);
     let mut observer = |pass: &'static str, module: &Module, changed: bool| observer(pass, module, changed);
     let mut manager = Manager {
         verify_each: options.verify_each,
@@ -187,9 +188,10 @@ fn stop(
         controls: options.controls.clone(),
         ..Manager::default()
     };
-    manager.run(&options.pipeline, &mut module, &mut context).map_err(|e| e.at(args.model.display()))?;
+    let done = manager.run(&options.pipeline, &mut module, &mut context);
     let runs = manager.runs;
     args.control.report(&runs, &context);
+    done.map_err(|e| e.at(args.model.display()))?;
     let text = text::print(&module);
     match &args.output {
         Some(path) => std::fs::write(path, text).map_err(|e| Error::io("write", path, &e)),
@@ -201,12 +203,16 @@ fn stop(
 pub fn main(args: &Args) -> Result<()> {
     let mut options = args.model_options.resolve()?;
     let registry = Registry::standard();
+    args.control.insert(&mut options.pipeline, &registry)?;
     options.verify_each = args.control.verify_each;
     options.controls = args.control.controls(&registry)?;
     if args.strip_weights {
         options.weights = WeightMode::Stripped;
     }
     let mut dumper = args.control.dumper(&registry)?;
+    // The report lists the remarks of every layer.
+    options.controls.whole |= args.json;
+    let watched = dumper.watches() || args.html.is_some();
     let mut recorder = args.html.as_ref().map(|_| Recorder::default());
     let mut observer = |pass: &'static str, module: &Module, changed: bool| {
         if let Some(recorder) = &mut recorder {
@@ -218,7 +224,11 @@ pub fn main(args: &Args) -> Result<()> {
     if args.control.stop_at.is_some() {
         return stop(args, &options, &mut observer);
     }
-    let compiled = compile(&args.model, &options, Some(&mut observer))?;
+    let mut progress = Progress::default();
+    let compiled =
+        compile_with(&args.model, &options, if watched { Some(&mut observer) } else { None }, &mut progress)
+            // What was seen up to a failure matters most when there is one.
+            .inspect_err(|_| args.control.report(&progress.runs, &progress.context))?;
     args.control.report(&compiled.runs, &compiled.context);
     dumper.finish()?;
     let bytes = match &args.output {

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use millrace::compiler::Registry;
+use millrace::compiler::manager::ROLLED;
 use millrace::compiler::pass::Context;
-use millrace::compiler::pipeline::{Controls, PassRun};
+use millrace::compiler::pipeline::{Controls, PassRun, Pipeline};
 use millrace::ir::{Module, text};
 use millrace::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -48,6 +49,9 @@ pub struct Control {
     /// Let only the first N rewrites happen; -1 prints what each number stands for
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     opt_bisect_limit: Option<i64>,
+    /// Put passes in before or after one of the pipeline, such as before:pack-weights=chunk-mlp,chunk-attention
+    #[arg(long, value_name = "PLACE:PASS=PASSES")]
+    pass_at: Vec<String>,
     /// Leave a pass out
     #[arg(long, value_name = "PASS")]
     disable_pass: Vec<String>,
@@ -60,6 +64,14 @@ pub struct Control {
 }
 
 impl Control {
+    /// Puts the passes of `--pass-at` into `pipeline`.
+    ///
+    /// # Errors
+    /// As [`Pipeline::insert`].
+    pub fn insert(&self, pipeline: &mut Pipeline, registry: &Registry) -> Result<()> {
+        self.pass_at.iter().try_for_each(|place| pipeline.insert(place, registry))
+    }
+
     /// The manager's controls.
     ///
     /// # Errors
@@ -68,7 +80,7 @@ impl Control {
         for name in &self.disable_pass {
             registry.get(name)?;
         }
-        if let Some(name) = self.remarks.as_ref().filter(|n| !n.is_empty()) {
+        if let Some(name) = self.remarks.as_ref().filter(|n| !n.is_empty() && *n != ROLLED) {
             registry.get(name)?;
         }
         let limit = match self.opt_bisect_limit {
@@ -84,6 +96,8 @@ impl Control {
             limit,
             trace: self.opt_bisect_limit == Some(-1),
             reproducers: Some(self.reproducer_dir.clone()),
+            // Remarks are wanted for every layer, but for those about layers that are not looked at one by one.
+            whole: self.remarks.as_ref().is_some_and(|name| name != ROLLED),
         })
     }
 
@@ -171,6 +185,11 @@ pub struct Dumper {
 }
 
 impl Dumper {
+    /// Whether there is anything to take note of.
+    pub fn watches(&self) -> bool {
+        !self.after.is_empty()
+    }
+
     /// Takes note of the module after a pass, or before the first one, which is called `import`.
     pub fn observe(&mut self, pass: &str, module: &Module, changed: bool) {
         let number = self.number;

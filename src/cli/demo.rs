@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use millrace::generation::{Generator, Request};
 use millrace::ir::{Error, Kind};
-use millrace::{Allocation, Class, CompileOptions, Decoder, Engine, Result, SessionOptions, compile};
+use millrace::{Allocation, CompileOptions, Decoder, Engine, Result, SessionOptions, compile};
 
 use super::compile::plan_line;
 use super::run::Scratch;
@@ -59,7 +59,7 @@ pub fn main(args: &Args) -> Result<()> {
             completion.token_ids.len() as f64 / seconds
         ))?;
         let ledger = session.ledger();
-        for class in Class::ALL {
+        for class in ledger.classes() {
             print(&format!(
                 "  {:<12} {:>12} now, {:>12} at most\n",
                 class.name(),

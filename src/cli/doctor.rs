@@ -1,10 +1,12 @@
 //! `millrace doctor`: what this machine has.
 
 use millrace::Result;
+use millrace::compiler::codegen::cuda::nvrtc_version;
 use millrace::kernels::cpu::{Isa, Pool, ceilings};
+use millrace::runtime::cuda::survey;
 use serde_json::json;
 
-use super::{print, print_json};
+use super::{print, print_json, size};
 
 /// Report what this machine has and what it can do at most.
 #[derive(clap::Args)]
@@ -17,26 +19,56 @@ pub struct Args {
     json: bool,
 }
 
+/// A driver's number, 13000, as people write it: 13.0.
+fn cuda_version(number: u32) -> String {
+    format!("{}.{}", number / 1000, number % 1000 / 10)
+}
+
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let isa = Isa::detect();
     let rates =
         args.measure.then(|| (ceilings::fma_gflops(&Pool::new(1)), ceilings::read_gbs(&Pool::new(threads))));
+    let nvrtc = nvrtc_version();
+    let gpus = survey();
     if args.json {
         return print_json(&json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "targets": ["cpu"],
+            "targets": ["cpu", "cuda"],
             "cpu": {"threads": threads, "instruction_set": format!("{isa:?}").to_lowercase()},
             "fma_gflops_per_thread": rates.map(|r| r.0),
             "memory_read_gbs": rates.map(|r| r.1),
-            "gpu": null,
+            "nvrtc": nvrtc.as_ref().ok().map(|v| format!("{}.{}", v.0, v.1)),
+            "cuda_driver": gpus.driver.map(cuda_version),
+            "gpus": gpus.devices.iter().map(|d| json!({
+                "index": d.index,
+                "name": d.name,
+                "architecture": format!("sm_{}", d.capability),
+                "multiprocessors": d.multiprocessors,
+                "memory_bytes": d.memory,
+            })).collect::<Vec<_>>(),
+            "gpu_problem": gpus.problem.as_ref().map(ToString::to_string),
         }));
     }
-    print(&format!(
-        "millrace {}\ncpu: {threads} threads, {isa:?}\ngpu: none (this version has no CUDA target)\n",
-        env!("CARGO_PKG_VERSION")
-    ))?;
+    print(&format!("millrace {}\ncpu: {threads} threads, {isa:?}\n", env!("CARGO_PKG_VERSION")))?;
+    match &nvrtc {
+        Ok((major, minor)) => print(&format!("nvrtc: {major}.{minor}, CUDA engines can be built here\n"))?,
+        Err(error) => print(&format!("nvrtc: none ({error})\n"))?,
+    }
+    for gpu in &gpus.devices {
+        print(&format!(
+            "gpu {}: {}, sm_{}, {} multiprocessors, {}\n",
+            gpu.index,
+            gpu.name,
+            gpu.capability,
+            gpu.multiprocessors,
+            size::show(gpu.memory)
+        ))?;
+    }
+    if let Some(problem) = &gpus.problem {
+        print(&format!("gpu: none ({problem})\n"))?;
+    }
     match rates {
         Some((gflops, gbs)) => {
             print(&format!("f32 multiply-add: {gflops:.0} GFLOP/s a thread\nmemory read: {gbs:.1} GB/s\n"))

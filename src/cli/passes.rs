@@ -106,7 +106,7 @@ fn example(pass: &dyn Pass, registry: &Registry) -> Result<Option<(String, Strin
         last = text;
     };
     let mut manager = Manager { observer: Some(&mut observer), ..Manager::default() };
-    manager.run(&run.pipeline, &mut module, &mut Context::cpu())?;
+    manager.run(&run.pipeline, &mut module, &mut Context::of(&run.target))?;
     let missing = || {
         Error::new(Kind::Internal, "internal/example", format!("the example does not run `{}`", pass.name()))
     };

@@ -77,6 +77,9 @@ pub struct MemoryOptions {
     /// Threads [default: all processors]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// On a GPU, launch kernels one by one instead of replaying CUDA graphs
+    #[arg(long)]
+    no_graphs: bool,
     /// Model folder for an engine built with --strip-weights
     #[arg(long, value_name = "DIR")]
     weights: Option<PathBuf>,
@@ -100,8 +103,9 @@ impl MemoryOptions {
             allocation,
             threads: self.threads,
             cap: self.memory_cap.as_deref().map(size::parse).transpose()?,
-            kv_pages: None,
             weights: self.weights.clone(),
+            graphs: !self.no_graphs,
+            ..SessionOptions::default()
         })
     }
 }

@@ -183,7 +183,7 @@ fn sources(module: &Module, id: WeightId) -> Vec<String> {
             WeightExpr::Splat(value) => found.push(format!("splat({value})")),
             WeightExpr::Random { seed, std } => found.push(format!("random(seed {seed}, std {std})")),
             WeightExpr::Dense(values) => found.push(format!("{} literal values", values.len())),
-            other => work.extend(other.parts().into_iter().rev()),
+            other => work.extend(other.parts().iter().rev().copied()),
         }
         if found.len() > 8 || steps > 64 {
             found.truncate(8);

@@ -100,6 +100,7 @@ impl Printed {
                 WeightExpr::Cast { .. } => "cast",
                 WeightExpr::Slice { .. } => "slice",
                 WeightExpr::Pack { .. } => "pack",
+                WeightExpr::Cores { .. } => "cores",
             };
             let key = (fold::generalise(&weight.name), weight.ty.clone(), kind, weight.stream.is_some());
             if !seen.insert(key) {

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use millrace::compiler::Registry;
 use millrace::compiler::import::Precision;
 use millrace::compiler::pipeline::Pipeline;
 use millrace::generation::{StepInputs, StepModel};
@@ -41,11 +42,11 @@ pub fn engine(folder: &str, dtype: DType, adjust: impl FnOnce(&mut CompileOption
     Engine::open(file.path()).unwrap()
 }
 
-/// Level 2 with `pass` between fusion and packing: what follows the pass finds nothing left to fuse.
+/// Level 2 with `pass` between fusion and packing.
 pub fn with_pass(pass: &str) -> Pipeline {
-    let before = "canonicalize,const-fold,cse,dce,recover,canonicalize";
-    let fusion = "fuse-linear,merge-matmuls,fuse-glu,fuse-add-norm,fuse-epilogue";
-    Pipeline::parse(&format!("{before},{fusion},{pass},O2")).unwrap()
+    let mut pipeline = Pipeline::level(2);
+    pipeline.insert(&format!("before:pack-weights={pass}"), &Registry::standard()).unwrap();
+    pipeline
 }
 
 /// One prefill of `prompt` from an empty cache; the logits of `rows`.

@@ -4,6 +4,7 @@
 //! Output is a function of input: no time, path or device enters it.
 
 mod cpu;
+pub mod cuda;
 mod write;
 
 pub use cpu::lower;

@@ -5,6 +5,7 @@ use std::sync::mpsc;
 
 use millrace_ir::checkpoint::TensorSource;
 use millrace_ir::engine::{EngineWriter, SectionKind, WeightMeta, WriterOptions, WrittenEngine};
+use millrace_ir::launch::Bundle;
 use millrace_ir::manifest::Manifest;
 use millrace_ir::verify::Verified;
 use millrace_ir::weights::{WeightReader, needs_source};
@@ -38,6 +39,8 @@ pub struct EngineParts<'a> {
     pub module: Verified<'a>,
     /// Copies of the model's small files.
     pub files: Vec<(SectionKind, &'a [u8])>,
+    /// Device code, one section for each architecture.
+    pub bundles: &'a [Bundle],
     /// Where it all came from, JSON.
     pub provenance: Vec<u8>,
     /// Whether weights are stored.
@@ -83,6 +86,9 @@ pub fn write_engine(
     writer.section(SectionKind::Ir, "", text::print(module).as_bytes())?;
     for (kind, bytes) in &parts.files {
         writer.section(*kind, "", bytes)?;
+    }
+    for bundle in parts.bundles {
+        writer.section(SectionKind::Kernels, &bundle.table.arch, &bundle.encode())?;
     }
     writer.section(SectionKind::Provenance, "", &parts.provenance)?;
     let mut reader = WeightReader::new(module);

@@ -247,9 +247,14 @@ impl ModelConfig {
     }
 }
 
+/// The sliding window of a mistral whose configuration does not mention it.
+const MISTRAL_WINDOW: u64 = 4096;
+
 /// The sliding window of each layer: `layer_types` decides where given, else the families' own switches.
 fn windows(reader: &Reader<'_>, family: Family, layers: u64) -> Result<Vec<u64>> {
     let window = match family {
+        // Without the key there is a window, and only `null` says that there is none.
+        Family::Mistral if reader.0.get("sliding_window").is_none() => MISTRAL_WINDOW,
         Family::Mistral => reader.size("sliding_window")?.unwrap_or(0),
         Family::Qwen2 | Family::Qwen3 if reader.flag("use_sliding_window", false)? => {
             reader.size("sliding_window")?.unwrap_or(0)
@@ -260,7 +265,10 @@ fn windows(reader: &Reader<'_>, family: Family, layers: u64) -> Result<Vec<u64>>
         if types.len() as u64 != layers {
             return Err(bad("layer_types", format!("names {} layers of {layers}", types.len())));
         }
-        let sliding = reader.size("sliding_window")?;
+        let sliding = match family {
+            Family::Mistral => Some(window).filter(|w| *w > 0),
+            _ => reader.size("sliding_window")?,
+        };
         return types
             .iter()
             .map(|t| match t.as_str() {
@@ -322,4 +330,31 @@ fn rope(reader: &Reader<'_>) -> Result<(f64, RopeScaling)> {
         return Err(Error::new(Kind::Unsupported, "import/unsupported-option", message).at("config.json"));
     }
     Ok((base, scaling))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn mistral(more: &[(&str, Value)]) -> Result<Vec<u64>> {
+        let mut config = json!({
+            "model_type": "mistral", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2,
+            "vocab_size": 16, "intermediate_size": 16,
+        });
+        more.iter().for_each(|(key, value)| config[*key] = value.clone());
+        Ok(ModelConfig::from_json(&config)?.windows)
+    }
+
+    /// The default of the model's configuration class is a window; its absence is written as null.
+    #[test]
+    fn mistrals_have_a_window_unless_it_is_null() {
+        let types = json!(["full_attention", "sliding_attention"]);
+        assert_eq!(mistral(&[]).unwrap(), [4096, 4096]);
+        assert_eq!(mistral(&[("sliding_window", json!(64))]).unwrap(), [64, 64]);
+        assert_eq!(mistral(&[("sliding_window", Value::Null)]).unwrap(), [0, 0]);
+        assert_eq!(mistral(&[("layer_types", types.clone())]).unwrap(), [0, 4096]);
+        let missing = mistral(&[("sliding_window", Value::Null), ("layer_types", types)]).unwrap_err();
+        assert_eq!(missing.code(), "import/bad-config");
+    }
 }

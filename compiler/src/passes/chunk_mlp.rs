@@ -19,60 +19,21 @@
 
 use std::cell::RefCell;
 
-use millrace_ir::distinct::Types;
 use millrace_ir::names::WeightNames;
-use millrace_ir::ops::add_norm::NormKind;
+use millrace_ir::ops::FusedMatmul;
 use millrace_ir::ops::fused_matmul::Epilogue;
-use millrace_ir::ops::{AddNorm, FusedMatmul, LayerNorm, RmsNorm};
-use millrace_ir::{
-    Dim, Id, Module, Node, NodeId, Op, Operand, Phase, Result, ValueId, Weight, WeightExpr, WeightId,
-};
+use millrace_ir::{Id, Module, Node, NodeId, Op, Phase, Result};
 
-use super::schedule::peak;
-use crate::options::{OptionKind, PassOption, PassOptions};
-use crate::pass::{Context, Numbering, Pass};
+use super::chunks::{self, Chunks, Pieces, Sum, blocked, constant, fused, joins, reader};
+use crate::options::{PassOption, PassOptions};
+use crate::pass::{Context, Pass};
 use crate::rewrite::{From, Outcome, Patch, Rule, View, rewrite};
 
 /// See the module.
 #[derive(Default)]
-pub(super) struct ChunkMlp {
-    /// Parts of each layer; 0 to choose.
-    parts: usize,
-    /// Bytes the peak should not exceed; 0 for as few as pay.
-    limit: u64,
-    /// Whether the peak need not fall.
-    force: bool,
-}
+pub(super) struct ChunkMlp(Chunks);
 
 const NAME: &str = "chunk-mlp";
-
-/// What one number of parts gives.
-struct Trial {
-    parts: usize,
-    peak: u64,
-    /// The first node it rewrites, by its number in the module before.
-    first: NodeId,
-}
-
-impl ChunkMlp {
-    /// Tries `parts` on a copy; none if no layer takes them.
-    fn trial(&self, module: &Module, context: &Context, parts: usize) -> Result<Option<Trial>> {
-        let mut copy = module.clone();
-        let numbering = Numbering { trace: true, ..Numbering::default() };
-        let mut scratch =
-            Context { panel: context.panel, align: context.align, numbering, ..Context::default() };
-        rewrite(NAME, &mut copy, &mut scratch, &Chunk::new(module, context, parts))?;
-        let first = scratch.numbering.events.first().and_then(|event| event.node);
-        Ok(first.map(|first| Trial { parts, peak: peak_of(&copy, context.align), first }))
-    }
-
-    /// The trial to apply: the fewest parts that are good enough, or the lowest peak.
-    fn choose<'a>(&self, trials: &'a [Trial]) -> Option<&'a Trial> {
-        let best = trials.iter().min_by_key(|t| (t.peak, t.parts))?;
-        let enough = if self.limit > 0 { self.limit } else { best.peak.saturating_add(best.peak / 20) };
-        Some(trials.iter().find(|t| t.peak <= enough).unwrap_or(best))
-    }
-}
 
 impl Pass for ChunkMlp {
     fn name(&self) -> &'static str {
@@ -85,59 +46,20 @@ impl Pass for ChunkMlp {
         (Phase::Fused, Phase::Fused)
     }
     fn options(&self) -> &'static [PassOption] {
-        &[
-            PassOption {
-                name: "parts",
-                help: "parts of each layer; 0 chooses among 2, 4 and 8",
-                kind: OptionKind::Integer { default: 0, min: 0, max: 64 },
-            },
-            PassOption {
-                name: "limit",
-                help: "bytes of activations to get below with as few parts as possible; 0 takes what pays",
-                kind: OptionKind::Integer { default: 0, min: 0, max: i64::MAX },
-            },
-            PassOption {
-                name: "force",
-                help: "splits layers where the peak does not fall as well, to test and measure the parts",
-                kind: OptionKind::Flag { default: false },
-            },
-        ]
+        chunks::OPTIONS
     }
     fn with_options(&self, options: &PassOptions) -> Option<Box<dyn Pass>> {
-        let parts = usize::try_from(options.integer("parts")).unwrap_or(0);
-        let limit = u64::try_from(options.integer("limit")).unwrap_or(0);
-        Some(Box::new(ChunkMlp { parts, limit, force: options.flag("force") }))
+        Some(Box::new(ChunkMlp(Chunks::of(options))))
     }
     fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
-        let before = peak_of(module, context.align);
-        if self.parts == 1 || (self.limit > 0 && before <= self.limit) {
+        if self.0.parts == 1 {
             return Ok(false);
         }
-        let candidates = if self.parts > 0 { vec![self.parts] } else { vec![2, 4, 8] };
-        let mut trials = Vec::new();
-        for parts in &candidates {
-            trials.extend(self.trial(module, context, *parts)?);
-        }
-        let Some(chosen) = self.choose(&trials) else {
-            // Nothing applies; this says why.
-            return Ok(rewrite(NAME, module, context, &Chunk::new(module, context, candidates[0]))? > 0);
+        let apply = |module: &mut Module, context: &mut Context, parts| {
+            let rule = Chunk::new(module, context, parts);
+            rewrite(NAME, module, context, &rule)
         };
-        if chosen.peak >= before && !self.force {
-            let reason = format!("the peak of {before} bytes does not fall");
-            context.blocked(NAME, &module.graph, chosen.first, &reason);
-            return Ok(false);
-        }
-        let parts = chosen.parts;
-        let message = format!("{parts} parts change the peak from {before} to {} bytes", chosen.peak);
-        context.remark(NAME, &module.graph, chosen.first, message);
-        if self.limit > 0 && chosen.peak > self.limit {
-            let message = format!("the limit of {} bytes is not reached", self.limit);
-            context.remark(NAME, &module.graph, chosen.first, message);
-        }
-        let rule = Chunk::new(module, context, parts);
-        let changed = rewrite(NAME, module, context, &rule)? > 0;
-        context.count("chunk-mlp.saved_bytes", before.saturating_sub(peak_of(module, context.align)));
-        Ok(changed)
+        self.0.run(NAME, &[2, 4, 8], module, context, &apply)
     }
 }
 
@@ -156,21 +78,9 @@ struct Chunk {
 #[derive(Clone)]
 struct Layer {
     up: (Node, FusedMatmul),
-    down: (Node, FusedMatmul),
+    down: Sum,
     /// Rows of `up` in one part.
     width: usize,
-    /// The addition and norm that read the result, with the other addend.
-    norm: Option<(Node, AddNorm, Operand)>,
-}
-
-fn fused(node: &Node) -> Option<&FusedMatmul> {
-    if let Op::FusedMatmul(fused) = &node.op { Some(fused) } else { None }
-}
-
-/// The only reader of the only result of a node, if there is one.
-fn reader(view: &View<'_>, node: &Node) -> Option<NodeId> {
-    let [result]: [ValueId; 1] = node.results[..].try_into().ok()?;
-    view.used_once(result).then(|| view.users(result)[0])
 }
 
 impl Chunk {
@@ -196,35 +106,18 @@ impl Chunk {
         if !up.epilogue.iter().any(activates) {
             return Err(None);
         }
-        let blocked = |reason: &str| Err(Some(reason.to_string()));
         if reader(view, up_node) != Some(down_id) {
             return blocked("the intermediate has other uses");
         }
-        if up.panel != 0 || down.panel != 0 {
+        if !up.plain() || !down.plain() {
             return blocked("the weights are packed already");
         }
         let after_bias = up.epilogue.strip_prefix(&[Epilogue::Bias]).unwrap_or(&up.epilogue);
         if !matches!(after_bias, [step] if activates(step)) {
             return blocked("the first matmul does more than bias and activation");
         }
-        if down.epilogue.iter().any(|e| !matches!(e, Epilogue::Bias | Epilogue::Residual)) {
-            return blocked("the second matmul does more than bias and residual");
-        }
-        if down.segments.len() != 1 {
-            return blocked("the second matmul has several results");
-        }
-        let dtype = |o: Operand| view.ty(o).dtype;
-        if down.out.is_some_and(|out| out != dtype(down_node.operands[0])) {
-            return blocked("the result has another element type, partial sums cannot be added to it");
-        }
-        let constant = |node: &Node, f: &FusedMatmul| {
-            let bias = f.epilogue.iter().filter(|e| e.has_operand()).position(|e| *e == Epilogue::Bias);
-            [Some(1), bias.map(|at| at + 2)]
-                .into_iter()
-                .flatten()
-                .all(|at| matches!(node.operands.get(at), Some(Operand::Weight(_))))
-        };
-        if !constant(up_node, up) || !constant(down_node, down) {
+        let sum = Sum::of(view, down_id, norm, "the second matmul").map_err(Some)?;
+        if !constant(up_node, up) {
             return blocked("a weight or bias is computed");
         }
         let whole = up.segments[0];
@@ -241,146 +134,36 @@ impl Chunk {
             };
             return Err(Some(reason));
         }
-        let mut sources = vec![up_id, down_id];
-        let norm = norm.and_then(|id| {
-            let Op::AddNorm(op) = &view.node(id).op else { return None };
-            let down_value = Operand::Value(down_node.results[0]);
-            let other = view.node(id).operands[..2].iter().copied().find(|o| *o != down_value)?;
-            sources.push(id);
-            Some((view.node(id).clone(), op.clone(), other))
-        });
-        let (up, down) = ((up_node.clone(), up.clone()), (down_node.clone(), down.clone()));
-        Ok((sources, Layer { up, down, width: whole / self.parts, norm }))
+        let sources = [up_id, down_id].into_iter().chain(norm).collect();
+        let up = (up_node.clone(), up.clone());
+        Ok((sources, Layer { up, down: sum, width: whole / self.parts }))
     }
 
     /// Adds the parts of a layer to `patch`.
     fn build(&self, module: &mut Module, names: &mut WeightNames, layer: Layer, patch: &mut Patch) {
-        let Layer { up: (up_node, up), down: (down_node, down), width, norm } = layer;
+        let Layer { up: (up_node, up), mut down, width } = layer;
         let mut pieces = Pieces { module, names, parts: self.parts };
-        let mut sum = None;
+        let weight = down.weight();
         for part in 0..self.parts {
             let whole = up.segments[0];
-            let starts: Vec<usize> = (0..up.segments.len()).map(|s| s * whole + part * width).collect();
+            let rows: Vec<_> = (0..up.segments.len()).map(|s| (s * whole + part * width, width)).collect();
             let mut operands = vec![From::Old(up_node.operands[0])];
             for operand in &up_node.operands[1..] {
-                operands.push(pieces.rows(*operand, &starts, width, part));
+                operands.push(pieces.rows(*operand, &rows, part));
             }
             let segments = vec![width; up.segments.len()];
             let made = patch.node(FusedMatmul { segments, ..up.clone() }, operands);
-            let weight = pieces.columns(down_node.operands[1], part * width, width, part);
-            let mut operands = vec![From::New(made, 0), weight];
-            let mut epilogue = vec![Epilogue::Residual];
-            match sum {
-                Some(sum) => operands.push(From::New(sum, 0)),
-                None => {
-                    epilogue = down.epilogue.clone();
-                    operands.extend(down_node.operands[2..].iter().copied().map(From::Old));
-                    if let Some((_, _, addend)) = &norm {
-                        epilogue.push(Epilogue::Residual);
-                        operands.push(From::Old(*addend));
-                    }
-                }
-            }
-            sum = Some(patch.node(FusedMatmul { epilogue, ..down.clone() }, operands));
+            down.add(patch, From::New(made, 0), pieces.columns(weight, part * width, width, part));
         }
-        let Some(sum) = sum.map(|sum| From::New(sum, 0)) else { return };
-        let Some((node, AddNorm { kind, eps, sum: shown }, _)) = norm else {
-            patch.replace(down_node.results[0], sum);
-            return;
-        };
-        let op: Op = match kind {
-            NormKind::Rms => RmsNorm { eps }.into(),
-            NormKind::Layer => LayerNorm { eps }.into(),
-        };
-        let vectors = node.operands[2..].iter().copied().map(From::Old);
-        let normed = patch.node(op, [sum].into_iter().chain(vectors));
-        if shown {
-            patch.replace(node.results[0], sum);
-        }
-        patch.replace(node.results[usize::from(shown)], From::New(normed, 0));
+        down.finish(patch);
     }
-}
-
-/// Makes the weights of the parts.
-struct Pieces<'a> {
-    module: &'a mut Module,
-    names: &'a mut WeightNames,
-    parts: usize,
-}
-
-impl Pieces<'_> {
-    fn add(
-        &mut self,
-        name: String,
-        mut like: Weight,
-        axis: usize,
-        extent: usize,
-        expr: WeightExpr,
-    ) -> WeightId {
-        like.ty.shape[axis] = Dim::from(extent);
-        let weight = Weight { name, ty: like.ty, expr, stream: None };
-        self.names.equal_or_add(self.module, weight)
-    }
-
-    /// `len` elements of each of `starts` along the first axis.
-    fn rows(&mut self, operand: Operand, starts: &[usize], len: usize, part: usize) -> From {
-        let Operand::Weight(whole) = operand else { return From::Old(operand) };
-        let cuts: Vec<WeightId> = starts
-            .iter()
-            .map(|start| {
-                let (of, start) = inside(self.module, whole, *start, len);
-                let source = self.module.weights[of].clone();
-                let name = format!("{}.rows{start}-{}", source.name, start + len);
-                self.add(name, source, 0, len, WeightExpr::Slice { axis: 0, start, len, of })
-            })
-            .collect();
-        let id = match cuts[..] {
-            [one] => one,
-            _ => {
-                let source = self.module.weights[whole].clone();
-                let name = format!("{}.part{part}of{}", source.name, self.parts);
-                let extent = len * cuts.len();
-                self.add(name, source, 0, extent, WeightExpr::Concat { axis: 0, parts: cuts })
-            }
-        };
-        From::Old(Operand::Weight(id))
-    }
-
-    /// `len` columns of a matrix from `start` on.
-    fn columns(&mut self, operand: Operand, start: usize, len: usize, part: usize) -> From {
-        let Operand::Weight(of) = operand else { return From::Old(operand) };
-        let source = self.module.weights[of].clone();
-        let name = format!("{}.part{part}of{}", source.name, self.parts);
-        let id = self.add(name, source, 1, len, WeightExpr::Slice { axis: 1, start, len, of });
-        From::Old(Operand::Weight(id))
-    }
-}
-
-/// The part of a joined weight that holds `len` rows from `start` on, with the place of the rows in it; the weight
-/// itself where they lie in several parts or it is not joined.
-fn inside(module: &Module, of: WeightId, start: usize, len: usize) -> (WeightId, usize) {
-    let WeightExpr::Concat { axis: 0, parts } = &module.weights[of].expr else { return (of, start) };
-    let mut first = 0;
-    for part in parts {
-        let rows = module.weights[*part].ty.shape[0].as_const().and_then(|n| usize::try_from(n).ok());
-        let Some(rows) = rows else { break };
-        if start >= first && start + len <= first + rows {
-            return (*part, start - first);
-        }
-        first += rows;
-    }
-    (of, start)
 }
 
 impl Rule for Chunk {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
         let node = view.node(id);
         // An addition and norm that only the second matmul's addition feeds is looked at instead of that matmul.
-        let joined = |down: NodeId, norm: NodeId| {
-            norm.index() < self.bound
-                && matches!(view.node(norm).op, Op::AddNorm(_))
-                && fused(view.node(down)).is_some_and(|f| f.epilogue.iter().all(|e| *e == Epilogue::Bias))
-        };
+        let joined = |down: NodeId, norm: NodeId| norm.index() < self.bound && joins(view, down, norm);
         let found = match &node.op {
             Op::FusedMatmul(_) => match reader(view, node) {
                 Some(norm) if joined(id, norm) => Err(None),
@@ -419,9 +202,4 @@ impl Rule for Chunk {
         }
         Ok(patch)
     }
-}
-
-/// Largest live set of a module in its own order.
-fn peak_of(module: &Module, align: u64) -> u64 {
-    peak(module, &Types::of(module), &module.graph.order, align)
 }

@@ -42,6 +42,9 @@ impl Rule for FuseAddNorm {
         if add.operands.iter().any(|o| !matches!(o, Operand::Value(_))) {
             return Outcome::Blocked("an addend is a constant".into());
         }
+        if node.operands[1..].contains(&Operand::Value(sum)) {
+            return Outcome::Blocked("the norm scales or shifts by the sum itself".into());
+        }
         let only = view.used_once(sum);
         // The new node stands where the norm stands; users of the sum before it would read it too early.
         if view.users(sum).iter().any(|user| *user != id && view.passed(*user)) {

@@ -29,14 +29,22 @@ impl Rule for FuseLinear {
             Op::Matmul(matmul) if matmul.transpose_b => {
                 let weight = node.operands[1];
                 let rows = match (weight, view.ty(weight).const_shape().as_deref()) {
+                    (Operand::Weight(_), Some([0, _])) => {
+                        return Outcome::Blocked("the weight has no rows".into());
+                    }
                     (Operand::Weight(_), Some([rows, _])) => *rows as usize,
                     (Operand::Weight(_), _) => {
                         return Outcome::Blocked("the weight is no constant matrix".into());
                     }
                     _ => return Outcome::NoMatch,
                 };
-                let fused =
-                    FusedMatmul { segments: vec![rows], panel: 0, epilogue: Vec::new(), out: matmul.out };
+                let fused = FusedMatmul {
+                    segments: vec![rows],
+                    panel: 0,
+                    cores: false,
+                    epilogue: Vec::new(),
+                    out: matmul.out,
+                };
                 let mut patch = Patch::new([id]);
                 let new = patch.node(fused, node.operands.iter().copied().map(From::Old));
                 patch.replace(node.results[0], From::New(new, 0));

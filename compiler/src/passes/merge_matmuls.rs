@@ -79,7 +79,7 @@ impl Pass for MergeMatmuls {
 fn not_plain(module: &Module, id: NodeId) -> Option<String> {
     let node = &module.graph.nodes[id];
     let Op::FusedMatmul(fused) = &node.op else { return Some("it is no fused matmul".into()) };
-    if fused.panel != 0 {
+    if !fused.plain() {
         return Some("its weight is packed already".into());
     }
     if fused.segments.len() != 1 {

@@ -3,7 +3,9 @@
 
 mod begin_fusion;
 mod canonicalize;
+mod chunk_attention;
 mod chunk_mlp;
+mod chunks;
 mod const_fold;
 mod cse;
 mod dce;
@@ -12,6 +14,7 @@ mod fuse_epilogue;
 mod fuse_glu;
 mod fuse_linear;
 mod fuse_pointwise;
+mod group_launches;
 mod mark_streamable;
 mod merge_matmuls;
 mod pack_weights;
@@ -26,7 +29,8 @@ use millrace_ir::Phase;
 
 use crate::pass::Pass;
 
-/// Every pass with its default options, in the order of the default pipeline; `chunk-mlp` stands where it may be put in.
+/// Every pass with its default options, in the order of the default pipeline; `chunk-mlp` and
+/// `chunk-attention` stand where they may be put in.
 pub fn all() -> Vec<Box<dyn Pass>> {
     vec![
         Box::new(canonicalize::Canonicalize),
@@ -42,8 +46,10 @@ pub fn all() -> Vec<Box<dyn Pass>> {
         Box::new(fuse_epilogue::FuseEpilogue),
         Box::new(fuse_pointwise::FusePointwise),
         Box::new(chunk_mlp::ChunkMlp::default()),
+        Box::new(chunk_attention::ChunkAttention::default()),
         Box::new(pack_weights::PackWeights),
         Box::new(schedule::Schedule::default()),
+        Box::new(group_launches::GroupLaunches),
         Box::new(plan_memory::PlanMemory),
         Box::new(mark_streamable::MarkStreamable),
     ]

@@ -1,12 +1,15 @@
 //! Matmul weights are stored in the order the target's kernel reads them.
 //!
 //! ```text
-//! matmul.fused(x, @w)  ->  matmul.fused(x, pack(@w)) {panel = 32}
+//! matmul.fused(x, @w)  ->  matmul.fused(x, pack(@w)) {panel = 32}      for processors
+//! matmul.fused(x, @w)  ->  matmul.fused(x, cores(@w)) {cores = true}   for GPUs, 16-bit elements
 //! ```
 
 use millrace_ir::names::WeightNames;
 use millrace_ir::ops::FusedMatmul;
-use millrace_ir::{Id, Module, Op, Operand, Phase, Result, TensorType, Weight, WeightExpr};
+use millrace_ir::{
+    DType, Dim, Id, Module, Op, Operand, Phase, Result, TensorType, Weight, WeightExpr, WeightId,
+};
 
 use crate::pass::{Context, Pass};
 
@@ -24,8 +27,7 @@ impl Pass for PackWeights {
         (Phase::Fused, Phase::Fused)
     }
     fn run(&self, module: &mut Module, context: &mut Context) -> Result<bool> {
-        let panel = context.panel;
-        if panel == 0 {
+        if context.panel == 0 && !context.cores {
             return Ok(false);
         }
         let mut packed = 0;
@@ -44,20 +46,20 @@ impl Pass for PackWeights {
                 continue;
             }
             let Op::FusedMatmul(fused) = &node.op else { continue };
-            if fused.panel != 0 || !context.allow(self.name(), &module.graph, id) {
+            if !fused.plain() {
                 continue;
             }
-            let new_op = FusedMatmul { panel, ..fused.clone() };
-            let segments = fused.segments.clone();
-            let suffix: Vec<String> = segments.iter().map(ToString::to_string).collect();
-            let name = format!("{}.pack{panel}.{}", module.weights[of].name, suffix.join("-"));
+            let packing = Packing { cores: context.cores, panel: context.panel, of };
+            if let Err(reason) = packing.takes(&module.weights[of].ty) {
+                context.blocked(self.name(), &module.graph, id, reason);
+                continue;
+            }
+            if !context.allow(self.name(), &module.graph, id) {
+                continue;
+            }
+            let (new_op, name) = packing.apply(fused, &module.weights[of].name);
             let weight = names.get_or_add(module, &name.clone(), |module| {
-                let panels: usize = segments.iter().map(|s| s.div_ceil(panel)).sum();
-                let source = &module.weights[of].ty;
-                let shape = vec![panels.into(), source.shape[1].clone(), panel.into()];
-                let ty = TensorType { dtype: source.dtype, shape };
-                let expr = WeightExpr::Pack { panel, segments, of };
-                Weight { name, ty, expr, stream: None }
+                packing.weight(&new_op, name, &module.weights[of].ty)
             });
             if unpacked[of.index()] {
                 let said = format!("packs a copy: @{} is read as it is elsewhere", module.weights[of].name);
@@ -70,6 +72,59 @@ impl Pass for PackWeights {
         }
         context.count("pack-weights.packed", packed);
         Ok(packed > 0)
+    }
+}
+
+/// How a matmul's weight is stored.
+struct Packing {
+    cores: bool,
+    panel: usize,
+    of: WeightId,
+}
+
+impl Packing {
+    /// Why a weight of this type stays as it is.
+    fn takes(&self, ty: &TensorType) -> std::result::Result<(), &'static str> {
+        if !self.cores {
+            return Ok(());
+        }
+        if !matches!(ty.dtype, DType::BF16 | DType::F16) {
+            return Err("only 16-bit elements are stored in cores");
+        }
+        match ty.last().as_const() {
+            Some(k) if k % 8 == 0 => Ok(()),
+            _ => Err("rows of cores are multiples of 8"),
+        }
+    }
+
+    /// The op with the packed weight, and the weight's name.
+    fn apply(&self, fused: &FusedMatmul, name: &str) -> (FusedMatmul, String) {
+        let suffix: Vec<String> = fused.segments.iter().map(ToString::to_string).collect();
+        let suffix = suffix.join("-");
+        if self.cores {
+            let alternate = if fused.glu().is_some() { ".glu" } else { "" };
+            let op = FusedMatmul { cores: true, ..fused.clone() };
+            return (op, format!("{name}.cores.{suffix}{alternate}"));
+        }
+        let panel = self.panel;
+        (FusedMatmul { panel, ..fused.clone() }, format!("{name}.pack{panel}.{suffix}"))
+    }
+
+    fn weight(&self, op: &FusedMatmul, name: String, source: &TensorType) -> Weight {
+        let segments = op.segments.clone();
+        let panels = |rows: usize| Dim::from(segments.iter().map(|s| s.div_ceil(rows)).sum::<usize>());
+        let columns = source.last();
+        let (shape, expr) = if self.cores {
+            // `takes` has seen that the columns are a multiple of 8.
+            let eight = Dim::from(8usize);
+            let shape = vec![panels(8), columns.ceil_div(8), eight.clone(), eight];
+            let alternate = op.glu().is_some();
+            (shape, WeightExpr::Cores { segments: segments.clone(), alternate, of: self.of })
+        } else {
+            let shape = vec![panels(self.panel), columns, Dim::from(self.panel)];
+            (shape, WeightExpr::Pack { panel: self.panel, segments: segments.clone(), of: self.of })
+        };
+        Weight { name, ty: TensorType { dtype: source.dtype, shape }, expr, stream: None }
     }
 }
 

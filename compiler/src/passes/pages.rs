@@ -35,8 +35,10 @@ pages! {
     "fuse-epilogue" "fuse_epilogue",
     "fuse-pointwise" "fuse_pointwise",
     "chunk-mlp" "chunk_mlp",
+    "chunk-attention" "chunk_attention/mod",
     "pack-weights" "pack_weights",
     "schedule" "schedule",
+    "group-launches" "group_launches",
     "plan-memory" "plan_memory",
     "mark-streamable" "mark_streamable",
 }

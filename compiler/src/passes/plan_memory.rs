@@ -1,5 +1,8 @@
 //! Gives every value its place: states in themselves, outputs with the caller, the rest in one arena.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
 use millrace_ir::plan::{
     Buffer, Item, Packing, aligned_size, check_all, liveness, lower_bound, pack, symbolic,
 };
@@ -60,13 +63,22 @@ impl Pass for PlanMemory {
                 .hint("lower --max-num-tokens or --max-batch-size")
         };
         let buffers = liveness(module, true).buffers;
-        let sizes: Vec<Dim> = buffers.iter().map(|b| aligned_size(&b.bytes, align)).collect();
-        let items: Vec<Item> = buffers
-            .iter()
-            .zip(&sizes)
-            .map(|(b, size)| Some(Item::new(size.extent(&maxima)?, b.start, b.end)))
-            .collect::<Option<_>>()
-            .ok_or_else(too_large)?;
+        // Repeated layers have few sizes.
+        let mut known: BTreeMap<&Dim, (Dim, u64)> = BTreeMap::new();
+        let mut sizes: Vec<Dim> = Vec::with_capacity(buffers.len());
+        let mut items: Vec<Item> = Vec::with_capacity(buffers.len());
+        for buffer in &buffers {
+            let (size, bytes) = match known.entry(&buffer.bytes) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => {
+                    let size = aligned_size(&buffer.bytes, align);
+                    let bytes = size.extent(&maxima).ok_or_else(too_large)?;
+                    new.insert((size, bytes))
+                }
+            };
+            items.push(Item::new(*bytes, buffer.start, buffer.end));
+            sizes.push(size.clone());
+        }
         let packing: Packing = pack(&items);
         let (offsets, total) = symbolic(&items, &sizes, &packing, align, &maxima);
         let mut output = vec![None; module.graph.values.bound()];

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use millrace_ir::attr::{Attr, Attrs};
+use millrace_ir::names::WeightNames;
 use millrace_ir::{Def, Dim, Id, Module, NodeId, Op, Operand, Output, TensorType, Value, Weight, WeightExpr};
 
 /// What becomes of a node.
@@ -24,6 +25,7 @@ pub(super) fn with_fates(module: &Module, fates: &[Fate], outputs: Vec<Output>) 
     let mut replaced: Vec<Option<Operand>> = vec![None; m.graph.values.bound()];
     let mut names: BTreeSet<String> = m.input_types().into_iter().map(|(n, _)| n.to_string()).collect();
     let mut number = m.graph.inputs.len();
+    let mut weights = WeightNames::of(module);
     for id in module.graph.order.clone() {
         for operand in &mut m.graph.nodes[id].operands {
             *operand = follow(*operand, &replaced);
@@ -45,12 +47,8 @@ pub(super) fn with_fates(module: &Module, fates: &[Fate], outputs: Vec<Output>) 
                 let [result] = node.results[..] else { return None };
                 let ty = m.graph.values[result].ty.clone();
                 ty.const_shape()?;
-                let taken = |name: &str| {
-                    m.weight_named(name).is_some() || m.states.iter().any(|(_, s)| s.name == name)
-                };
-                let name = (0..).map(|n| format!("zero{n}")).find(|name| !taken(name))?;
-                let expr = WeightExpr::Splat(0.0);
-                let weight = m.weights.push(Weight { name, ty, expr, stream: None });
+                let zero = Weight { name: "zero".into(), ty, expr: WeightExpr::Splat(0.0), stream: None };
+                let weight = weights.add(&mut m, zero);
                 replaced[result.index()] = Some(Operand::Weight(weight));
             }
             Fate::Inputs => {
@@ -153,7 +151,7 @@ pub(super) fn with_dims(module: &Module, attributes: bool, map: &dyn Fn(&Dim) ->
     }
     for (_, weight) in m.weights.iter_mut() {
         shape(&mut weight.ty);
-        if let WeightExpr::Pack { segments, .. } = &mut weight.expr {
+        if let WeightExpr::Pack { segments, .. } | WeightExpr::Cores { segments, .. } = &mut weight.expr {
             for rows in segments {
                 *rows = usize::try_from(map(&Dim::from(*rows)).as_const()?).ok()?;
             }

@@ -79,7 +79,7 @@ impl Search<'_> {
     }
 }
 
-/// The shortest pipeline found for which `fails` holds: steps are dropped, groups and fixpoints become their steps.
+/// The shortest pipeline found for which `fails` holds: steps are dropped, groups of all kinds become their steps.
 pub fn reduce_pipeline(pipeline: &Pipeline, fails: &mut dyn FnMut(&Pipeline) -> bool) -> Pipeline {
     let mut best = pipeline.steps().to_vec();
     let mut width = best.len().max(1);
@@ -93,9 +93,15 @@ pub fn reduce_pipeline(pipeline: &Pipeline, fails: &mut dyn FnMut(&Pipeline) -> 
                 best = shorter;
                 continue;
             }
-            if let (1, Step::Group(inner) | Step::Fixpoint { steps: inner, .. }) = (width, &best[at]) {
+            let inner = match &best[at] {
+                Step::Group(inner)
+                | Step::Fixpoint { steps: inner, .. }
+                | Step::Rolled { steps: inner, .. } => Some(inner.clone()),
+                Step::Pass(_) => None,
+            };
+            if let (1, Some(inner)) = (width, inner) {
                 let mut flat = best.clone();
-                flat.splice(at..at + 1, inner.clone());
+                flat.splice(at..at + 1, inner);
                 if fails(&Pipeline::new(flat.clone())) {
                     best = flat;
                     continue;

@@ -1,7 +1,7 @@
 //! Residual addition and normalisation in one node, as the fusion passes make it:
 //! `%s, %n = add_rms_norm %x, %r, @w {eps = 1e-5}`.
 
-use super::def::{EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_float, need_rank};
+use super::def::{EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_eps, need_float, need_rank};
 use crate::attr::{AttrReader, Attrs};
 use crate::tensor::{Tensor, round_to};
 use crate::types::TensorType;
@@ -52,6 +52,7 @@ impl OpDef for AddNorm {
             return Err(format!("takes {} operands, got {}", 2 + vectors, ctx.operands.len()));
         }
         let x = &ctx.operands[0];
+        need_eps(self.eps)?;
         need_float("operand 0", x)?;
         if &ctx.operands[1] != x {
             return Err(format!("the addends {x} and {} differ in type", ctx.operands[1]));

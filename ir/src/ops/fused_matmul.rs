@@ -10,6 +10,7 @@ use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::tensor::Tensor;
 use crate::types::TensorType;
+use crate::weights::core_rows;
 
 /// A step between the accumulators and the store. Steps run in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -66,14 +67,16 @@ impl Epilogue {
     }
 }
 
-/// `y = x w^T`, then the epilogue. `x [.., k]`; the weight is `[n, k]` or packed `[panels, k, panel]`; its rows fall
-/// into segments, and each segment is a result `[.., n_s]` (a gated epilogue makes one of two).
+/// `y = x w^T`, then the epilogue. `x [.., k]`; the weight is `[n, k]`, packed `[panels, k, panel]`, or in cores
+/// `[panels, k / 8, 8, 8]` ([`crate::weights::core_rows`]); its rows fall into segments, and each segment is a result `[.., n_s]` (a gated epilogue makes one of two).
 #[derive(Clone, Debug, PartialEq)]
 pub struct FusedMatmul {
     /// Rows of each segment.
     pub segments: Vec<usize>,
     /// Rows per panel of a packed weight; 0 for a plain one.
     pub panel: usize,
+    /// Whether the weight is in blocks of eight rows by eight columns; `panel` is then 0.
+    pub cores: bool,
     /// Steps before the store; operands follow the weight in the order of the steps that need one.
     pub epilogue: Vec<Epilogue>,
     /// Element type of the results, if it differs from the operand's.
@@ -98,6 +101,11 @@ impl FusedMatmul {
         self.segments.iter().try_fold(0usize, |acc, s| acc.checked_add(*s))
     }
 
+    /// Whether the weight is neither packed nor in cores.
+    pub fn plain(&self) -> bool {
+        self.panel == 0 && !self.cores
+    }
+
     /// The weight row that holds output `column` (over all segments) of the packed form: panel and lane.
     fn packed_at(&self, column: usize) -> (usize, usize) {
         let (mut rest, mut panel) = (column, 0);
@@ -119,6 +127,7 @@ impl OpDef for FusedMatmul {
         let mut attrs = Attrs::default();
         attrs.set("segments", self.segments.clone());
         attrs.set_unless("panel", self.panel, 0);
+        attrs.set_unless("cores", self.cores, false);
         if !self.epilogue.is_empty() {
             attrs.set("epilogue", Attr::List(self.epilogue.iter().map(|e| e.attr()).collect()));
         }
@@ -131,6 +140,10 @@ impl OpDef for FusedMatmul {
     fn from_attrs(_: &str, attrs: &mut AttrReader<'_>) -> Result<Self, String> {
         let segments = attrs.usizes("segments")?;
         let panel = attrs.usize_or("panel", 0)?;
+        let cores = attrs.flag("cores")?;
+        if cores && panel != 0 {
+            return Err("a weight in cores has no panel".into());
+        }
         let epilogue = match attrs.take("epilogue") {
             None => Vec::new(),
             Some(Attr::List(items)) => items.iter().map(Epilogue::parse).collect::<Result<_, _>>()?,
@@ -141,7 +154,7 @@ impl OpDef for FusedMatmul {
             Some(Attr::Word(w)) => Some(DType::parse(w).ok_or_else(|| format!("`{w}` is no element type"))?),
             Some(other) => return Err(format!("out must be an element type, not `{other}`")),
         };
-        Ok(FusedMatmul { segments, panel, epilogue, out })
+        Ok(FusedMatmul { segments, panel, cores, epilogue, out })
     }
 
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
@@ -153,7 +166,13 @@ impl OpDef for FusedMatmul {
             return Err("operand 0 must have at least one axis".into());
         }
         let rows = self.rows().filter(|n| *n > 0).ok_or("segments must have a positive sum")?;
-        if self.panel == 0 {
+        if self.cores {
+            need_rank("the weight in cores", w, 4)?;
+            let panels = self.segments.iter().map(|s| s.div_ceil(8)).sum::<usize>();
+            need_dim("the number of panels", &w.shape[0], &Dim::from(panels))?;
+            need_dim("the rows of a core", &w.shape[2], &Dim::from(8usize))?;
+            need_dim("the columns of a core", &w.shape[3], &Dim::from(8usize))?;
+        } else if self.panel == 0 {
             need_rank("the weight", w, 2)?;
             need_dim("the weight's rows", &w.shape[0], &Dim::from(rows))?;
         } else {
@@ -162,7 +181,8 @@ impl OpDef for FusedMatmul {
             need_dim("the number of panels", &w.shape[0], &Dim::from(panels))?;
             need_dim("the panel", &w.shape[2], &Dim::from(self.panel))?;
         }
-        need_dim("the weight's columns", &w.shape[1], &x.last())?;
+        let columns = if self.cores { w.shape[1].mul(&Dim::from(8usize)) } else { w.shape[1].clone() };
+        need_dim("the weight's columns", &columns, &x.last())?;
         if let Some(at) = self.epilogue.iter().position(|e| matches!(e, Epilogue::Glu(_))) {
             let equal = matches!(self.segments.as_slice(), [a, b] if a == b);
             if !equal || self.epilogue[..at].iter().any(|e| *e != Epilogue::Bias) {
@@ -211,8 +231,12 @@ impl OpDef for FusedMatmul {
             Some(rows) => rows,
             None => ctx.empty(0)?.elements() / ctx.empty(0)?.last().max(1),
         };
+        let place = if self.cores { core_rows(&self.segments, self.glu().is_some()) } else { Vec::new() };
         let weight = |column: usize, i: usize| {
-            if self.panel == 0 {
+            if self.cores {
+                let row = place[column];
+                w.data[((row / 8 * (k / 8) + i / 8) * 8 + row % 8) * 8 + i % 8]
+            } else if self.panel == 0 {
                 w.data[column * k + i]
             } else {
                 let (panel, lane) = self.packed_at(column);
@@ -266,6 +290,9 @@ impl OpDef for FusedMatmul {
     }
 
     fn traits(&self) -> OpTraits {
-        OpTraits { fused_only: true, ..OpTraits::plain(Numerics::Accumulated) }
+        // A tile of the result is stored after the same tile of the last residual was read.
+        let last = self.epilogue.last() == Some(&Epilogue::Residual) && self.widths().len() == 1;
+        let in_place = last.then(|| 1 + self.epilogue.iter().filter(|e| e.has_operand()).count());
+        OpTraits { in_place, fused_only: true, ..OpTraits::plain(Numerics::Accumulated) }
     }
 }

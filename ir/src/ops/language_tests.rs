@@ -4,7 +4,8 @@ use super::add_norm::NormKind;
 use super::attention::Mask;
 use super::binary::BinaryFn;
 use super::fused_matmul::Epilogue;
-use super::pointwise::{Source, Step};
+use super::pointwise::{Out, Source, Step};
+use super::reduce::ReduceFn;
 use super::testing::{close, f32s, fails, fails_eval, i32s, ramp, run};
 use super::unary::UnaryFn;
 use super::*;
@@ -109,7 +110,7 @@ fn mean_pool_is_a_reduction_per_sequence() {
             vec![0.0; 4]
         } else {
             let part = f32s(&[to - from, 4], &x.data[from * 4..to * 4]);
-            let mean = Reduce { function: reduce::ReduceFn::Mean, axes: vec![0], keep: false };
+            let mean = Reduce { function: ReduceFn::Mean, axes: vec![0], keep: false };
             run(mean, &[part]).remove(0).data
         };
         close(&out.data[s * 4..][..4], &expected);
@@ -126,7 +127,13 @@ fn fused_matmul_is_its_parts_in_order() {
         let part = Slice { axis: 1, start: start.into(), end: (start + 5).into(), step: 1 };
         run(part, std::slice::from_ref(x)).remove(0)
     };
-    let split = FusedMatmul { segments: vec![5, 5], panel: 0, epilogue: vec![Epilogue::Bias], out: None };
+    let split = FusedMatmul {
+        segments: vec![5, 5],
+        panel: 0,
+        cores: false,
+        epilogue: vec![Epilogue::Bias],
+        out: None,
+    };
     let parts = run(split.clone(), &[x.clone(), w.clone(), b.clone()]);
     close(&parts[0].data, &half(&biased, 0).data);
     close(&parts[1].data, &half(&biased, 5).data);
@@ -161,11 +168,8 @@ fn pointwise_is_its_steps_as_ops() {
         Step::Select(Source::Step(2), Source::Input(0), Source::Step(1)),
         Step::Cast(DType::BF16, Source::Step(3)),
     ];
-    let region = Pointwise {
-        body,
-        out: vec![Source::Step(3), Source::Step(4)],
-        dtypes: vec![DType::F32, DType::BF16],
-    };
+    let region =
+        Pointwise::elementwise(body, vec![Source::Step(3), Source::Step(4)], vec![DType::F32, DType::BF16]);
     let out = run(region.clone(), &[x.clone(), row.clone()]);
     let product = run(Binary { function: BinaryFn::Mul }, &[x.clone(), row.clone()]).remove(0);
     let tanh = run(Unary { function: UnaryFn::Tanh }, &[product]).remove(0);
@@ -175,6 +179,78 @@ fn pointwise_is_its_steps_as_ops() {
     assert_eq!(out[1].data, run(Cast { to: DType::BF16 }, &[chosen]).remove(0).data);
     let early = Pointwise { body: vec![Step::Unary(UnaryFn::Exp, Source::Step(0))], ..region };
     assert!(fails(early, &[x, row]).contains("does not exist before it"));
+}
+
+/// `e = exp(x - max x)`, `e / sum e`, the sum per row, and what is per row spread over the row.
+#[test]
+fn pointwise_reductions_are_reductions_as_ops() {
+    let (x, scale) = (ramp(&[2, 3, 4]), f32s(&[3, 1], &[0.5, 2.0, -1.0]));
+    let (i, t) = (Source::Input, Source::Step);
+    let body = vec![
+        Step::Binary(BinaryFn::Mul, i(0), i(1)),
+        Step::Reduce(ReduceFn::Max, t(0)),
+        Step::Binary(BinaryFn::Sub, t(0), t(1)),
+        Step::Unary(UnaryFn::Exp, t(2)),
+        Step::Reduce(ReduceFn::Sum, t(3)),
+        Step::Binary(BinaryFn::Div, t(3), t(4)),
+        Step::Reduce(ReduceFn::Mean, i(1)),
+        Step::Reduce(ReduceFn::Sum, i(1)),
+        Step::Reduce(ReduceFn::Min, i(0)),
+    ];
+    let out = vec![
+        Out::full(t(5)),
+        Out::row(t(4)),
+        Out::full(t(1)),
+        Out::row(t(6)),
+        Out::row(t(7)),
+        Out::row(t(8)),
+    ];
+    let region = Pointwise { body, out, dtypes: vec![DType::F32; 6] };
+    let found = run(region.clone(), &[x.clone(), scale.clone()]);
+    let product = run(Binary { function: BinaryFn::Mul }, &[x.clone(), scale.clone()]).remove(0);
+    let soft = run(Softmax { axis: 2 }, std::slice::from_ref(&product)).remove(0);
+    found[0].data.iter().zip(&soft.data).for_each(|(a, b)| assert!((a - b).abs() < 1e-12, "{a} {b}"));
+    let reduce = |function, of: &Tensor| {
+        run(Reduce { function, axes: vec![2], keep: true }, std::slice::from_ref(of)).remove(0)
+    };
+    let top = reduce(ReduceFn::Max, &product);
+    for (row, sum) in found[1].data.iter().enumerate() {
+        let line = &product.data[row * 4..row * 4 + 4];
+        assert!((sum - line.iter().map(|v| (v - top.data[row]).exp()).sum::<f64>()).abs() < 1e-12);
+        assert_eq!(found[2].data[row * 4..row * 4 + 4], [top.data[row]; 4]);
+    }
+    // What is per row counts once for each element.
+    assert_eq!(found[1].shape, [2, 3, 1]);
+    assert_eq!(found[3].data, [0.5, 2.0, -1.0, 0.5, 2.0, -1.0]);
+    assert_eq!(found[4].data, [2.0, 8.0, -4.0, 2.0, 8.0, -4.0]);
+    assert_eq!(found[5].data, reduce(ReduceFn::Min, &x).data);
+    // An empty row is reduced to the neutral element.
+    let sum = Pointwise {
+        body: vec![Step::Reduce(ReduceFn::Sum, i(0)), Step::Unary(UnaryFn::Exp, t(0))],
+        out: vec![Out::row(t(1))],
+        dtypes: vec![DType::F32],
+    };
+    assert_eq!(run(sum, &[f32s(&[2, 0], &[])])[0].data, [1.0, 1.0]);
+}
+
+#[test]
+fn pointwise_refuses_rows_that_do_not_exist_and_too_much() {
+    let x = ramp(&[2, 3]);
+    let (i, t) = (Source::Input, Source::Step);
+    let region = |body: Vec<Step>, out: Vec<Out>| {
+        let dtypes = vec![DType::F32; out.len()];
+        Pointwise { body, out, dtypes }
+    };
+    let sum = Step::Reduce(ReduceFn::Sum, i(0));
+    let full = region(vec![Step::Unary(UnaryFn::Exp, i(0))], vec![Out::row(t(0))]);
+    assert!(fails(full, std::slice::from_ref(&x)).contains("`row(t0)` has a value per element"));
+    let scalar = region(vec![sum.clone()], vec![Out::full(t(0))]);
+    assert!(fails(scalar, &[f32s(&[], &[1.0])]).contains("no axis"));
+    let long = region(vec![sum.clone(); 257], vec![Out::row(t(0))]);
+    assert!(fails(long, std::slice::from_ref(&x)).contains("257 steps, at most 256"));
+    let wide = region(vec![sum.clone()], vec![Out::row(t(0)); 17]);
+    assert!(fails(wide, std::slice::from_ref(&x)).contains("17 results, at most 16"));
+    assert!(fails(region(vec![sum], vec![Out::row(t(0))]), &vec![x; 65]).contains("65 operands, at most 64"));
 }
 
 #[test]

@@ -23,6 +23,7 @@ pub mod movement;
 pub mod normalize;
 pub mod paged_attention;
 pub mod paging;
+pub mod phases;
 pub mod pointwise;
 pub mod reduce;
 pub mod rms_norm;

@@ -145,8 +145,9 @@ impl OpDef for L2Normalize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::RmsNorm;
+    use super::super::add_norm::NormKind;
     use super::super::testing::{close, f32s, fails, i32s, ramp, run};
+    use super::super::{AddNorm, RmsNorm};
     use super::*;
 
     #[test]
@@ -195,6 +196,9 @@ mod tests {
         for eps in [f64::NAN, f64::INFINITY, -1e-5] {
             assert!(fails(LayerNorm { eps }, &[x.clone(), w.clone()]).contains("eps"));
             assert!(fails(L2Normalize { eps }, std::slice::from_ref(&x)).contains("eps"));
+            assert!(fails(RmsNorm { eps }, &[x.clone(), w.clone()]).contains("eps"));
+            let add_norm = AddNorm { kind: NormKind::Rms, eps, sum: false };
+            assert!(fails(add_norm, &[x.clone(), x.clone(), w.clone()]).contains("eps"));
         }
         let plain = LayerNorm { eps: 1e-5 };
         assert!(fails(plain.clone(), std::slice::from_ref(&x)).contains("at least 2"));

@@ -31,13 +31,42 @@ pub struct Reduce {
 }
 
 impl ReduceFn {
-    const ALL: [ReduceFn; 4] = [ReduceFn::Sum, ReduceFn::Mean, ReduceFn::Max, ReduceFn::Min];
+    /// All functions.
+    pub const ALL: [ReduceFn; 4] = [ReduceFn::Sum, ReduceFn::Mean, ReduceFn::Max, ReduceFn::Min];
+
+    /// Its spelling as an op and as a step of a region.
+    pub fn name(self) -> &'static str {
+        Reduce::NAMES[self as usize]
+    }
+
+    /// The function of that spelling.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|f| f.name() == name)
+    }
+
+    /// What elements are combined with first.
+    pub fn start(self) -> f64 {
+        match self {
+            ReduceFn::Sum | ReduceFn::Mean => 0.0,
+            ReduceFn::Max => f64::NEG_INFINITY,
+            ReduceFn::Min => f64::INFINITY,
+        }
+    }
+
+    /// Two values combined; the mean is a sum until it is divided by the count.
+    pub fn combine(self, a: f64, b: f64) -> f64 {
+        match self {
+            ReduceFn::Sum | ReduceFn::Mean => a + b,
+            ReduceFn::Max => a.max(b),
+            ReduceFn::Min => a.min(b),
+        }
+    }
 }
 
 impl OpDef for Reduce {
     const NAMES: &'static [&'static str] = &["reduce_sum", "reduce_mean", "reduce_max", "reduce_min"];
     fn name(&self) -> &'static str {
-        Self::NAMES[self.function as usize]
+        self.function.name()
     }
     fn attrs(&self) -> Attrs {
         let mut attrs = Attrs::default();
@@ -70,12 +99,7 @@ impl OpDef for Reduce {
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let x = ctx.operand(0)?;
         let mut out = ctx.empty(0)?;
-        let start = match self.function {
-            ReduceFn::Sum | ReduceFn::Mean => 0.0,
-            ReduceFn::Max => f64::NEG_INFINITY,
-            ReduceFn::Min => f64::INFINITY,
-        };
-        out.data.iter_mut().for_each(|v| *v = start);
+        out.data.iter_mut().for_each(|v| *v = self.function.start());
         // Extents of an empty tensor may multiply beyond any integer.
         let count: f64 = self.axes.iter().map(|a| x.shape[*a] as f64).product();
         let strides = if x.data.is_empty() { Vec::new() } else { x.strides() };
@@ -85,11 +109,7 @@ impl OpDef for Reduce {
                 target = target * x.shape[axis] + at / strides[axis] % x.shape[axis];
             }
             let slot = &mut out.data[target];
-            *slot = match self.function {
-                ReduceFn::Sum | ReduceFn::Mean => *slot + v,
-                ReduceFn::Max => slot.max(*v),
-                ReduceFn::Min => slot.min(*v),
-            };
+            *slot = self.function.combine(*slot, *v);
         }
         if self.function == ReduceFn::Mean {
             out.data.iter_mut().for_each(|v| *v /= count);

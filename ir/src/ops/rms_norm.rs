@@ -1,7 +1,7 @@
 //! Root mean square normalisation (Zhang and Sennrich 2019): `%1 = rms_norm %0, @w {eps = 1e-5}`.
 
 use super::def::{
-    EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_float, need_rank, need_same_dtype,
+    EvalCtx, InferCtx, Numerics, OpDef, OpTraits, need_dim, need_eps, need_float, need_rank, need_same_dtype,
 };
 use crate::attr::{AttrReader, Attrs};
 use crate::tensor::Tensor;
@@ -29,6 +29,7 @@ impl OpDef for RmsNorm {
 
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
         let [x, w] = ctx.exactly()?;
+        need_eps(self.eps)?;
         need_float("operand 0", x)?;
         need_same_dtype(x, w)?;
         need_rank("the weight", w, 1)?;

@@ -45,10 +45,26 @@ fn check_types(module: &Module, types: &Types<'_>, bindings: &Bindings) -> Resul
         /// Instants: node k writes at 2k + 1 and reads at 2k.
         born: usize,
         dies: usize,
+        /// The same for its launch group as a whole: every node of it may read and write at any of its instants.
+        group_born: usize,
+        group_dies: usize,
     }
     let graph = &module.graph;
     let sizes: Vec<Option<u64>> = types.list().iter().map(|t| t.bytes().extent(bindings)).collect();
     let mut placed: Vec<Placed> = Vec::new();
+    // Where the group of each node begins and ends.
+    let mut begins: Vec<usize> = (0..graph.order.len()).collect();
+    let mut ends = begins.clone();
+    for (at, id) in graph.order.iter().enumerate().skip(1) {
+        if graph.nodes[*id].joined {
+            begins[at] = begins[at - 1];
+        }
+    }
+    for at in (1..begins.len()).rev() {
+        if begins[at] == begins[at - 1] {
+            ends[at - 1] = ends[at];
+        }
+    }
     for (at, id) in graph.order.iter().enumerate() {
         for result in &graph.nodes[*id].results {
             let value = &graph.values[*result];
@@ -66,6 +82,8 @@ fn check_types(module: &Module, types: &Types<'_>, bindings: &Bindings) -> Resul
                 high: low.saturating_add(bytes),
                 born: 2 * at + 1,
                 dies: 2 * at + 2,
+                group_born: 2 * begins[at] + 1,
+                group_dies: 2 * ends[at] + 2,
             });
         }
     }
@@ -77,6 +95,7 @@ fn check_types(module: &Module, types: &Types<'_>, bindings: &Bindings) -> Resul
                 && let Some(p) = placed.get_mut(index[v.index()])
             {
                 p.dies = p.dies.max(2 * at + 2);
+                p.group_dies = p.group_dies.max(2 * ends[at] + 2);
             }
         }
     }
@@ -88,18 +107,25 @@ fn check_types(module: &Module, types: &Types<'_>, bindings: &Bindings) -> Resul
         let named = traits.in_place.and_then(|i| node.operands.get(i));
         let takes_over = index == 0 && named == Some(&Operand::Value(a.value)) && a.low == b.low;
         let read_once = node.operands.iter().filter(|o| **o == Operand::Value(a.value)).count() == 1;
-        takes_over && (traits.view || (a.dies == b.born + 1 && read_once))
+        // Nobody else of the group may still read what the node writes over.
+        let at = (b.born - 1) / 2;
+        let in_group = graph.order[begins[at]..at]
+            .iter()
+            .filter_map(|id| graph.nodes.get(*id))
+            .any(|other| !other.op.traits().view && other.operands.contains(&Operand::Value(a.value)));
+        takes_over && (traits.view || (a.dies == b.born + 1 && read_once && !in_group))
     };
-    // Views of one buffer may live together; find the buffer each view starts from.
-    let root = |start: &Placed| {
+    // Views of one buffer may live together; find the buffer each view starts from. With `in_place`, also through nodes
+    // that replace their operand.
+    let root = |start: &Placed, in_place: bool| {
         let mut value = start.value;
         for _ in 0..graph.order.len() {
             let Def::Node { node, index: 0 } = graph.values[value].def else { break };
             let node = &graph.nodes[node];
-            match node.operands.first() {
-                Some(Operand::Value(from)) if node.op.traits().view && index[from.index()] != usize::MAX => {
-                    value = *from
-                }
+            let traits = node.op.traits();
+            let from = traits.in_place.filter(|_| in_place || traits.view).and_then(|o| node.operands.get(o));
+            match from {
+                Some(Operand::Value(from)) if index[from.index()] != usize::MAX => value = *from,
                 _ => break,
             }
         }
@@ -108,7 +134,12 @@ fn check_types(module: &Module, types: &Types<'_>, bindings: &Bindings) -> Resul
     let fits = |a: &Placed, b: &Placed| -> Result<(), Overlap> {
         let apart = a.arena != b.arena || a.high <= b.low || b.high <= a.low;
         let together = a.born < b.dies && b.born < a.dies;
-        if apart || !together || shares(a, b) || shares(b, a) || (a.low == b.low && root(a) == root(b)) {
+        let in_group = a.group_born < b.group_dies && b.group_born < a.group_dies;
+        if apart || !in_group || shares(a, b) || shares(b, a) {
+            return Ok(());
+        }
+        // What a group replaces step by step is one piece of memory while nobody reads what was replaced.
+        if a.low == b.low && root(a, !together) == root(b, !together) {
             return Ok(());
         }
         let message = format!(
@@ -120,11 +151,11 @@ fn check_types(module: &Module, types: &Types<'_>, bindings: &Bindings) -> Resul
     // A sweep over time. What is alive lies in groups of one offset, and groups are disjoint but for the exceptions
     // above; so a newcomer is compared with the groups that begin inside it and with the last one that begins below.
     let mut deaths: Vec<usize> = (0..placed.len()).collect();
-    deaths.sort_by_key(|i| placed[*i].dies);
+    deaths.sort_by_key(|i| placed[*i].group_dies);
     let mut next_death = 0;
     let mut alive: BTreeMap<(ArenaId, u64, usize), u64> = BTreeMap::new();
     for (i, new) in placed.iter().enumerate() {
-        while deaths.get(next_death).is_some_and(|d| placed[*d].dies <= new.born) {
+        while deaths.get(next_death).is_some_and(|d| placed[*d].group_dies <= new.group_born) {
             let dead = &placed[deaths[next_death]];
             alive.remove(&(dead.arena, dead.low, deaths[next_death]));
             next_death += 1;

@@ -27,6 +27,9 @@ pub struct Liveness {
 
 /// Computes the buffers of every value that needs arena memory: not inputs, not outputs, not states.
 ///
+/// Nodes that are launched together read and write during the whole group: a buffer is born with the group of its first
+/// node and dies with the group of its last reader.
+///
 /// A view shares its operand's buffer. With `in_place`, a result takes the buffer of the operand its op names, if
 /// the types have one size and shape and nothing reads that buffer afterwards.
 pub fn liveness(module: &Module, in_place: bool) -> Liveness {
@@ -59,6 +62,8 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
     graph.outputs.iter().for_each(|o| is_output[o.value.index()] = true);
     let mut buffer_of: Vec<Option<usize>> = vec![None; graph.values.bound()];
     let mut liveness = Liveness::default();
+    let joined = order.iter().any(|id| graph.nodes[*id].joined);
+    let groups = if joined { groups(graph, order) } else { Vec::new() };
     for (at, id) in order.iter().enumerate() {
         let node = &graph.nodes[*id];
         let traits = node.op.traits();
@@ -76,7 +81,14 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
                 let others = node.operands.iter().enumerate().any(|(i, o)| {
                     i != operand && matches!(o, Operand::Value(v) if buffer_of[v.index()] == Some(buffer))
                 });
-                let dies = liveness.buffers[buffer].end == at + 1 && !others;
+                // Another node of the group may still read the operand when this one writes.
+                let earlier = groups.get(at).map_or(at, |(first, _)| *first)..at;
+                let in_group = order[earlier].iter().map(|id| &graph.nodes[*id]).any(|n| {
+                    let reads =
+                        |o: &Operand| matches!(o, Operand::Value(v) if buffer_of[v.index()] == Some(buffer));
+                    !n.op.traits().view && n.operands.iter().any(reads)
+                });
+                let dies = liveness.buffers[buffer].end == at + 1 && !others && !in_group;
                 let same = types.value(*from) == types.value(*result);
                 let fits = same || (traits.view && bytes_of(*from) == bytes_of(*result));
                 (fits && (traits.view || (in_place && dies))).then_some(buffer)
@@ -99,5 +111,78 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
             }
         }
     }
+    if joined {
+        for buffer in &mut liveness.buffers {
+            buffer.start = groups[buffer.start].0;
+            buffer.end = groups[buffer.end - 1].1;
+        }
+    }
     liveness
+}
+
+/// For each position, the first position of its launch group and one past the last.
+fn groups(graph: &Graph, order: &[NodeId]) -> Vec<(usize, usize)> {
+    let mut groups: Vec<(usize, usize)> = Vec::with_capacity(order.len());
+    for (at, id) in order.iter().enumerate() {
+        match groups.last() {
+            Some((first, _)) if graph.nodes[*id].joined => groups.push((*first, at + 1)),
+            _ => groups.push((at, at + 1)),
+        }
+    }
+    for at in (1..groups.len()).rev() {
+        if groups[at - 1].0 == groups[at].0 {
+            groups[at - 1].1 = groups[at].1;
+        }
+    }
+    groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dim::Bindings;
+    use crate::plan::check;
+    use crate::text;
+
+    /// A norm and a matmul that reads it, the matmul joined or not; `place` is where the matmul's result lies.
+    fn norm_and_matmul(joined: &str, place: u64) -> Module {
+        let text = format!(
+            "module @m phase planned {{
+  weight @n : f32[4] = splat(1.0)
+  weight @w : f32[4, 4] = random(seed = 1, std = 1.0)
+  arena act = 192 align 64
+  graph @main(%0 \"x\": f32[4, 4]) -> (\"y\": f32[4, 4]) {{
+    %1 = silu %0 : f32[4, 4] @ act[0]
+    %2 = rms_norm %1, @n {{eps = 1e-5}} : f32[4, 4] @ act[64]
+    %3 = matmul.fused %2, @w {{segments = [4]}} : f32[4, 4] @ act[{place}]{joined}
+    %4 = silu %3 : f32[4, 4] @ out[0]
+    return %4
+  }}
+}}
+"
+        );
+        text::parse(&text).unwrap()
+    }
+
+    #[test]
+    fn a_group_keeps_what_it_reads_until_its_end() {
+        let ends = |joined: &str| {
+            liveness(&norm_and_matmul(joined, 128), false)
+                .buffers
+                .iter()
+                .map(|b| (b.start, b.end))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(ends(""), [(0, 2), (1, 3), (2, 4)]);
+        assert_eq!(ends(" joined"), [(0, 3), (1, 3), (1, 4)]);
+    }
+
+    #[test]
+    fn the_checker_knows_groups() {
+        let at = Bindings::new();
+        // Over the norm's operand: dead for a node of its own, still read by a group.
+        check(&norm_and_matmul("", 0), &at).unwrap();
+        check(&norm_and_matmul(" joined", 0), &at).unwrap_err();
+        check(&norm_and_matmul(" joined", 128), &at).unwrap();
+    }
 }

@@ -149,6 +149,11 @@ impl Draft {
             let last = if self.random.once_in(4) { self.extent() } else { self.width() };
             shape.push(last);
         }
+        // Now and then there are no elements.
+        if rank > 0 && self.random.once_in(24) {
+            let axis = self.random.below(rank);
+            shape[axis] = Dim::from(0i64);
+        }
         shape
     }
 
@@ -279,7 +284,11 @@ impl Draft {
             return found;
         }
         let dtype = self.random.pick(&[DType::I32, DType::I32, DType::I64]);
-        let shape = (0..rank).map(|_| self.extent()).collect();
+        // Nothing indexes an empty axis.
+        let shape = match self.most(extent) {
+            0 => vec![Dim::from(0i64); rank.max(1)],
+            _ => (0..rank).map(|_| self.extent()).collect(),
+        };
         self.input(TensorType { dtype, shape }, Fill::Index(extent.clone()))
     }
 

@@ -2,7 +2,7 @@
 
 use super::Sample;
 use super::contraction::eps;
-use super::draft::{Draft, TAME};
+use super::draft::{Draft, MOST, TAME};
 use super::elementwise::{binary_range, unary_range};
 use super::known::{Known, computes};
 use crate::dim::Dim;
@@ -12,6 +12,7 @@ use crate::ops::add_norm::NormKind;
 use crate::ops::binary::BinaryFn;
 use crate::ops::fused_matmul::Epilogue;
 use crate::ops::pointwise::{Source, Step};
+use crate::ops::reduce::ReduceFn;
 use crate::ops::unary::UnaryFn;
 use crate::ops::{AddNorm, FusedMatmul, Op, Pointwise};
 use crate::types::TensorType;
@@ -34,11 +35,20 @@ impl Sample for FusedMatmul {
         let plain = TensorType::new(ty.dtype, [Dim::from(rows), k.clone()]);
         let w = draft.weight(plain, -0.5, 0.5);
         let panel = draft.random.pick(&[0, 0, 32, 8]);
+        let whole = matches!(w, Operand::Weight(_)) && k.as_const().is_some_and(|k| k % 8 == 0);
+        let cores = panel == 0 && whole && draft.random.once_in(2);
         let weight = match w {
             Operand::Weight(of) if panel > 0 => {
                 let panels: usize = segments.iter().map(|s| s.div_ceil(panel)).sum();
                 let ty = TensorType::new(ty.dtype, [Dim::from(panels), k, Dim::from(panel)]);
                 draft.add_weight(ty, WeightExpr::Pack { panel, segments: segments.clone(), of }, (-0.5, 0.5))
+            }
+            Operand::Weight(of) if cores => {
+                let panels: usize = segments.iter().map(|s| s.div_ceil(8)).sum();
+                let (columns, eight) = (Dim::from(k.as_const().unwrap_or(0) / 8), Dim::from(8usize));
+                let ty = TensorType::new(ty.dtype, [Dim::from(panels), columns, eight.clone(), eight]);
+                let expr = WeightExpr::Cores { segments: segments.clone(), alternate: glu, of };
+                draft.add_weight(ty, expr, (-0.5, 0.5))
             }
             other => other,
         };
@@ -69,7 +79,7 @@ impl Sample for FusedMatmul {
             epilogue.push(step);
         }
         let out = draft.random.once_in(8).then(|| draft.float_type());
-        Some((FusedMatmul { segments, panel, epilogue, out }.into(), operands))
+        Some((FusedMatmul { segments, panel, cores, epilogue, out }.into(), operands))
     }
 
     fn range(&self, operands: &[Known]) -> Option<(f64, f64)> {
@@ -114,6 +124,7 @@ impl Sample for Pointwise {
             operands.push(draft.value(&TensorType { dtype, shape }, -2.0, 2.0));
         }
         let steps = draft.random.between(1, 6);
+        let reduces = !ty.shape.is_empty() && draft.random.once_in(2);
         let mut body: Vec<Step> = Vec::new();
         for at in 0..steps {
             let inputs = operands.len();
@@ -125,7 +136,8 @@ impl Sample for Pointwise {
                 _ => Source::Input(draft.random.below(inputs)),
             };
             let (a, b, c) = (source(), source(), source());
-            let step = match draft.random.below(8) {
+            let step = match draft.random.below(if reduces { 11 } else { 8 }) {
+                8.. => Step::Reduce(draft.random.pick(&ReduceFn::ALL), a),
                 0..=2 => Step::Unary(draft.random.pick(&SMOOTH), a),
                 3..=5 => {
                     let smooth = [BinaryFn::Add, BinaryFn::Sub, BinaryFn::Mul, BinaryFn::Max, BinaryFn::Min];
@@ -143,16 +155,28 @@ impl Sample for Pointwise {
             // Sources counted steps before the comparison was added; they still exist.
             body.push(step);
         }
-        let mut out = vec![Source::Step(body.len() - 1)];
-        if draft.random.once_in(4) {
-            out.push(Source::Step(draft.random.below(body.len())));
+        let mut sources = vec![Source::Step(body.len() - 1)];
+        for _ in 0..draft.random.below(4) / 2 {
+            sources.push(Source::Step(draft.random.below(body.len())));
         }
-        let dtypes = out.iter().map(|_| draft.float_type()).collect();
-        Some((Pointwise { body, out, dtypes }.into(), operands))
+        let mut region = Pointwise::elementwise(body, sources, Vec::new());
+        let inputs: Vec<bool> = operands.iter().map(|o| Pointwise::is_per_row(&draft.ty(*o).shape)).collect();
+        let phases = region.phases(&inputs);
+        for out in &mut region.out {
+            out.per_row = reduces && phases.is_per_row(&out.source) && !draft.random.once_in(3);
+            region.dtypes.push(draft.float_type());
+        }
+        if region.out.len() == 2 && draft.random.once_in(2) {
+            region.out.swap(0, 1);
+        }
+        Some((region.into(), operands))
     }
 
     fn range(&self, operands: &[Known]) -> Option<(f64, f64)> {
         let mut known: Vec<(f64, f64, bool)> = Vec::new();
+        // The longest row; symbols are small.
+        let last = operands.iter().filter_map(|o| o.ty.shape.last());
+        let longest = last.map(|d| d.as_const().unwrap_or(MOST as i64)).max().unwrap_or(1) as f64;
         for step in &self.body {
             let read = |source: &Source| match source {
                 Source::Input(i) => (operands[*i].low, operands[*i].high, operands[*i].exact),
@@ -178,6 +202,14 @@ impl Sample for Pointwise {
                     (x.0.min(y.0), x.1.max(y.1), false)
                 }
                 Step::Cast(_, a) => {
+                    let (low, high, _) = read(a);
+                    (low, high, false)
+                }
+                Step::Reduce(ReduceFn::Sum, a) => {
+                    let (low, high, _) = read(a);
+                    (low.min(low * longest), high.max(high * longest), false)
+                }
+                Step::Reduce(_, a) => {
                     let (low, high, _) = read(a);
                     (low, high, false)
                 }

@@ -19,7 +19,7 @@ use crate::types::TensorType;
 
 /// Adds one motif, as far as it fits: what a motif has made stays.
 pub(super) fn add(draft: &mut Draft) {
-    let _ = match draft.random.below(19) {
+    let _ = match draft.random.below(21) {
         0 | 1 => linear(draft).map(|_| ()),
         2 => gated(draft),
         3 => residual_norm(draft),
@@ -37,6 +37,7 @@ pub(super) fn add(draft: &mut Draft) {
         15 => packed_block(draft),
         16 => spelled::attention(draft),
         17 => spelled::rope(draft),
+        18 | 19 => spelled::statistics(draft),
         _ => split_and_join(draft),
     };
 }

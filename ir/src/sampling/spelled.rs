@@ -84,6 +84,48 @@ pub(super) fn norm(draft: &mut Draft) -> Option<()> {
     Some(())
 }
 
+/// A value scaled or shifted by a statistic of its rows that no norm is: with or without the axis, in several rounds,
+/// now and then over another axis, with values in between that are read elsewhere.
+pub(super) fn statistics(draft: &mut Draft) -> Option<()> {
+    let mut x = draft.tame(1);
+    for _ in 0..draft.random.between(1, 2) {
+        let ty = draft.ty(x);
+        let axis = if draft.random.once_in(8) { 0 } else { ty.rank() - 1 };
+        let inner = match draft.random.below(4) {
+            0 => x,
+            1 => unary(draft, UnaryFn::Abs, x)?,
+            2 => unary(draft, UnaryFn::Sigmoid, x)?,
+            _ => binary(draft, BinaryFn::Mul, x, x)?,
+        };
+        let function = draft.random.pick(&ReduceFn::ALL);
+        let mut statistic = if draft.random.once_in(3) {
+            let dropped = draft.node(Reduce { function, axes: vec![axis], keep: false }, &[inner])?;
+            let mut shape = ty.shape.clone();
+            shape[axis] = Dim::from(1i64);
+            draft.node(Reshape { shape }, &[dropped])?
+        } else {
+            reduce(draft, function, inner, axis)?
+        };
+        if draft.random.once_in(2) {
+            let one = draft.splat(ty.dtype, vec![], 1.0);
+            let positive = unary(draft, UnaryFn::Abs, statistic)?;
+            let shifted = binary(draft, BinaryFn::Add, positive, one)?;
+            // The bounds of `|x| + 1` keep it away from 0.
+            statistic = unary(draft, UnaryFn::Recip, shifted)?;
+        }
+        let whole = if draft.random.once_in(4) { inner } else { x };
+        let function = draft.random.pick(&[BinaryFn::Sub, BinaryFn::Mul, BinaryFn::Max, BinaryFn::Add]);
+        x = binary(draft, function, whole, statistic)?;
+        if draft.random.once_in(4) {
+            unary(draft, UnaryFn::Tanh, inner)?;
+        }
+        if draft.random.once_in(4) {
+            unary(draft, UnaryFn::Tanh, statistic)?;
+        }
+    }
+    Some(())
+}
+
 /// `x sigmoid(x)`, or gelu by `erf` or `tanh`.
 pub(super) fn activation(draft: &mut Draft) -> Option<()> {
     let x = draft.tame(1);

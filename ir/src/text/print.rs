@@ -153,12 +153,16 @@ fn write_expr(f: &mut Formatter<'_>, module: &Module, expr: &WeightExpr) -> fmt:
         WeightExpr::Pack { panel, segments, of } => {
             write!(f, "pack({}, panel = {panel}, segments = [{}])", name(of), List(segments))
         }
+        WeightExpr::Cores { segments, alternate, of } => {
+            let alternate = if *alternate { ", alternate" } else { "" };
+            write!(f, "cores({}, segments = [{}]{alternate})", name(of), List(segments))
+        }
     }
 }
 
 impl Display for NodeText<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let NodeText(module, Node { op, operands, results, loc, kernel }) = self;
+        let NodeText(module, Node { op, operands, results, loc, kernel, joined }) = self;
         write!(f, "{} = {}", List(results), op.name())?;
         for (i, o) in operands.iter().enumerate() {
             write!(f, "{}{}", if i == 0 { " " } else { ", " }, operand_name(module, *o))?;
@@ -186,6 +190,9 @@ impl Display for NodeText<'_> {
             .collect();
         if !places.is_empty() {
             write!(f, " @ {}", List(&places))?;
+        }
+        if *joined {
+            write!(f, " joined")?;
         }
         if let Some(kernel) = kernel {
             write!(f, " via {kernel}")?;

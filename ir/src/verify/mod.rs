@@ -116,7 +116,7 @@ pub fn verify(module: &Module) -> Result<Verified<'_>, Vec<Violation>> {
     module_rules::names(module, &mut report);
     let types = Types::of(module);
     module_rules::symbols(module, &types, &mut report);
-    module_rules::weights(module, &mut report);
+    module_rules::weights(module, &types, &mut report);
     graph_rules::structure(module, &mut report);
     // The rules below follow ids and evaluate dims without asking again whether they may.
     if !report.breaks(&[2, 5, 6, 7]) {

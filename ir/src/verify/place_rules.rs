@@ -34,6 +34,12 @@ pub(super) fn phases(module: &Module, report: &mut Report) {
             _ => {}
         }
     }
+    for (at, id) in graph.order.iter().enumerate() {
+        if graph.nodes.get(*id).is_some_and(|n| n.joined) && (phase < Phase::Scheduled || at == 0) {
+            let what = if at == 0 { "with nothing before it" } else { "before the order is final" };
+            report.add(11, Some(*id), format!("is joined {what}"));
+        }
+    }
     if phase < Phase::Planned && !module.arenas.is_empty() {
         report.add(11, None, format!("there are arenas in phase {phase}"));
     }

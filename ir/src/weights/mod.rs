@@ -3,9 +3,11 @@
 //! Reading is random access and holds at most one panel of a packed weight and one transposed source in memory, so a
 //! compiler that streams an engine out needs memory for a chunk, not for the model.
 
+mod cores;
 mod pack;
 mod random;
 
+pub use cores::{core_panels, core_rows};
 pub use pack::{pack_panel, packed_panels};
 pub use random::normal;
 
@@ -120,6 +122,9 @@ impl<'a> WeightReader<'a> {
             }
             WeightExpr::Slice { axis, start, len, of } => {
                 self.read_slice(weight, *axis, (*start, *len), *of, offset, out, depth)
+            }
+            WeightExpr::Cores { segments, alternate, of } => {
+                self.read_cores(id, weight, (segments, *alternate), *of, offset, out, depth)
             }
             WeightExpr::Pack { panel, segments, of } => {
                 self.read_packed(id, weight, *panel, segments, *of, offset, out, depth)
@@ -328,6 +333,46 @@ impl<'a> WeightReader<'a> {
                     _ => vec![0; panel_bytes as usize],
                 };
                 pack_panel(&source, rows, columns as usize, element as usize, panel, &mut bytes);
+                self.panel = Some(Cached { weight: id, index, bytes });
+            }
+            let Some(cached) = &self.panel else { break };
+            let within = (at % panel_bytes) as usize;
+            let take = (cached.bytes.len() - within).min(out.len() - filled);
+            out[filled..filled + take].copy_from_slice(&cached.bytes[within..within + take]);
+            filled += take;
+            at += take as u64;
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn read_cores(
+        &mut self,
+        id: WeightId,
+        weight: &Weight,
+        (segments, alternate): (&[usize], bool),
+        of: WeightId,
+        offset: u64,
+        out: &mut [u8],
+        depth: usize,
+    ) -> Result<()> {
+        let element = element_bytes(weight)?;
+        let blocks = const_shape(weight)?
+            .get(1)
+            .copied()
+            .ok_or_else(|| broken(weight, "a weight in cores has rank 4"))?;
+        let row_bytes = blocks * 8 * element;
+        let panel_bytes = row_bytes * 8;
+        let (mut at, mut filled) = (offset, 0usize);
+        while filled < out.len() {
+            let index = at.checked_div(panel_bytes).ok_or_else(|| broken(weight, "cores are empty"))?;
+            if self.panel.as_ref().is_none_or(|c| c.weight != id || c.index != index) {
+                let (row, rows) = core_panels(segments, alternate, index as usize)
+                    .ok_or_else(|| broken(weight, "segments do not cover the panels"))?;
+                let mut source = vec![0; rows * row_bytes as usize];
+                self.read_at(of, row as u64 * row_bytes, &mut source, depth + 1)?;
+                let mut bytes = vec![0; panel_bytes as usize];
+                cores::cut(&source, row_bytes as usize, 8 * element as usize, &mut bytes);
                 self.panel = Some(Cached { weight: id, index, bytes });
             }
             let Some(cached) = &self.panel else { break };

@@ -59,6 +59,47 @@ struct Task {
     kv_head: usize,
 }
 
+/// The lanes of a task: its query rows times the query heads of its key head, heads fastest.
+#[derive(Clone, Copy)]
+struct Lanes<'a> {
+    heads: Heads,
+    task: &'a Task,
+    /// Query heads of a key head.
+    group: usize,
+    count: usize,
+}
+
+impl<'a> Lanes<'a> {
+    fn of(heads: Heads, task: &'a Task) -> Self {
+        let group = heads.heads / heads.kv_heads.max(1);
+        Lanes { heads, task, group, count: task.count * group }
+    }
+
+    /// Where a lane's row of `q` or `out` begins.
+    fn place(&self, lane: usize) -> usize {
+        let row = self.task.row + lane / self.group;
+        (row * self.heads.heads + self.task.kv_head * self.group + lane % self.group) * self.heads.d
+    }
+
+    /// The position of a lane's row.
+    fn position(&self, lane: usize) -> usize {
+        self.task.position + lane / self.group
+    }
+
+    /// The keys that a lane sees: from, and up to but not including.
+    fn visible(&self, lane: usize) -> (usize, usize) {
+        visible(self.heads, self.position(lane), self.task.keys)
+    }
+
+    /// First key of each block that some lane sees, and behind the last key.
+    fn blocks(&self) -> (impl Iterator<Item = usize> + use<>, usize) {
+        let keys = self.task.keys;
+        let last = if self.heads.causal { keys.min(self.task.position + self.task.count) } else { keys };
+        let first = visible(self.heads, self.task.position, keys).0;
+        ((first / KEYS * KEYS..last).step_by(KEYS), last)
+    }
+}
+
 /// State of one query row and head while blocks go by.
 #[derive(Clone)]
 struct Running {
@@ -289,9 +330,9 @@ fn attend_panels<T: Element>(
     out: &Shared<'_, T>,
     scratch: &mut Vec<f32>,
 ) {
-    let Heads { heads: query_heads, kv_heads, d, scale, causal, .. } = heads;
-    let group = query_heads / kv_heads.max(1);
-    let lanes = task.count * group;
+    let Heads { d, scale, .. } = heads;
+    let all = Lanes::of(heads, task);
+    let lanes = all.count;
     let panels = lanes.div_ceil(PANEL);
     let padded = panels * PANEL;
     let needed = 2 * padded * d + 2 * KEYS * d + packed_rows_len(KEYS, d) + KEYS * PANEL + 2 * padded + d;
@@ -312,18 +353,14 @@ fn attend_panels<T: Element>(
     totals.fill(0.0);
     tops.fill(f32::NEG_INFINITY);
     queries.fill(0.0);
-    let place =
-        |lane: usize| ((task.row + lane / group) * query_heads + task.kv_head * group + lane % group) * d;
     for lane in 0..lanes {
-        T::widen(&q[place(lane)..][..d], row);
+        T::widen(&q[all.place(lane)..][..d], row);
         let panel = &mut queries[lane / PANEL * PANEL * d..][..PANEL * d];
         let column = panel[lane % PANEL..].iter_mut().step_by(PANEL);
         column.zip(row.iter()).for_each(|(to, x)| *to = x * scale);
     }
-    let position = |lane: usize| task.position + lane / group;
-    let last = if causal { task.keys.min(task.position + task.count) } else { task.keys };
-    let first = visible(heads, task.position, task.keys).0;
-    for block in (first / KEYS * KEYS..last).step_by(KEYS) {
+    let (blocks, last) = all.blocks();
+    for block in blocks {
         let count = KEYS.min(last - block);
         for j in 0..count {
             T::widen(rows.key(task.sequence, block + j, task.kv_head), &mut keys[j * d..(j + 1) * d]);
@@ -332,10 +369,7 @@ fn attend_panels<T: Element>(
         pack_rows(pool.isa, &keys[..count * d], d, count, d, packed);
         for panel in 0..panels {
             let own = panel * PANEL..lanes.min((panel + 1) * PANEL);
-            let (low, high) = (
-                visible(heads, position(own.start), task.keys),
-                visible(heads, position(own.end - 1), task.keys),
-            );
+            let (low, high) = (all.visible(own.start), all.visible(own.end - 1));
             // Windows move up with the position.
             if high.1 <= block || low.0 >= block + count {
                 continue;
@@ -351,7 +385,7 @@ fn attend_panels<T: Element>(
             }
             if low.1 < block + count || high.0 > block {
                 for lane in own.clone() {
-                    let (low, high) = visible(heads, position(lane), task.keys);
+                    let (low, high) = all.visible(lane);
                     for j in (0..count).filter(|j| block + j < low || block + j >= high) {
                         scores[j * PANEL + lane % PANEL] = f32::NEG_INFINITY;
                     }
@@ -384,7 +418,7 @@ fn attend_panels<T: Element>(
         row.iter_mut().zip(column).for_each(|(to, x)| *to = x * factor);
         // SAFETY: a task owns its rows and the query heads of its key head.
         #[allow(unsafe_code)]
-        T::narrow(row, unsafe { out.range(place(lane), d) });
+        T::narrow(row, unsafe { out.range(all.place(lane), d) });
     }
 }
 
@@ -396,13 +430,13 @@ fn attend<T: Element>(
     task: &Task,
     out: &Shared<'_, T>,
 ) {
-    let Heads { heads: query_heads, kv_heads, d, scale, causal, .. } = heads;
-    let group = query_heads / kv_heads.max(1);
-    let lanes = task.count * group;
+    let Heads { d, scale, .. } = heads;
+    let all = Lanes::of(heads, task);
+    let lanes = all.count;
     // Query lanes are (row, head of the group), scaled once.
     let mut queries = vec![0f32; lanes * d];
     for (lane, to) in queries.chunks_exact_mut(d).enumerate() {
-        let at = ((task.row + lane / group) * query_heads + task.kv_head * group + lane % group) * d;
+        let at = all.place(lane);
         T::widen(&q[at..at + d], to);
         to.iter_mut().for_each(|x| *x *= scale);
     }
@@ -410,9 +444,8 @@ fn attend<T: Element>(
     let mut running = vec![Running { top: f32::NEG_INFINITY, total: 0.0 }; lanes];
     let (mut keys, mut values) = (vec![0f32; d * KEYS], vec![0f32; KEYS * d]);
     let mut row_buffer = vec![0f32; d];
-    let last = if causal { task.keys.min(task.position + task.count) } else { task.keys };
-    let first = visible(heads, task.position, task.keys).0;
-    for block in (first / KEYS * KEYS..last).step_by(KEYS) {
+    let (blocks, last) = all.blocks();
+    for block in blocks {
         let count = KEYS.min(last - block);
         for j in 0..count {
             T::widen(rows.key(task.sequence, block + j, task.kv_head), &mut row_buffer);
@@ -420,8 +453,7 @@ fn attend<T: Element>(
             T::widen(rows.value(task.sequence, block + j, task.kv_head), &mut values[j * d..(j + 1) * d]);
         }
         for lane in 0..lanes {
-            let position = task.position + lane / group;
-            let (low, high) = visible(heads, position, task.keys);
+            let (low, high) = all.visible(lane);
             if high <= block || low >= block + count {
                 continue;
             }
@@ -451,7 +483,7 @@ fn attend<T: Element>(
         let total = running[lane].total;
         let factor = if total > 0.0 { 1.0 / total } else { 0.0 };
         sum.iter_mut().for_each(|v| *v *= factor);
-        let at = ((task.row + lane / group) * query_heads + task.kv_head * group + lane % group) * d;
+        let at = all.place(lane);
         // SAFETY: a task owns its rows and the query heads of its key head.
         #[allow(unsafe_code)]
         T::narrow(sum, unsafe { out.range(at, d) });

@@ -36,6 +36,8 @@ pub enum Epilogue<'a, T> {
     Activation(Activation),
     /// Adds `[m, width]`.
     Residual(&'a [T]),
+    /// Adds what the output holds; the last step, and of one output.
+    Accumulate,
     /// Multiplies by `[m, width]`.
     Mul(&'a [T]),
     /// Two equal segments become `activation(gate) * up`; only a bias may stand before it.
@@ -172,6 +174,7 @@ impl<T: Element, B: Element> Matmul<'_, T, B> {
         if m == 0 {
             return;
         }
+        let accumulates = matches!(epilogue.last(), Some(Epilogue::Accumulate));
         let all = targets(segments);
         // A gated product computes panel p of both segments together.
         let panels = if glu { all.len() / 2 } else { all.len() };
@@ -210,11 +213,14 @@ impl<T: Element, B: Element> Matmul<'_, T, B> {
                 let width = segments[target.segment];
                 let after = epilogue.iter().position(|e| matches!(e, Epilogue::Glu(_))).map_or(0, |p| p + 1);
                 finish(pool, &epilogue[after..], target, rows.start, width, acc);
-                for (r, row) in acc.chunks_exact(PANEL).enumerate() {
+                for (r, row) in acc.chunks_exact_mut(PANEL).enumerate() {
                     let start = (rows.start + r) * width + target.within;
                     // SAFETY: tasks own disjoint (panel, row block) rectangles of the outputs.
                     #[allow(unsafe_code)]
                     let out = unsafe { shared[target.segment].range(start, target.width) };
+                    if accumulates {
+                        combine(pool.isa, true, row, out);
+                    }
                     store(pool.isa, &row[..target.width], out);
                 }
             }
@@ -322,7 +328,7 @@ fn finish<T: Element>(
                     combine(pool.isa, add, row, &x[at..at + target.width]);
                 }
             }
-            Epilogue::Glu(_) => {}
+            Epilogue::Glu(_) | Epilogue::Accumulate => {}
         }
     }
 }

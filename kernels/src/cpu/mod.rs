@@ -22,6 +22,7 @@ pub mod pool2d;
 pub mod program;
 pub mod reduce;
 pub mod rope;
+pub mod rows;
 pub mod select;
 #[allow(unsafe_code)]
 pub mod simd;

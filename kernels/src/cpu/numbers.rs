@@ -154,6 +154,8 @@ fn apply(step: &Step, loaded: &[[f64; TILE]], before: &[[f64; TILE]], out: &mut 
             out.iter_mut().zip(choices).for_each(|(o, ((c, a), b))| *o = if *c != 0.0 { *a } else { *b });
         }
         Step::Cast(dtype, _) => out.iter_mut().zip(read(0)).for_each(|(o, a)| *o = round_to(*dtype, *a)),
+        // Regions with reductions are not selected for this kernel.
+        Step::Reduce(..) => {}
     }
 }
 

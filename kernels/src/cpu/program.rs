@@ -1,4 +1,5 @@
-//! Pointwise regions: a small program evaluated tile by tile, so that intermediate values never leave the cache.
+//! Elementwise regions: a small program evaluated tile by tile, so that intermediate values never leave the cache.
+//! Regions with reductions are [`super::rows`]'.
 
 use half::{bf16, f16};
 use millrace_ir::DType;
@@ -9,7 +10,7 @@ use millrace_ir::ops::unary::UnaryFn;
 use super::element::Element;
 use super::math;
 use super::parallel::{Pool, Shared};
-use super::simd::dispatch;
+use super::simd::{Isa, dispatch};
 use super::view::View;
 
 /// Elements of one tile.
@@ -68,14 +69,105 @@ pub enum Out<'a> {
     Bool(&'a mut [u8]),
 }
 
-enum SharedOut<'a> {
+/// A result that tasks write at disjoint ranges.
+pub(super) enum SharedOut<'a> {
     F32(Shared<'a, f32>),
     Bf16(Shared<'a, bf16>),
     F16(Shared<'a, f16>),
     Bool(Shared<'a, u8>),
 }
 
-/// Runs `body` over `len` elements in rows of `columns`; result `i` is `out[i]`.
+/// Values of one tile.
+pub(super) type Tile = [f32; TILE];
+
+/// What the steps of a program have computed for one tile.
+pub(super) struct Tiles {
+    /// By input.
+    pub inputs: Vec<Tile>,
+    /// By step.
+    pub steps: Vec<Tile>,
+    constants: Vec<(u32, Tile)>,
+}
+
+impl Tiles {
+    /// Room for a program, with its constants.
+    pub fn new(inputs: usize, body: &[Step], out: &[Source]) -> Self {
+        let mut constants: Vec<(u32, Tile)> = Vec::new();
+        for source in body.iter().flat_map(Step::sources).chain(out.iter().copied()) {
+            if let Source::Const(c) = source {
+                let c = c as f32;
+                if constants.iter().all(|(bits, _)| *bits != c.to_bits()) {
+                    constants.push((c.to_bits(), [c; TILE]));
+                }
+            }
+        }
+        Tiles { inputs: vec![[0.0; TILE]; inputs], steps: vec![[0.0; TILE]; body.len()], constants }
+    }
+
+    /// The values of a source of the program.
+    pub fn get(&self, source: &Source) -> &Tile {
+        read(&self.inputs, &self.steps, &self.constants, source)
+    }
+
+    /// Computes the first `count` values of an elementwise step from its sources.
+    pub fn apply(&mut self, isa: Isa, at: usize, step: &Step, count: usize) {
+        let (before, here) = self.steps.split_at_mut(at);
+        let here = &mut here[0][..count];
+        let read = |source: &Source| &read(&self.inputs, before, &self.constants, source)[..count];
+        match step {
+            Step::Unary(f, a) => {
+                here.copy_from_slice(read(a));
+                unary(isa, *f, here);
+            }
+            Step::Binary(f, a, b) => {
+                here.copy_from_slice(read(a));
+                binary(isa, *f, here, read(b));
+            }
+            Step::Select(c, a, b) => {
+                let choices = read(c).iter().zip(read(a)).zip(read(b));
+                here.iter_mut()
+                    .zip(choices)
+                    .for_each(|(h, ((c, a), b))| *h = if *c != 0.0 { *a } else { *b });
+            }
+            Step::Cast(dtype, a) => {
+                here.copy_from_slice(read(a));
+                round(*dtype, here);
+            }
+            // Rows are another module's.
+            Step::Reduce(..) => {}
+        }
+    }
+}
+
+fn read<'a>(
+    inputs: &'a [Tile],
+    steps: &'a [Tile],
+    constants: &'a [(u32, Tile)],
+    source: &Source,
+) -> &'a Tile {
+    const NOTHING: &Tile = &[0.0; TILE];
+    match source {
+        Source::Input(i) => &inputs[*i],
+        Source::Step(t) => &steps[*t],
+        Source::Const(c) => {
+            let bits = (*c as f32).to_bits();
+            constants.iter().find(|(b, _)| *b == bits).map_or(NOTHING, |(_, tile)| tile)
+        }
+    }
+}
+
+/// Shares the results among tasks.
+pub(super) fn share(outputs: Vec<Out<'_>>) -> Vec<SharedOut<'_>> {
+    let shared = |o| match o {
+        Out::F32(x) => SharedOut::F32(Shared::new(x)),
+        Out::Bf16(x) => SharedOut::Bf16(Shared::new(x)),
+        Out::F16(x) => SharedOut::F16(Shared::new(x)),
+        Out::Bool(x) => SharedOut::Bool(Shared::new(x)),
+    };
+    outputs.into_iter().map(shared).collect()
+}
+
+/// Runs elementwise steps over `len` elements in rows of `columns`; result `i` is `out[i]`.
 pub fn run(
     pool: &Pool,
     body: &[Step],
@@ -85,70 +177,39 @@ pub fn run(
     inputs: &[Input<'_>],
     outputs: Vec<Out<'_>>,
 ) {
-    let outputs: Vec<SharedOut<'_>> = outputs
-        .into_iter()
-        .map(|o| match o {
-            Out::F32(x) => SharedOut::F32(Shared::new(x)),
-            Out::Bf16(x) => SharedOut::Bf16(Shared::new(x)),
-            Out::F16(x) => SharedOut::F16(Shared::new(x)),
-            Out::Bool(x) => SharedOut::Bool(Shared::new(x)),
-        })
-        .collect();
+    let outputs = share(outputs);
     const TILES: usize = 16;
     let columns = columns.max(1);
     pool.run(len.div_ceil(TILE * TILES), len * (body.len() + 2) * 4, |task| {
-        let mut loaded = vec![[0f32; TILE]; inputs.len()];
-        let mut steps = vec![[0f32; TILE]; body.len()];
+        let mut tiles = Tiles::new(inputs.len(), body, out);
         for start in (task * TILE * TILES..len.min((task + 1) * TILE * TILES)).step_by(TILE) {
             let count = TILE.min(len - start);
-            for (input, tile) in inputs.iter().zip(&mut loaded) {
-                if input.layout == Layout::InOut {
-                    read_back(&outputs[0], start, &mut tile[..count]);
-                } else {
-                    load(input, start, columns, &mut tile[..count]);
-                }
+            for (input, tile) in inputs.iter().zip(&mut tiles.inputs) {
+                fetch(input, &outputs, start, columns, &mut tile[..count]);
             }
             for (at, step) in body.iter().enumerate() {
-                let (before, here) = steps.split_at_mut(at);
-                let read = |source: &Source| match source {
-                    Source::Input(i) => loaded[*i],
-                    Source::Step(t) => before[*t],
-                    Source::Const(c) => [*c as f32; TILE],
-                };
-                let here = &mut here[0];
-                match step {
-                    Step::Unary(f, a) => {
-                        *here = read(a);
-                        unary(pool.isa, *f, here);
-                    }
-                    Step::Binary(f, a, b) => {
-                        *here = read(a);
-                        binary(pool.isa, *f, here, &read(b));
-                    }
-                    Step::Select(c, a, b) => {
-                        *here = read(a);
-                        let (c, b) = (read(c), read(b));
-                        here.iter_mut()
-                            .zip(c)
-                            .zip(b)
-                            .for_each(|((h, c), b)| *h = if c != 0.0 { *h } else { b });
-                    }
-                    Step::Cast(dtype, a) => {
-                        *here = read(a);
-                        round(*dtype, here);
-                    }
-                }
+                tiles.apply(pool.isa, at, step, count);
             }
             for (source, output) in out.iter().zip(&outputs) {
-                let tile = match source {
-                    Source::Input(i) => loaded[*i],
-                    Source::Step(t) => steps[*t],
-                    Source::Const(c) => [*c as f32; TILE],
-                };
-                store(output, start, &tile[..count]);
+                store(output, start, &tiles.get(source)[..count]);
             }
         }
     });
+}
+
+/// Loads elements `start..` of an input as it repeats over rows of `columns`.
+pub(super) fn fetch(
+    input: &Input<'_>,
+    outputs: &[SharedOut<'_>],
+    start: usize,
+    columns: usize,
+    tile: &mut [f32],
+) {
+    if input.layout == Layout::InOut {
+        read_back(&outputs[0], start, tile);
+    } else {
+        load(input, start, columns, tile);
+    }
 }
 
 fn load(input: &Input<'_>, start: usize, columns: usize, tile: &mut [f32]) {
@@ -203,8 +264,9 @@ fn read_back(output: &SharedOut<'_>, start: usize, tile: &mut [f32]) {
     }
 }
 
+/// Rounds a tile to the elements `start..` of a result, which lie in a range of the calling task.
 #[allow(unsafe_code)]
-fn store(output: &SharedOut<'_>, start: usize, tile: &[f32]) {
+pub(super) fn store(output: &SharedOut<'_>, start: usize, tile: &[f32]) {
     let n = tile.len();
     // SAFETY: as in `read_back`.
     unsafe {
@@ -219,7 +281,7 @@ fn store(output: &SharedOut<'_>, start: usize, tile: &[f32]) {
     }
 }
 
-fn round(dtype: DType, tile: &mut [f32; TILE]) {
+fn round(dtype: DType, tile: &mut [f32]) {
     match dtype {
         DType::F32 => {}
         DType::BF16 => tile.iter_mut().for_each(|v| *v = <bf16 as Element>::from_f32(*v).to_f32()),
@@ -232,7 +294,7 @@ fn round(dtype: DType, tile: &mut [f32; TILE]) {
 
 dispatch! {
     /// Applies a function to a tile.
-    pub fn unary(f: UnaryFn, x: &mut [f32; 256]) {
+    pub fn unary(f: UnaryFn, x: &mut [f32]) {
         macro_rules! map { ($g:expr) => { for v in x.iter_mut() { *v = ($g)(*v); } } }
         match f {
             UnaryFn::Neg => map!(|v: f32| -v),
@@ -259,7 +321,7 @@ dispatch! {
 
 dispatch! {
     /// Combines two tiles into the first.
-    pub fn binary(f: BinaryFn, x: &mut [f32; 256], y: &[f32; 256]) {
+    pub fn binary(f: BinaryFn, x: &mut [f32], y: &[f32]) {
         macro_rules! zip { ($g:expr) => { for (a, b) in x.iter_mut().zip(y) { *a = ($g)(*a, *b); } } }
         let truth = |t: bool| f32::from(u8::from(t));
         match f {
@@ -327,6 +389,7 @@ mod tests {
                             }
                         }
                         Step::Cast(..) => millrace_ir::tensor::round_to(DType::BF16, a),
+                        Step::Reduce(..) => continue,
                     };
                     let found = f64::from(*found);
                     let same = (found.is_nan() && expected.is_nan()) || found == expected;

@@ -10,6 +10,9 @@ pub const REFERENCE: &str = "cpu.reference";
 /// The kernel of elementwise ops whose operands, results and casts are floats of 16 or 32 bits or truth values.
 pub const POINTWISE: &str = "cpu.pointwise";
 
+/// The kernel of regions of the same types that reduce rows.
+pub const POINTWISE_ROWS: &str = "cpu.pointwise.rows";
+
 fn computes(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::BF16 | DType::F16)
 }
@@ -49,7 +52,8 @@ fn movement(op: &Op) -> Option<&'static str> {
     }
 }
 
-/// Element by element: floats and truth values in f32, everything else in f64; tensors may be empty.
+/// Element by element: floats and truth values in f32, everything else in f64; tensors may be empty. Rows are reduced in
+/// f32 only.
 fn elementwise(module: &Module, node: &Node) -> Option<&'static str> {
     let in_f32 = |dtype: DType| computes(dtype) || dtype == DType::Bool;
     let operands = node.operands.iter().map(|o| module.operand_type(*o).dtype);
@@ -58,7 +62,11 @@ fn elementwise(module: &Module, node: &Node) -> Option<&'static str> {
     let fast = match &node.op {
         Op::Unary(_) | Op::Binary(_) | Op::Cast(_) => fast,
         Op::Pointwise(p) => {
-            fast && p.body.iter().all(|s| !matches!(s, Step::Cast(dtype, _) if !in_f32(*dtype)))
+            let fast = fast && p.body.iter().all(|s| !matches!(s, Step::Cast(dtype, _) if !in_f32(*dtype)));
+            if p.has_rows() {
+                return Some(if fast { POINTWISE_ROWS } else { REFERENCE });
+            }
+            fast
         }
         _ => return None,
     };
@@ -107,6 +115,7 @@ fn rows(module: &Module, node: &Node) -> Option<&'static str> {
         Op::FusedMatmul(f)
             if computes(ty(0).dtype)
                 && computes(result.dtype)
+                && !f.cores
                 && (0..node.operands.len()).all(|i| ty(i).dtype == ty(0).dtype) =>
         {
             if f.panel == PANEL {

@@ -7,10 +7,32 @@
 //! or a CUDA library.
 
 pub mod arch;
+pub mod argmax;
+pub mod attention;
+mod body;
+pub mod conv;
+mod copy;
+#[cfg(test)]
+mod device_tests;
 pub mod matmul;
+pub mod movement;
 pub mod plan;
+pub mod pointwise;
+pub mod reduce;
+pub mod rope;
+pub mod rows;
+pub mod select;
 pub mod source;
+pub mod space;
 
 pub use arch::Arch;
 pub use plan::{Argument, Planned, Site, SiteLaunch, SiteVariant};
+pub use select::plan as plan_site;
 pub use source::{Promise, Source};
+
+use std::sync::Arc;
+
+/// Kernels beside the graph: name, source, threads of a block.
+pub fn helpers(_arch: Arch) -> Vec<(&'static str, Arc<Source>, u32)> {
+    vec![("argmax", argmax::argmax(), argmax::THREADS)]
+}

@@ -7,7 +7,7 @@ use millrace_ir::builder::Builder;
 use millrace_ir::ops::attention::Mask;
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::fused_matmul::{Epilogue, FusedMatmul};
-use millrace_ir::ops::pointwise::{Source, Step};
+use millrace_ir::ops::pointwise::{Out, Source, Step};
 use millrace_ir::ops::reduce::ReduceFn;
 use millrace_ir::ops::rope::{RopeLayout, RopeScaling};
 use millrace_ir::ops::unary::UnaryFn;
@@ -101,8 +101,8 @@ fn kernel(op: impl Into<Op>, operands: &[Spec]) -> String {
     module(&op.into(), operands).kernels[KernelId::from_index(0)].name.clone()
 }
 
-/// Bytes of every result; `in_place` lets result 0 replace operand 0.
-fn execute(module: &Module, tensors: &[Tensor], pool: &Pool, in_place: bool) -> Vec<Vec<u8>> {
+/// Bytes of every result; with `in_place` result 0 replaces that operand.
+fn execute(module: &Module, tensors: &[Tensor], pool: &Pool, in_place: Option<usize>) -> Vec<Vec<u8>> {
     let mut inputs: Vec<Vec<u8>> = tensors.iter().map(Tensor::to_bytes).collect();
     let aligned = |bytes: &[u8]| {
         let mut buffer = Buffer::zeroed(bytes.len() as u64, "a test").unwrap();
@@ -116,15 +116,16 @@ fn execute(module: &Module, tensors: &[Tensor], pool: &Pool, in_place: bool) -> 
         .enumerate()
         .map(|(i, r)| {
             let bytes = module.graph.values[*r].ty.bytes().extent(&Bindings::new()).unwrap() as usize;
-            let before = if in_place && i == 0 { inputs[0].clone() } else { vec![0xA5; bytes] };
+            let replaced = in_place.filter(|_| i == 0).map(|operand| inputs[operand].clone());
+            let before = replaced.unwrap_or_else(|| vec![0xA5; bytes]);
             aligned(&before)
         })
         .collect();
     let mut held: Vec<Buffer> = inputs.drain(..).map(|b| aligned(&b)).collect();
     let outputs_at: Vec<Region> = outputs.iter_mut().map(Buffer::region).collect();
     let mut inputs_at: Vec<Region> = held.iter_mut().map(Buffer::region).collect();
-    if in_place {
-        inputs_at[0] = outputs_at[0];
+    if let Some(operand) = in_place {
+        inputs_at[operand] = outputs_at[0];
     }
     let regions = Regions {
         inputs: inputs_at,
@@ -171,16 +172,17 @@ fn check(op: impl Into<Op>, operands: &[Spec], seed: u64) {
     for tensor in &mut expected {
         *tensor = Tensor::from_bytes(tensor.dtype, &tensor.shape, &tensor.to_bytes()).unwrap();
     }
-    let found = execute(&module, &tensors, &POOLS[0], false);
+    let found = execute(&module, &tensors, &POOLS[0], None);
     let exact = op.traits().numerics == Numerics::Exact;
     for (bytes, expected) in found.iter().zip(&expected) {
         let tensor = Tensor::from_bytes(expected.dtype, &expected.shape, bytes).unwrap();
         close(&tensor, expected, exact, &what);
     }
-    assert_eq!(found, execute(&module, &tensors, &POOLS[1], false), "threads: {what}");
-    let same = operands.first().is_some_and(|o| types[0] == TensorType::new(o.0, o.1.iter().copied()));
-    if op.traits().in_place == Some(0) && same {
-        assert_eq!(found, execute(&module, &tensors, &POOLS[1], true), "in place: {what}");
+    assert_eq!(found, execute(&module, &tensors, &POOLS[1], None), "threads: {what}");
+    let same =
+        |i: usize| operands.get(i).is_some_and(|o| types[0] == TensorType::new(o.0, o.1.iter().copied()));
+    if let Some(operand) = op.traits().in_place.filter(|i| same(*i)) {
+        assert_eq!(found, execute(&module, &tensors, &POOLS[1], Some(operand)), "in place: {what}");
     }
 }
 
@@ -334,8 +336,49 @@ proptest! {
             Step::Cast(types[3], Source::Step(2)),
         ];
         let out = vec![Source::Step(3), Source::Step(1)];
-        let op = Pointwise { body, out, dtypes: vec![types[0], DType::Bool] };
+        let op = Pointwise::elementwise(body, out, vec![types[0], DType::Bool]);
         let operands: Vec<Spec> = (0..3).map(|i| (types[i], repeated(&shape, masks[i]), Fill::Tame)).collect();
+        check(op, &operands, seed);
+    }
+
+    /// Rows shorter and longer than a tile, operands that repeat in any way, results per element and per row, and
+    /// result 0 of either kind in place of operand 0.
+    #[test]
+    fn regions_of_rows(
+        types in proptest::collection::vec(floats(), 3), shape in shape(1..9, 1..4), masks: [u64; 3],
+        columns in 0usize..600, f in proptest::sample::select(ReduceFn::ALL.to_vec()), swap: bool, seed: u64,
+    ) {
+        let mut shape = shape;
+        *shape.last_mut().unwrap() = columns;
+        let (i, t) = (Source::Input, Source::Step);
+        let body = vec![
+            Step::Binary(BinaryFn::Mul, i(0), i(1)),
+            Step::Unary(UnaryFn::Abs, t(0)),
+            Step::Reduce(f, t(1)),
+            Step::Binary(BinaryFn::Add, t(2), Source::Const(1.0)),
+            Step::Binary(BinaryFn::Max, t(3), Source::Const(0.5)),
+            Step::Binary(BinaryFn::Div, t(0), t(4)),
+            Step::Binary(BinaryFn::Sub, i(2), t(5)),
+            Step::Reduce(ReduceFn::Max, t(6)),
+            Step::Binary(BinaryFn::Le, i(2), Source::Const(0.0)),
+            Step::Select(t(8), t(7), t(1)),
+        ];
+        let mut op = Pointwise {
+            body,
+            out: vec![Out::full(t(9)), Out::row(t(7)), Out::full(t(5)), Out::row(t(3))],
+            dtypes: vec![types[0], types[0], types[1], DType::F32],
+        };
+        let mut operands: Vec<Spec> =
+            (0..3).map(|i| (types[i], repeated(&shape, masks[i]), Fill::Tame)).collect();
+        // The whole shape, so that there is an axis to reduce; what the result may replace is of its type.
+        operands[2].1 = shape.clone();
+        if masks[0] & 1 == 1 {
+            operands[0].1 = shape.clone();
+        }
+        if swap {
+            op.out.swap(0, 1);
+            *operands[0].1.last_mut().unwrap_or(&mut 1) = 1;
+        }
         check(op, &operands, seed);
     }
 
@@ -393,7 +436,8 @@ proptest! {
     fn unpacked_products(
         dtype in floats(), out in proptest::option::of(floats()), m in 1usize..14, k in 1usize..70,
         segments in proptest::collection::vec(1usize..40, 1..3),
-        panel in proptest::sample::select(vec![0usize, 0, 5, 16, 32]), bias: bool, seed: u64,
+        panel in proptest::sample::select(vec![0usize, 0, 5, 16, 32]), bias: bool, residuals in 0usize..3,
+        seed: u64,
     ) {
         let n: usize = segments.iter().sum();
         let weight = match panel {
@@ -406,7 +450,11 @@ proptest! {
             operands.push((dtype, vec![n], Fill::Tame));
             epilogue.push(Epilogue::Bias);
         }
-        check(FusedMatmul { segments, panel, epilogue, out }, &operands, seed);
+        for _ in 0..if segments.len() == 1 { residuals } else { 0 } {
+            operands.push((dtype, vec![m, n], Fill::Tame));
+            epilogue.push(Epilogue::Residual);
+        }
+        check(FusedMatmul { segments, panel, cores: false, epilogue, out }, &operands, seed);
     }
 
     #[test]
@@ -478,6 +526,12 @@ fn large_tensors() {
     check(Conv2d { pad: [0; 4], groups: 2, ..conv }, &operands, 9);
 }
 
+/// The sum of every row.
+fn row_sums(dtype: DType) -> Pointwise {
+    let body = vec![Step::Reduce(ReduceFn::Sum, Source::Input(0))];
+    Pointwise { body, out: vec![Out::row(Source::Step(0))], dtypes: vec![dtype] }
+}
+
 /// All that may still run the reference evaluator: 4-bit elements, which no kernel addresses; sums and windows of 8-bit
 /// floats; and rows that are known to be empty.
 #[test]
@@ -515,11 +569,13 @@ fn the_reference_evaluator_is_for_exotic_types() {
                 count_include_pad: false,
             };
             let conv = Conv2d { stride: [1, 1], pad: [0; 4], dilation: [1, 1], groups: 1 };
-            let product = FusedMatmul { segments: vec![2], panel: 0, epilogue: vec![], out: None };
+            let product =
+                FusedMatmul { segments: vec![2], panel: 0, cores: false, epilogue: vec![], out: None };
             ops.extend([
                 (Op::from(Unary { function: UnaryFn::Exp }), vec![x.clone()]),
                 (Embedding.into(), vec![x.clone(), ids]),
                 (Reduce { function: ReduceFn::Sum, axes: vec![0], keep: false }.into(), vec![x.clone()]),
+                (row_sums(dtype).into(), vec![x.clone()]),
                 (Softmax { axis: 0 }.into(), vec![x.clone()]),
                 (Matmul { transpose_b: false, out: None }.into(), vec![x.clone(), x.clone()]),
                 (product.into(), vec![x.clone(), x.clone()]),
@@ -533,7 +589,7 @@ fn the_reference_evaluator_is_for_exotic_types() {
             }
         }
     }
-    let sums = ["reduce_sum", "softmax", "matmul", "matmul.fused", "conv2d", "avg_pool2d"];
+    let sums = ["reduce_sum", "pointwise", "softmax", "matmul", "matmul.fused", "conv2d", "avg_pool2d"];
     let eight_bits = ["f8e4m3", "f8e5m2"].into_iter().flat_map(|d| sums.map(|op| format!("{op} {d}")));
     let moves = [
         "cast",

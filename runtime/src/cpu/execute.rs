@@ -12,7 +12,7 @@ use millrace_ir::ops::fused_matmul;
 use millrace_ir::ops::rope::RopeLayout;
 use millrace_ir::ops::unary::UnaryFn;
 use millrace_ir::ops::{FusedMatmul, Matmul as MatmulOp};
-use millrace_ir::{Bindings, DType, Error, Kind, Module, Op, Result, TensorType};
+use millrace_ir::{Bindings, DType, Dim, Error, Kind, Module, Op, Result, TensorType};
 use millrace_kernels::cpu::Pool;
 use millrace_kernels::cpu::attention::{Heads, packed_attention, paged_attention};
 use millrace_kernels::cpu::element::Element;
@@ -24,7 +24,7 @@ use millrace_kernels::cpu::normalize::{
 };
 use millrace_kernels::cpu::paging::{Paging, kv_append};
 use millrace_kernels::cpu::rope::{Pairs, rope};
-use millrace_kernels::cpu::select::{POINTWISE, REFERENCE};
+use millrace_kernels::cpu::select::{POINTWISE, POINTWISE_ROWS, REFERENCE};
 
 use super::reference;
 use crate::memory::{Plain, Region};
@@ -133,8 +133,13 @@ impl<'a> Node<'a> {
     }
 
     pub(super) fn shape(&self, ty: &TensorType) -> Result<Vec<usize>> {
-        let shape = ty.shape_at(self.bindings).ok_or_else(|| internal("a shape has no value"))?;
-        Ok(shape.into_iter().map(|d| d as usize).collect())
+        self.extents(&ty.shape)
+    }
+
+    /// The values of dims.
+    pub(super) fn extents(&self, dims: &[Dim]) -> Result<Vec<usize>> {
+        let extent = |d: &Dim| d.extent(self.bindings).and_then(|n| usize::try_from(n).ok());
+        dims.iter().map(|d| extent(d).ok_or_else(|| internal("a shape has no value"))).collect()
     }
 
     /// An index operand as i32.
@@ -265,6 +270,7 @@ impl<'a> Node<'a> {
             Op::Matmul(op) => {
                 with_float!(self.ty(0).dtype, T => with_float!(dtype, O => self.plain_matmul::<T, O>(pool, op)))
             }
+            Op::Pointwise(op) if kernel == POINTWISE_ROWS => self.region_of_rows(pool, op),
             Op::Unary(_) | Op::Binary(_) | Op::Cast(_) | Op::Pointwise(_) => {
                 self.elementwise(pool, kernel == POINTWISE)
             }
@@ -301,17 +307,22 @@ impl<'a> Node<'a> {
         let x = self.shape(self.ty(0))?;
         let k = x.last().copied().unwrap_or(1);
         let m = x[..x.len() - 1].iter().product();
+        // A residual that the result replaces is read through the result only.
+        let replaced = self.node.op.traits().in_place.filter(|i| self.operands[*i].same(self.results[0]));
+        if replaced.is_some() && self.results[0].len() > 0 && self.ty(0).dtype != self.result_ty(0).dtype {
+            return Err(internal("an operand cannot be replaced"));
+        }
         let mut next = 2;
-        let mut operand = || {
-            next += 1;
-            self.read::<T>(next - 1)
-        };
         let epilogue = op
             .epilogue
             .iter()
             .map(|step| {
+                let at = next;
+                next += usize::from(step.has_operand());
+                let operand = || self.read::<T>(at);
                 Ok(match step {
                     fused_matmul::Epilogue::Bias => Epilogue::Bias(operand()?),
+                    fused_matmul::Epilogue::Residual if replaced == Some(at) => Epilogue::Accumulate,
                     fused_matmul::Epilogue::Residual => Epilogue::Residual(operand()?),
                     fused_matmul::Epilogue::Mul => Epilogue::Mul(operand()?),
                     fused_matmul::Epilogue::Activation(f) => Epilogue::Activation(activation(*f)?),

@@ -3,6 +3,7 @@
 //! Before a node runs, its results are checked to overlap no operand, except the one it may replace in place. So
 //! even an engine with a forged plan cannot make two references to the same bytes.
 
+mod backend;
 #[allow(unsafe_code)]
 mod execute;
 mod numeric;
@@ -11,32 +12,23 @@ mod tensors;
 
 use std::time::Instant;
 
-use millrace_ir::{Bindings, Def, Error, Id, Kind, Module, NodeId, Op, Operand, Place, Result};
+use millrace_ir::{Bindings, Error, Id, Kind, Module, Op, Result};
 use millrace_kernels::cpu::Pool;
 use millrace_kernels::cpu::select::{REFERENCE, select};
 
 use crate::memory::Region;
+use crate::places;
 use crate::profile::Profile;
 
+pub(crate) use backend::Cpu;
+
 /// Memory of one step.
-pub(crate) struct Regions {
-    pub inputs: Vec<Region>,
-    pub outputs: Vec<Region>,
-    pub arenas: Vec<Region>,
-    pub states: Vec<Option<Region>>,
-    pub weights: Vec<Option<Region>>,
-}
+pub(crate) type Regions = places::Regions<Region>;
 
 /// What is prepared once for a graph.
 pub(crate) struct Program {
     /// By node: rotary frequencies, where a node needs them.
     frequencies: Vec<Option<Vec<f32>>>,
-}
-
-fn forged(message: &str, node: NodeId) -> Error {
-    Error::new(Kind::BadInput, "engine/forged", message)
-        .at(node)
-        .hint("the engine was altered: build it again")
 }
 
 impl Program {
@@ -74,27 +66,10 @@ impl Program {
         mut profile: Option<&mut Profile>,
     ) -> Result<()> {
         let graph = &module.graph;
-        let mut values: Vec<Option<Region>> = vec![None; graph.values.bound()];
-        for (id, region) in graph.inputs.iter().zip(&regions.inputs) {
-            values[id.index()] = Some(*region);
-        }
+        let mut values = regions.input_values(module);
         for id in &graph.order {
             let node = &graph.nodes[*id];
-            for result in &node.results {
-                values[result.index()] = Some(place(module, regions, bindings, *result, *id)?);
-            }
-            let operands = node
-                .operands
-                .iter()
-                .map(|o| match o {
-                    Operand::Value(v) => values[v.index()],
-                    Operand::Weight(w) => regions.weights.get(w.index()).copied().flatten(),
-                    Operand::State(s) => regions.states.get(s.index()).copied().flatten(),
-                })
-                .collect::<Option<Vec<Region>>>()
-                .ok_or_else(|| forged("an operand has no memory", *id))?;
-            let results: Vec<Region> = node.results.iter().filter_map(|r| values[r.index()]).collect();
-            disjoint(&node.op, &operands, &results, *id)?;
+            let (operands, results) = regions.place_node(module, bindings, *id, &mut values)?;
             let step = execute::Node {
                 module,
                 node,
@@ -112,63 +87,11 @@ impl Program {
                 profile.node(*id, start);
             }
         }
-        // Inputs, versions of states and values with several names end up where the caller looks for them.
-        for (n, (output, region)) in graph.outputs.iter().zip(&regions.outputs).enumerate() {
-            let value = graph.values.get(output.value);
-            if value.is_some_and(|v| v.place != Some(Place::Output(n))) {
-                let from = values.get(output.value.index()).copied().flatten();
-                let missing = || {
-                    Error::new(Kind::BadInput, "engine/forged", "an output has no memory")
-                        .at(format!("\"{}\"", output.name))
-                        .hint("the engine was altered: build it again")
-                };
-                execute::copy(from.ok_or_else(missing)?, *region)?;
-            }
+        for (from, to) in regions.late_outputs(module, &values)? {
+            execute::copy(from, to)?;
         }
         Ok(())
     }
-}
-
-fn place(
-    module: &Module,
-    regions: &Regions,
-    bindings: &Bindings,
-    value: millrace_ir::ValueId,
-    node: NodeId,
-) -> Result<Region> {
-    let value = &module.graph.values[value];
-    debug_assert!(matches!(value.def, Def::Node { .. }));
-    let bytes = value.ty.bytes().extent(bindings).ok_or_else(|| forged("a size has no value", node))?;
-    let region = match &value.place {
-        Some(Place::Arena { arena, offset }) => {
-            let index = module.arenas.ids().position(|a| a == *arena);
-            let base = index.and_then(|i| regions.arenas.get(i));
-            offset.extent(bindings).zip(base).and_then(|(at, base)| base.part(at, bytes))
-        }
-        Some(Place::State(state)) => regions.states.get(state.index()).copied().flatten(),
-        Some(Place::Output(n)) => regions.outputs.get(*n).and_then(|r| r.part(0, bytes)),
-        None => None,
-    };
-    region.filter(|r| r.len() as u64 == bytes).ok_or_else(|| forged("a result has no memory", node))
-}
-
-/// No result shares a byte with another result or with an operand, except with the whole of the operand it may
-/// replace.
-fn disjoint(op: &Op, operands: &[Region], results: &[Region], id: NodeId) -> Result<()> {
-    let traits = op.traits();
-    let replaced = if traits.writes_state { Some(0) } else { traits.in_place };
-    for (r, result) in results.iter().enumerate() {
-        for (o, operand) in operands.iter().enumerate() {
-            let allowed = r == 0 && replaced == Some(o) && result.same(*operand);
-            if result.overlaps(*operand) && !allowed {
-                return Err(forged("a result overlaps an operand", id));
-            }
-        }
-        if results[..r].iter().any(|other| other.overlaps(*result)) {
-            return Err(forged("two results overlap", id));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

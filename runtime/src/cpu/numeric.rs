@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use millrace_ir::ops::pointwise::{Source, Step};
-use millrace_ir::ops::{Conv2d as ConvOp, Pool2d as PoolOp, Reduce};
+use millrace_ir::ops::{Conv2d as ConvOp, Pointwise, Pool2d as PoolOp, Reduce};
 use millrace_ir::{DType, Op, Result};
 use millrace_kernels::cpu::Pool;
 use millrace_kernels::cpu::conv::Conv2d;
@@ -12,6 +12,7 @@ use millrace_kernels::cpu::numbers;
 use millrace_kernels::cpu::pool2d::Pool2d;
 use millrace_kernels::cpu::program::{Data, Input, Layout, Out, run as run_program};
 use millrace_kernels::cpu::reduce::reduce;
+use millrace_kernels::cpu::rows::{Rows, run as run_rows};
 use millrace_kernels::cpu::view::{View, elements};
 
 use super::execute::{Node, internal};
@@ -33,7 +34,9 @@ impl Node<'_> {
             Op::Unary(op) => one(Step::Unary(op.function, Source::Input(0))),
             Op::Binary(op) => one(Step::Binary(op.function, Source::Input(0), Source::Input(1))),
             Op::Cast(_) => (Cow::Owned(Vec::new()), Cow::Owned(vec![Source::Input(0)])),
-            Op::Pointwise(op) => (Cow::Borrowed(&op.body), Cow::Borrowed(&op.out)),
+            Op::Pointwise(op) => {
+                (Cow::Borrowed(&op.body), Cow::Owned(op.out.iter().map(|o| o.source).collect()))
+            }
             op => return Err(internal(&format!("`{}` is not elementwise", op.name()))),
         })
     }
@@ -73,41 +76,82 @@ impl Node<'_> {
         views: &[View],
     ) -> Result<()> {
         let columns = shape.last().copied().unwrap_or(1);
-        let mut inputs = Vec::with_capacity(self.operands.len());
-        for (index, view) in views.iter().enumerate() {
-            let dtype = self.ty(index).dtype;
-            let layout = match (view.extents.as_slice(), view.strides.as_slice()) {
-                _ if self.in_place(index) && view.is_dense() && dtype == self.result_ty(0).dtype => {
-                    Layout::InOut
-                }
-                _ if self.in_place(index) => return Err(internal("an operand cannot be replaced")),
-                _ if view.is_dense() => Layout::Full,
-                (_, [0]) => Layout::Scalar,
-                ([_, n], [0, 1]) if *n == columns => Layout::Row,
-                ([_, n], [1, 0]) if *n == columns => Layout::Column,
-                _ => Layout::Strided(view),
-            };
-            let data = match (layout, dtype) {
-                (Layout::InOut, _) => Data::F32(&[]),
-                (_, DType::F32) => Data::F32(self.read(index)?),
-                (_, DType::BF16) => Data::Bf16(self.read(index)?),
-                (_, DType::F16) => Data::F16(self.read(index)?),
-                (_, DType::Bool) => Data::Bool(self.read(index)?),
-                (_, other) => return Err(internal(&format!("no region reads {other}"))),
-            };
-            inputs.push(Input { data, layout });
-        }
-        let mut outputs = Vec::with_capacity(self.results.len());
-        for index in 0..self.results.len() {
-            outputs.push(match self.result_ty(index).dtype {
+        let inputs = views
+            .iter()
+            .enumerate()
+            .map(|(index, view)| self.input(index, view, columns))
+            .collect::<Result<Vec<_>>>()?;
+        let outputs = self.outputs()?;
+        run_program(pool, body, out, columns, len, &inputs, outputs);
+        Ok(())
+    }
+
+    /// Operand `index` of a region in f32, as it repeats over rows of `columns`.
+    fn input<'v>(&self, index: usize, view: &'v View, columns: usize) -> Result<Input<'v>>
+    where
+        Self: 'v,
+    {
+        let dtype = self.ty(index).dtype;
+        let layout = match (view.extents.as_slice(), view.strides.as_slice()) {
+            _ if self.in_place(index) && view.is_dense() && dtype == self.result_ty(0).dtype => Layout::InOut,
+            _ if self.in_place(index) => return Err(internal("an operand cannot be replaced")),
+            _ if view.is_dense() => Layout::Full,
+            (_, [0]) => Layout::Scalar,
+            ([_, n], [0, 1]) if *n == columns => Layout::Row,
+            ([_, n], [1, 0]) if *n == columns => Layout::Column,
+            _ => Layout::Strided(view),
+        };
+        let data = match (layout, dtype) {
+            (Layout::InOut, _) => Data::F32(&[]),
+            (_, DType::F32) => Data::F32(self.read(index)?),
+            (_, DType::BF16) => Data::Bf16(self.read(index)?),
+            (_, DType::F16) => Data::F16(self.read(index)?),
+            (_, DType::Bool) => Data::Bool(self.read(index)?),
+            (_, other) => return Err(internal(&format!("no region reads {other}"))),
+        };
+        Ok(Input { data, layout })
+    }
+
+    /// The results of a region in f32.
+    fn outputs(&self) -> Result<Vec<Out<'_>>> {
+        let output = |index| {
+            Ok(match self.result_ty(index).dtype {
                 DType::F32 => Out::F32(self.write(index)?),
                 DType::BF16 => Out::Bf16(self.write(index)?),
                 DType::F16 => Out::F16(self.write(index)?),
                 DType::Bool => Out::Bool(self.write(index)?),
                 other => return Err(internal(&format!("no region writes {other}"))),
-            });
+            })
+        };
+        (0..self.results.len()).map(output).collect()
+    }
+
+    /// Runs a region that reduces rows.
+    pub(super) fn region_of_rows(&self, pool: &Pool, region: &Pointwise) -> Result<()> {
+        let types: Vec<_> = (0..self.operands.len()).map(|i| self.ty(i).clone()).collect();
+        let shape = Pointwise::shape(&types).map_err(|_| internal("an operand does not repeat"))?;
+        let shape = self.extents(&shape)?;
+        let Some((columns, leading)) = shape.split_last() else {
+            return Err(internal("a region without axes has no rows"));
+        };
+        let rows = Rows { rows: elements(leading)?, columns: *columns };
+        elements(&shape)?;
+        let per_row: Vec<bool> = types.iter().map(|ty| Pointwise::is_per_row(&ty.shape)).collect();
+        let row_shape = [leading, &[1]].concat();
+        let mut views = Vec::with_capacity(types.len());
+        for (ty, per_row) in types.iter().zip(&per_row) {
+            let view = View::broadcast(if *per_row { &row_shape } else { &shape }, &self.shape(ty)?);
+            views.push(view.ok_or_else(|| internal("an operand does not repeat"))?);
         }
-        run_program(pool, body, out, columns, len, &inputs, outputs);
+        if rows.rows == 0 {
+            return Ok(());
+        }
+        let inputs = views
+            .iter()
+            .enumerate()
+            .map(|(index, view)| self.input(index, view, if per_row[index] { 1 } else { *columns }))
+            .collect::<Result<Vec<_>>>()?;
+        run_rows(pool, region, &region.phases(&per_row), rows, &inputs, self.outputs()?);
         Ok(())
     }
 

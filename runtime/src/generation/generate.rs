@@ -13,7 +13,7 @@ use std::fmt;
 
 use millrace_ir::{Error, Kind, Result};
 
-use super::step::{StepBuilder, check_logits};
+use super::step::{StepBuilder, check_logits, check_tokens};
 use super::{BlockPool, ModelLimits, Sampler, SamplingParams, StepModel};
 
 /// One prompt to continue.
@@ -138,17 +138,24 @@ impl<'m, M: StepModel + ?Sized> Generator<'m, M> {
         }
         let mut schedule = Schedule::new(requests, &self.limits)?;
         let mut builder = StepBuilder::default();
-        let mut logits = Vec::new();
+        let (mut logits, mut tokens) = (Vec::new(), Vec::new());
         while schedule.pack(&mut builder)? {
             let inputs = builder.finish();
-            self.model.step(inputs, &mut logits)?;
-            check_logits(&logits, inputs, &self.limits)?;
+            let greedy = schedule.draws_greedily();
+            if greedy {
+                self.model.step_argmax(inputs, &mut tokens)?;
+                check_tokens(&tokens, inputs, &self.limits)?;
+            } else {
+                self.model.step(inputs, &mut logits)?;
+                check_logits(&logits, inputs, &self.limits)?;
+            }
             self.stats.steps += 1;
             self.stats.prefill_tokens += schedule.prefill_tokens;
             self.stats.decode_tokens += schedule.decode_tokens;
             self.stats.peak_pages =
                 self.stats.peak_pages.max(schedule.pool.pages() - schedule.pool.free_pages());
-            schedule.advance(&logits, &mut on_token)?;
+            let rows = if greedy { Rows::Tokens(&tokens) } else { Rows::Logits(&logits) };
+            schedule.advance(rows, &mut on_token)?;
         }
         schedule.into_completions()
     }
@@ -238,6 +245,14 @@ struct Schedule<'r> {
     completions: Vec<Option<Completion>>,
     prefill_tokens: u64,
     decode_tokens: u64,
+}
+
+/// What a step answers, one row a draw: a step without draws has one row that nobody reads.
+#[derive(Clone, Copy)]
+enum Rows<'a> {
+    Logits(&'a [f32]),
+    /// The most likely tokens.
+    Tokens(&'a [u32]),
 }
 
 /// What a step may still take.
@@ -344,14 +359,27 @@ impl<'r> Schedule<'r> {
         Ok(true)
     }
 
-    /// Takes the logits of the step that was packed: draws, reports, and retires finished sequences.
-    fn advance(&mut self, logits: &[f32], on_token: &mut impl FnMut(usize, u32)) -> Result<()> {
+    /// Whether the step that was packed has draws and every one takes the most likely token. A row that nobody draws
+    /// from is not judged.
+    fn draws_greedily(&self) -> bool {
+        !self.draws.is_empty() && self.draws.iter().all(|index| self.live[*index].sampler.is_greedy())
+    }
+
+    /// Takes the rows of the step that was packed: draws, reports, and retires finished sequences.
+    fn advance(&mut self, rows: Rows<'_>, on_token: &mut impl FnMut(usize, u32)) -> Result<()> {
         for live in &mut self.live {
             live.stored += std::mem::take(&mut live.packed);
         }
-        for (row, &index) in logits.chunks_exact(self.limits.vocab_size).zip(&self.draws) {
+        for (row, &index) in self.draws.iter().enumerate() {
             let live = &mut self.live[index];
-            let token = live.sampler.sample(row).map_err(|e| e.at(format!("request {}", live.request)))?;
+            let token = match rows {
+                Rows::Tokens(tokens) => tokens[row],
+                Rows::Logits(logits) => {
+                    let width = self.limits.vocab_size;
+                    let logits = &logits[row * width..(row + 1) * width];
+                    live.sampler.sample(logits).map_err(|e| e.at(format!("request {}", live.request)))?
+                }
+            };
             live.tokens.push(token);
             on_token(live.request, token);
             let request = &self.requests[live.request];

@@ -243,3 +243,52 @@ fn faults_of_the_model_are_errors() {
     let error = Generator::new(&mut NoLimits).err().unwrap();
     assert_eq!(error.code(), "generation/bad-limits");
 }
+
+/// Tells tokens by itself and counts how it was asked.
+struct Teller {
+    model: HashModel,
+    told: usize,
+    wrong: Option<Vec<u32>>,
+}
+
+impl StepModel for Teller {
+    fn limits(&self) -> ModelLimits {
+        self.model.limits()
+    }
+
+    fn step(&mut self, inputs: &StepInputs, logits: &mut Vec<f32>) -> Result<()> {
+        self.model.step(inputs, logits)
+    }
+
+    fn step_argmax(&mut self, inputs: &StepInputs, tokens: &mut Vec<u32>) -> Result<()> {
+        self.told += 1;
+        self.model.step_argmax(inputs, tokens)?;
+        self.wrong.iter().for_each(|wrong| tokens.clone_from(wrong));
+        Ok(())
+    }
+}
+
+#[test]
+fn greedy_steps_ask_for_tokens_and_others_for_logits() {
+    let sampled = |seed| SamplingParams { temperature: 1.0, seed, ..SamplingParams::GREEDY };
+    let request = |sampling| Request { sampling, ..Request::greedy(prompt(5, 3), 6) };
+    let run = |requests: &[Request], wrong: Option<Vec<u32>>| {
+        let mut teller = Teller { model: HashModel::new(limits()), told: 0, wrong };
+        // By way of a box and a reference, which must pass the question on.
+        let mut model: Box<dyn StepModel + '_> = Box::new(&mut teller);
+        let result = Generator::new(&mut *model).unwrap().generate(requests, |_, _| {});
+        drop(model);
+        (result, teller.told, teller.model.log.len())
+    };
+    let greedy = [request(SamplingParams::GREEDY), request(SamplingParams::GREEDY)];
+    let (result, told, steps) = run(&greedy, None);
+    assert_eq!(result.unwrap()[0], alone(&greedy[0], &limits()));
+    assert!(told == steps && steps > 0);
+    let mixed = [request(SamplingParams::GREEDY), request(sampled(1))];
+    let (result, told, _) = run(&mixed, None);
+    assert_eq!(result.unwrap(), mixed.each_ref().map(|r| alone(r, &limits())));
+    assert_eq!(told, 0, "one sequence that draws needs the logits");
+    for wrong in [vec![], vec![1, 1], vec![23]] {
+        assert_eq!(run(&greedy[..1], Some(wrong)).0.unwrap_err().code(), "generation/bad-logits");
+    }
+}

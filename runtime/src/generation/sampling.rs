@@ -73,6 +73,11 @@ impl Sampler {
         Ok(Sampler { params, key, step: 0, candidates: Vec::new() })
     }
 
+    /// Whether the most likely token is taken always.
+    pub(super) fn is_greedy(&self) -> bool {
+        self.params.temperature == 0.0
+    }
+
     /// The token drawn from `logits` (one per token of the vocabulary).
     ///
     /// Errors: `generation/nan-logits` for a NaN, `generation/infinite-logits` if the largest one is not
@@ -113,7 +118,7 @@ impl Sampler {
 }
 
 /// Index of the largest logit, the lowest index among equals. Errors as [`Sampler::sample`].
-fn argmax(logits: &[f32]) -> Result<u32> {
+pub(crate) fn argmax(logits: &[f32]) -> Result<u32> {
     let mut best = 0;
     for (i, &logit) in logits.iter().enumerate() {
         if logit.is_nan() {

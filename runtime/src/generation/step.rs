@@ -5,6 +5,8 @@
 
 use millrace_ir::{Error, Kind, Result};
 
+use super::argmax;
+
 /// The packed inputs of one step over `b` sequences with `t` tokens in all.
 ///
 /// Sequence `s` owns the rows `seq_starts[s]..seq_starts[s + 1]`, at least one. Its tokens stand at
@@ -62,6 +64,28 @@ pub trait StepModel {
     /// Executes one step. `logits` becomes `[r, vocab_size]`, row-major, in the order of `logit_rows`; what it
     /// held is dropped.
     fn step(&mut self, inputs: &StepInputs, logits: &mut Vec<f32>) -> Result<()>;
+
+    /// Executes one step and takes the most likely token of each of `logit_rows`, the lowest among equals: what
+    /// greedy decoding needs, without the logits. `tokens` becomes `[r]`; what it held is dropped. A model that can
+    /// tell the tokens at less cost than the logits does so here.
+    ///
+    /// Errors: those of [`StepModel::step`], and those of [`super::Sampler::sample`] placed at the row.
+    fn step_argmax(&mut self, inputs: &StepInputs, tokens: &mut Vec<u32>) -> Result<()> {
+        let mut logits = Vec::new();
+        self.step(inputs, &mut logits)?;
+        let limits = self.limits();
+        check_logits(&logits, inputs, &limits)?;
+        argmax_rows(&logits, limits.vocab_size, tokens)
+    }
+}
+
+/// The most likely token of each row of `width` logits.
+pub(crate) fn argmax_rows(logits: &[f32], width: usize, tokens: &mut Vec<u32>) -> Result<()> {
+    tokens.clear();
+    for (row, logits) in logits.chunks_exact(width.max(1)).enumerate() {
+        tokens.push(argmax(logits).map_err(|e| e.at(format!("row {row}")))?);
+    }
+    Ok(())
 }
 
 impl<M: StepModel + ?Sized> StepModel for &mut M {
@@ -72,6 +96,10 @@ impl<M: StepModel + ?Sized> StepModel for &mut M {
     fn step(&mut self, inputs: &StepInputs, logits: &mut Vec<f32>) -> Result<()> {
         (**self).step(inputs, logits)
     }
+
+    fn step_argmax(&mut self, inputs: &StepInputs, tokens: &mut Vec<u32>) -> Result<()> {
+        (**self).step_argmax(inputs, tokens)
+    }
 }
 
 impl<M: StepModel + ?Sized> StepModel for Box<M> {
@@ -81,6 +109,10 @@ impl<M: StepModel + ?Sized> StepModel for Box<M> {
 
     fn step(&mut self, inputs: &StepInputs, logits: &mut Vec<f32>) -> Result<()> {
         (**self).step(inputs, logits)
+    }
+
+    fn step_argmax(&mut self, inputs: &StepInputs, tokens: &mut Vec<u32>) -> Result<()> {
+        (**self).step_argmax(inputs, tokens)
     }
 }
 
@@ -262,6 +294,20 @@ pub(super) fn check_logits(logits: &[f32], inputs: &StepInputs, limits: &ModelLi
     let message = format!(
         "the model wrote {} logits for {} rows of {}",
         logits.len(),
+        inputs.logit_rows.len(),
+        limits.vocab_size
+    );
+    Err(Error::new(Kind::Internal, "generation/bad-logits", message))
+}
+
+/// Checks that a model told one token of the vocabulary per wanted row.
+pub(super) fn check_tokens(tokens: &[u32], inputs: &StepInputs, limits: &ModelLimits) -> Result<()> {
+    let bad = tokens.iter().find(|t| **t as usize >= limits.vocab_size);
+    if tokens.len() == inputs.logit_rows.len() && bad.is_none() {
+        return Ok(());
+    }
+    let message = format!(
+        "the model told tokens {tokens:?} for {} rows of {}",
         inputs.logit_rows.len(),
         limits.vocab_size
     );

@@ -7,6 +7,7 @@
 use millrace::Result;
 use millrace::ir::eval::{evaluate, evaluate_with};
 use millrace::ir::ops::fused_matmul::Epilogue;
+use millrace::ir::ops::pointwise::Step as PointwiseStep;
 use millrace::ir::ops::unary::UnaryFn;
 use millrace::ir::ops::{EvalCtx, Numerics};
 use millrace::ir::sampling::{Random, RandomGraph};
@@ -97,24 +98,21 @@ fn noisy(
     let keeps = numerics == Numerics::Exact
         || (integers && !node.op.traits().fused_only)
         || matches!(node.op, Op::Cast(_)) && !reads_dirty;
-    node.results.iter().for_each(|r| dirty[r.index()] = reads_dirty || !keeps);
     let mut results = if numerics == Numerics::Accumulated {
-        let shaken: Vec<Tensor> = context
-            .operands
-            .iter()
-            .map(|t| {
-                let mut t = (*t).clone();
-                if t.dtype.is_float() {
-                    t.data
-                        .iter_mut()
-                        .for_each(|v| *v *= 1.0 + rounding(DType::F32) * random.uniform(-1.0, 1.0));
-                }
-                t
-            })
-            .collect();
-        // Pointwise regions may compare, and only exact operands: those stay.
-        let shaken: Vec<&Tensor> =
-            if node.op.name() == "pointwise" { context.operands.to_vec() } else { shaken.iter().collect() };
+        // Steps of a pointwise region may compare, and only exact operands: those stay. An operand that is not exact
+        // may come from a node that joins the region, and so without its rounding.
+        let compares = |step: &PointwiseStep| matches!(step, PointwiseStep::Binary(f, ..) if f.compares());
+        let size = |operand: &Operand, dtype: DType| match &node.op {
+            Op::Pointwise(_) if reached(operand) => rounding(dtype),
+            Op::Pointwise(p) if p.body.iter().any(compares) => 0.0,
+            _ => rounding(DType::F32),
+        };
+        let mut shaken: Vec<Tensor> = context.operands.iter().map(|t| (*t).clone()).collect();
+        for (t, operand) in shaken.iter_mut().zip(&node.operands).filter(|(t, _)| t.dtype.is_float()) {
+            let size = size(operand, t.dtype);
+            t.data.iter_mut().for_each(|v| *v *= 1.0 + size * random.uniform(-1.0, 1.0));
+        }
+        let shaken: Vec<&Tensor> = shaken.iter().collect();
         node.op.eval(&EvalCtx { operands: &shaken, results: context.results, bindings: context.bindings })?
     } else {
         node.op.eval(context)?
@@ -130,6 +128,7 @@ fn noisy(
             result.data.iter_mut().for_each(|v| *v += noise * random.uniform(-1.0, 1.0));
         }
     }
+    node.results.iter().for_each(|r| dirty[r.index()] = reads_dirty || !keeps);
     Ok(results)
 }
 

@@ -19,6 +19,7 @@ pub(super) struct Line {
     results: Vec<(u64, usize)>,
     loc: Vec<Loc>,
     kernel: Option<KernelId>,
+    joined: bool,
     types: Vec<TensorType>,
     places: Vec<Place>,
 }
@@ -157,6 +158,7 @@ impl<'a> Parser<'a> {
                     .error_at(places_at, format!("{} results but {} places", results.len(), places.len())));
             }
         }
+        let joined = self.take_word("joined");
         let kernel = if self.take_word("via") { Some(self.kernel_id()?) } else { None };
         let loc = if self.take_word("loc") {
             self.expect("(")?;
@@ -164,7 +166,7 @@ impl<'a> Parser<'a> {
         } else {
             Vec::new()
         };
-        Ok(Line { op, operands, results, loc, kernel, types, places })
+        Ok(Line { op, operands, results, loc, kernel, joined, types, places })
     }
 
     pub(super) fn operand(&mut self) -> Result<(Operand, usize)> {
@@ -221,7 +223,7 @@ impl<'a> Parser<'a> {
     pub(super) fn resolve(&self, module: &mut Module, lines: Vec<Line>) -> Result<()> {
         let graph = &mut module.graph;
         let mut uses = Vec::new();
-        for Line { op, operands, results, loc, kernel, types, places } in lines {
+        for Line { op, operands, results, loc, kernel, joined, types, places } in lines {
             let node = NodeId::from_index(graph.nodes.bound());
             let mut places = places.into_iter();
             for (index, ((id, at), ty)) in results.iter().zip(types).enumerate() {
@@ -238,7 +240,7 @@ impl<'a> Parser<'a> {
             }));
             let results = results.iter().map(|(id, _)| ValueId::from_index(*id as usize)).collect();
             let operands = operands.into_iter().map(|(o, _)| o).collect();
-            let pushed = graph.nodes.push(Node { op, operands, results, loc, kernel });
+            let pushed = graph.nodes.push(Node { op, operands, results, loc, kernel, joined });
             graph.order.push(pushed);
         }
         for (value, at) in uses {

@@ -228,6 +228,17 @@ impl<'a> Parser<'a> {
                 self.key("segments")?;
                 WeightExpr::Pack { panel, segments: self.usize_list()?, of }
             }
+            "cores" => {
+                let of = self.weight_ref()?;
+                self.expect(",")?;
+                self.key("segments")?;
+                let segments = self.usize_list()?;
+                let alternate = self.take(",");
+                if alternate {
+                    self.expect_word("alternate")?;
+                }
+                WeightExpr::Cores { segments, alternate, of }
+            }
             other => {
                 return Err(self.error_at(at, format!("{} is no weight expression", Tok::Word(other).show())));
             }

@@ -12,6 +12,7 @@ pub mod norm;
 pub mod problem;
 pub mod simple;
 pub mod skinny;
+pub mod tile_epilogue;
 
 pub use problem::{Layout, Norm, Problem, Term};
 
@@ -26,11 +27,13 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
     }
     let problem = Problem::of(site)?;
     let mut variants = skinny::variants(&problem);
-    let (launches, workspace) = match large::plan_tail(&problem) {
-        Some(tail) => tail,
-        None => (simple::launches(&problem)?, Dim::from(0u64)),
-    };
-    variants.push(SiteVariant { when: Vec::new(), launches });
+    match large::variants(&problem) {
+        Some(tail) => variants.extend(tail.into_iter().map(|mut variant| {
+            variant.launches.splice(0..0, norm::launch(&problem));
+            variant
+        })),
+        None => variants.push(SiteVariant { when: Vec::new(), launches: simple::launches(&problem)? }),
+    }
     if let Some(m) = problem.m.as_const() {
         // The number of rows is known: one variant is all.
         let fits = |v: &SiteVariant| {
@@ -39,5 +42,5 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
         variants = variants.into_iter().find(fits).into_iter().collect();
         variants.iter_mut().for_each(|v| v.when.clear());
     }
-    Some(Planned { variants, workspace, counters: 0 })
+    Some(Planned { variants, workspace: Dim::from(0u64), counters: 0 })
 }

@@ -1,0 +1,60 @@
+//! Attention over packed sequences and over the paged cache, and the mean over a sequence's rows.
+//!
+//! Five families share the constants of a [`Call`]: `decode` serves steps of one row a sequence and splits the
+//! sequence over blocks, `prefill` serves any mix of rows with the tensor cores, `hopper` does so with Hopper's, `plain`
+//! in f32 arithmetic, `simple` serves every element type and
+//! head size with one warp a row and head. All read positions and pages as `millrace_ir::ops::paging` says and
+//! keep a row's result independent of the other rows. They must not know how the pages were filled.
+
+mod call;
+mod decode;
+mod hopper;
+mod mean_pool;
+mod plain;
+mod prefill;
+mod simple;
+#[cfg(test)]
+mod tests;
+
+use millrace_ir::Op;
+use millrace_ir::launch::Condition;
+
+use call::Call;
+
+use super::plan::{Planned, Site, SiteVariant, between};
+
+/// Finds sequences and tiles of packed rows.
+pub(super) const SEQUENCES: &str = include_str!("sequences.cu");
+
+/// Plans `attention`, `paged_attention` and `mean_pool`.
+pub fn plan(site: Site<'_>) -> Option<Planned> {
+    if let Op::MeanPool(_) = site.only()?.op {
+        return mean_pool::plan(site);
+    }
+    let call = Call::of(site)?;
+    if !call.fits_tensor_cores() {
+        let simple = simple::launch(&call);
+        let Some(plain) = plain::launch(&call) else { return Some(Planned::one(simple)) };
+        let variants = vec![
+            SiteVariant { when: single_rows(&call, 0, u64::MAX), launches: vec![simple] },
+            SiteVariant { when: Vec::new(), launches: vec![plain] },
+        ];
+        return Some(Planned { variants, workspace: 0u64.into(), counters: 0 });
+    }
+    let rest = SiteVariant {
+        when: Vec::new(),
+        launches: vec![hopper::launch(&call).unwrap_or_else(|| prefill::launch(&call))],
+    };
+    let Some(decode) = decode::plan(&call) else {
+        return Some(Planned { variants: vec![rest], workspace: 0u64.into(), counters: 0 });
+    };
+    let mut planned = decode;
+    planned.variants.push(rest);
+    Some(planned)
+}
+
+/// One row a sequence, and at most `most` of them. A step with as many rows as sequences of other lengths counts as
+/// such too; kernels must not rely on more than the condition says.
+fn single_rows(call: &Call<'_>, least: u64, most: u64) -> Vec<Condition> {
+    vec![between(&call.t.sub(&call.b), 0, 0), between(&call.b, least, most)]
+}

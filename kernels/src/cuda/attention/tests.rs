@@ -1,0 +1,205 @@
+use millrace_ir::{Bindings, Module, Sym, text};
+
+use super::super::plan::{Argument, Planned, Site, SiteVariant};
+use super::super::source::Source;
+use super::super::{Arch, rope};
+use super::plan;
+
+fn bindings(dims: &[(&str, u64)]) -> Bindings {
+    let mut bindings = Bindings::new();
+    dims.iter().for_each(|(name, value)| bindings.set(Sym::new(name).unwrap(), *value));
+    bindings
+}
+
+fn module(body: &str) -> Module {
+    let text = format!(
+        "module @m phase imported {{\n  dim $t in 1..=8192\n  dim $b in 1..=64\n  dim $p in 1..=1024\n  dim $pages in 1..=65536\n{body}}}\n"
+    );
+    text::parse(&text).unwrap_or_else(|e| panic!("{e:?}\n{text}"))
+}
+
+fn paged(dtype: &str, heads: usize, kv_heads: usize, d: usize) -> Module {
+    let cache = format!("{dtype}[$pages, 32, {kv_heads}, {d}]");
+    let q = format!("{dtype}[$t, {heads}, {d}]");
+    module(&format!(
+        "  state @k : {cache}\n  state @v : {cache}\n  graph @main(%0 \"q\": {q}, %1 \"s\": i32[$b + 1], %2 \"l\": i32[$b], %3 \"p\": i32[$b, $p]) -> (\"y\": {q}) {{\n    %4 = paged_attention %0, @k, @v, %1, %2, %3 {{scale = 0.125}} : {q}\n    return %4\n  }}\n"
+    ))
+}
+
+fn group(tail: &str, result: &str) -> Module {
+    let cache = "bf16[$pages, 32, 2, 16]";
+    let rope = "{base = 10000.0, layout = half}";
+    module(&format!(
+        "  state @k : {cache}\n  state @v : {cache}\n  graph @main(%0 \"q\": bf16[$t, 4, 16], %1 \"k\": bf16[$t, 2, 16], %2 \"v\": bf16[$t, 2, 16], %3 \"n\": i32[$t], %4 \"s\": i32[$b + 1], %5 \"l\": i32[$b], %6 \"p\": i32[$b, $p]) -> (\"y\": bf16[$t, 4, 16]{result}) {{\n    %7 = kv_append @v, %2, %4, %5, %6 : {cache}\n    %8 = rope %1, %3 {rope} : bf16[$t, 2, 16]\n    %9 = reshape %8 {{shape = [$t, 2, 16]}} : bf16[$t, 2, 16]\n    %10 = rope %0, %3 {rope} : bf16[$t, 4, 16]\n    %11 = kv_append @k, %9, %4, %5, %6 : {cache}\n    return %10{tail}\n  }}\n"
+    ))
+}
+
+fn site(module: &Module) -> Site<'_> {
+    Site { module, nodes: &module.graph.order, arch: Arch::Sm90a }
+}
+
+fn chosen<'p>(planned: &'p Planned, dims: &[(&str, u64)]) -> &'p SiteVariant {
+    let bindings = bindings(dims);
+    planned.variants.iter().find(|v| v.when.iter().all(|c| c.holds(&bindings))).unwrap()
+}
+
+fn grid(variant: &SiteVariant, dims: &[(&str, u64)]) -> Vec<i64> {
+    let bindings = bindings(dims);
+    variant.launches[0].grid.iter().map(|d| d.eval(&bindings).unwrap()).collect()
+}
+
+fn check(source: &Source) {
+    assert!(source.promise.no_local);
+    assert!(source.text.contains("KERNEL("));
+}
+
+#[test]
+fn single_rows_decode_and_others_prefill() {
+    let module = paged("bf16", 32, 8, 128);
+    let planned = plan(site(&module)).unwrap();
+    let one = [("t", 1), ("b", 1), ("p", 1024)];
+    let family = |dims: &[(&str, u64)]| chosen(&planned, dims).launches[0].source.family;
+    assert_eq!(family(&one), "cuda.attention.decode");
+    assert_eq!(family(&[("t", 64), ("b", 64), ("p", 1)]), "cuda.attention.decode");
+    assert_eq!(family(&[("t", 65), ("b", 64), ("p", 1)]), "cuda.attention.hopper");
+    assert_eq!(family(&[("t", 3), ("b", 4), ("p", 1)]), "cuda.attention.hopper");
+    assert!(planned.variants.last().unwrap().when.is_empty());
+    planned.variants.iter().flat_map(|v| &v.launches).for_each(|l| {
+        check(&l.source);
+        assert!(l.dependent);
+    });
+    // A short context needs fewer ranges than a long one.
+    let few = grid(chosen(&planned, &one), &[("t", 1), ("b", 1), ("p", 4)]);
+    assert_eq!(few, [8, 8, 1], "one cluster");
+    let many = grid(chosen(&planned, &one), &one);
+    assert!(many[0] > 16 && many[0] <= 128, "{many:?}");
+}
+
+#[test]
+fn partial_results_fit_the_workspace() {
+    let module = paged("bf16", 32, 8, 128);
+    let planned = plan(site(&module)).unwrap();
+    for b in 1..=64 {
+        let dims = [("t", b), ("b", b), ("p", 1024)];
+        let grid = grid(chosen(&planned, &dims), &dims);
+        let cluster = i64::from(chosen(&planned, &dims).launches[0].cluster);
+        let needed = grid[0] / cluster * grid[1] * grid[2] * 4 * (128 + 4) * 4;
+        assert!(planned.workspace.eval(&bindings(&dims)).unwrap() >= needed, "{b}");
+        assert!(planned.counters as i64 >= grid[1] * grid[2] * 4);
+        assert_eq!(grid[0] % cluster, 0);
+    }
+}
+
+#[test]
+fn every_sequence_begins_a_tile() {
+    let module = paged("bf16", 32, 8, 128);
+    let dims = [("t", 300), ("b", 3), ("p", 8)];
+    let planned = plan(Site { arch: Arch::Sm80, ..site(&module) }).unwrap();
+    assert_eq!(grid(chosen(&planned, &dims), &dims), [32, 3 + 3, 1]);
+    // On Hopper blocks take tiles in turn.
+    let planned = plan(site(&module)).unwrap();
+    let hopper = chosen(&planned, &dims);
+    assert_eq!(grid(hopper, &dims), [132, 1, 1]);
+    assert!(
+        matches!(hopper.launches[0].args.last(), Some(Argument::I32(n)) if n.eval(&bindings(&dims)) == Some(6))
+    );
+    assert_eq!(hopper.launches[0].shared, 160 * 1024 + 1024);
+}
+
+#[test]
+fn only_hopper_has_its_kernel() {
+    for (arch, d, family) in [
+        (Arch::Sm90a, 64, "cuda.attention.hopper"),
+        (Arch::Sm90a, 80, "cuda.attention.prefill"),
+        (Arch::Sm100, 64, "cuda.attention.prefill"),
+        (Arch::Sm89, 128, "cuda.attention.prefill"),
+    ] {
+        let module = paged("f16", 8, 2, d);
+        let planned = plan(Site { arch, ..site(&module) }).unwrap();
+        assert_eq!(planned.variants.last().unwrap().launches[0].source.family, family);
+        let clusters = planned.variants.iter().any(|v| v.launches[0].cluster > 1);
+        assert_eq!(clusters, arch.has_tma());
+    }
+}
+
+#[test]
+fn other_types_and_sizes_take_the_plain_kernel() {
+    for (dtype, d) in [("f32", 64), ("bf16", 12), ("f16", 264)] {
+        let module = paged(dtype, 4, 2, d);
+        let planned = plan(site(&module)).unwrap();
+        let launch = &planned.variants[0].launches[0];
+        assert_eq!(launch.source.family, "cuda.attention.simple", "{dtype} {d}");
+        check(&launch.source);
+        let many = chosen(&planned, &[("t", 9), ("b", 2), ("p", 1)]).launches[0].source.family;
+        assert_eq!(many, if d == 264 { "cuda.attention.simple" } else { "cuda.attention.plain" });
+    }
+}
+
+#[test]
+fn packed_attention_has_no_cache() {
+    let qkv = "bf16[$t, 12, 64]";
+    let module = module(&format!(
+        "  graph @main(%0 \"q\": {qkv}, %1 \"k\": {qkv}, %2 \"v\": {qkv}, %3 \"s\": i32[$b + 1]) -> (\"y\": {qkv}) {{\n    %4 = attention %0, %1, %2, %3 {{scale = 0.125}} : {qkv}\n    return %4\n  }}\n"
+    ));
+    let planned = plan(site(&module)).unwrap();
+    let launch = &planned.variants[0].launches[0];
+    assert_eq!(launch.source.family, "cuda.attention.hopper");
+    assert!(launch.source.text.contains("constexpr bool CAUSAL = false;"));
+    assert_eq!(launch.args.len(), 7);
+}
+
+#[test]
+fn mean_pool_is_planned() {
+    let module = module(
+        "  graph @main(%0 \"x\": f32[$t, 100], %1 \"s\": i32[$b + 1]) -> (\"y\": f32[$b, 100]) {\n    %2 = mean_pool %0, %1 : f32[$b, 100]\n    return %2\n  }\n",
+    );
+    let planned = plan(site(&module)).unwrap();
+    assert_eq!(grid(&planned.variants[0], &[("t", 9), ("b", 5)]), [4, 5, 1]);
+}
+
+#[test]
+fn a_layers_ropes_and_appends_are_one_launch() {
+    let module = group("", "");
+    let planned = rope::plan(site(&module)).unwrap();
+    for variant in &planned.variants {
+        assert_eq!(variant.launches.len(), 1);
+        assert_eq!(variant.launches[0].source.family, "cuda.rope_append");
+        check(&variant.launches[0].source);
+    }
+    let source = &planned.variants[0].launches[0].source.text;
+    assert!(source.contains("#define KEEP_K 0"), "nobody else reads the rotated keys");
+    let dims = [("t", 5), ("b", 2), ("p", 1)];
+    assert_eq!(grid(chosen(&planned, &dims), &dims)[0], 5);
+}
+
+#[test]
+fn rotated_keys_are_kept_for_other_readers() {
+    let module = group(", %9", ", \"k\": bf16[$t, 2, 16]");
+    let planned = rope::plan(site(&module)).unwrap();
+    let launch = &planned.variants[0].launches[0];
+    assert!(launch.source.text.contains("#define KEEP_K 1"));
+    assert!(matches!(launch.args.last(), Some(Argument::Address(_))));
+}
+
+#[test]
+fn lone_ropes_and_appends_are_planned() {
+    let module = group("", "");
+    let order = &module.graph.order;
+    for (node, family) in [(0, "cuda.kv_append"), (1, "cuda.rope")] {
+        let planned = rope::plan(Site { nodes: &order[node..=node], ..site(&module) }).unwrap();
+        assert_eq!(planned.variants[0].launches[0].source.family, family);
+    }
+    let two = rope::plan(Site { nodes: &order[..2], ..site(&module) }).unwrap();
+    assert!(two.variants.iter().all(|v| v.launches.len() == 2));
+}
+
+#[test]
+fn tiles_fit_shared_memory() {
+    for arch in Arch::ALL {
+        for d in (16..=256).step_by(8) {
+            let memory = arch.max_shared() as usize;
+            let tile = super::prefill::Tile::of(d, memory).unwrap();
+            assert!(tile.shared <= memory);
+        }
+    }
+}

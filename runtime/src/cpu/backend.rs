@@ -1,0 +1,128 @@
+//! Memory of a session on the CPU.
+
+use millrace_ir::checkpoint::TensorSource;
+use millrace_ir::{Bindings, Id, Module, Result};
+use millrace_kernels::cpu::Pool;
+
+use super::{Program, Regions};
+use crate::engine::Engine;
+use crate::memory::{Buffer, Region};
+use crate::profile::Profile;
+use crate::session::TensorRef;
+use crate::sizes::{StepSizes, bytes_at, no_size};
+use crate::weights::Weights;
+
+/// Buffers in host memory and the threads that compute in them.
+pub(crate) struct Cpu {
+    pool: Pool,
+    program: Program,
+    weights: Weights,
+    states: Vec<Option<Buffer>>,
+    arenas: Vec<Buffer>,
+    inputs: Vec<Buffer>,
+    outputs: Vec<Buffer>,
+}
+
+impl Cpu {
+    /// Checks that the kernels of `module` are there; allocates nothing.
+    pub fn new(module: &Module, threads: usize) -> Result<Cpu> {
+        Ok(Cpu {
+            program: Program::new(module)?,
+            pool: Pool::new(threads),
+            weights: Weights::none(),
+            states: Vec::new(),
+            arenas: Vec::new(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+        })
+    }
+
+    /// Loads weights and allocates states.
+    pub fn load(
+        &mut self,
+        engine: &Engine,
+        source: Option<&dyn TensorSource>,
+        maxima: &Bindings,
+    ) -> Result<()> {
+        let module = engine.module();
+        self.weights = Weights::load(engine, source)?;
+        self.states.resize_with(module.states.bound(), || None);
+        for (id, state) in module.states.iter() {
+            let bytes = bytes_at(&state.ty, maxima, &state.name)?;
+            self.states[id.index()] = Some(Buffer::zeroed(bytes, "the cache")?);
+        }
+        Ok(())
+    }
+
+    /// Bytes of all weights.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weights.total()
+    }
+
+    /// Allocates what a step needs; an earlier allocation must have been released.
+    pub fn allocate(&mut self, sizes: &StepSizes) -> Result<()> {
+        let buffers = |sizes: &[u64], what: &str| {
+            sizes.iter().map(|n| Buffer::zeroed(*n, what)).collect::<Result<Vec<Buffer>>>()
+        };
+        self.arenas = buffers(&sizes.arenas, "activations")?;
+        self.inputs = buffers(&sizes.inputs, "inputs")?;
+        self.outputs = buffers(&sizes.outputs, "outputs")?;
+        Ok(())
+    }
+
+    /// Gives back what [`Cpu::allocate`] took.
+    pub fn release(&mut self) {
+        self.release_arenas();
+        self.inputs.clear();
+        self.outputs.clear();
+    }
+
+    /// Gives back activation memory.
+    pub fn release_arenas(&mut self) {
+        self.arenas.clear();
+    }
+
+    /// Clears every state to zero.
+    pub fn reset_states(&mut self) {
+        self.states.iter_mut().flatten().for_each(|b| b.bytes_mut().fill(0));
+    }
+
+    /// Threads that kernels use.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Runs one step whose sizes are `sizes`.
+    pub fn run(
+        &mut self,
+        module: &Module,
+        inputs: &[TensorRef<'_>],
+        sizes: &StepSizes,
+        bindings: &Bindings,
+        profile: Option<&mut Profile>,
+    ) -> Result<()> {
+        for (buffer, input) in self.inputs.iter_mut().zip(inputs) {
+            buffer.bytes_mut()[..input.bytes.len()].copy_from_slice(input.bytes);
+        }
+        let parts = |buffers: &mut [Buffer], sizes: &[u64]| {
+            let part =
+                |(b, n): (&mut Buffer, &u64)| b.region().part(0, *n).ok_or_else(|| no_size("a buffer"));
+            buffers.iter_mut().zip(sizes).map(part).collect::<Result<Vec<Region>>>()
+        };
+        let mut weights = vec![None; module.weights.bound()];
+        module.weights.ids().for_each(|id| weights[id.index()] = self.weights.region(id));
+        let regions = Regions {
+            inputs: parts(&mut self.inputs, &sizes.inputs)?,
+            outputs: parts(&mut self.outputs, &sizes.outputs)?,
+            arenas: self.arenas.iter_mut().map(Buffer::region).collect(),
+            states: self.states.iter_mut().map(|s| s.as_mut().map(Buffer::region)).collect(),
+            weights,
+        };
+        self.program.run(module, &self.pool, &regions, bindings, profile)
+    }
+
+    /// The buffer of output `index`.
+    pub fn output(&self, index: usize) -> Option<&[u8]> {
+        self.outputs.get(index).map(Buffer::bytes)
+    }
+}

@@ -1,0 +1,30 @@
+//! The CUDA backend: runs a lowered graph by the launch table that was compiled for the device's architecture.
+//!
+//! Nothing here needs a GPU or its driver to build or to start: the driver's library is opened when a session or
+//! [`survey`] asks for it, and its absence is an answer. A session holds its context's memory, one stream, and lists of
+//! launches prepared for the bindings it has seen; steps that recur are recorded as CUDA graphs and replayed.
+//!
+//! The engine is not trusted to name memory: see [`resolve`]. Its device code is trusted like a program: a kernel can
+//! write wherever the device lets it, so run engines of those you would run programs of.
+
+mod arch;
+mod backend;
+#[allow(unsafe_code)]
+mod driver;
+#[allow(unsafe_code)]
+mod launch;
+mod program;
+mod range;
+mod recent;
+mod report;
+mod resolve;
+#[cfg(test)]
+mod testing;
+#[allow(unsafe_code)]
+mod transfer;
+mod upload;
+
+pub use driver::{DeviceInfo, RawStream};
+pub use report::{GraphReport, PoolReport, Survey, survey};
+
+pub(crate) use backend::Cuda;

@@ -1,0 +1,119 @@
+//! The launch table and kernels of an engine for one device.
+
+use std::sync::Arc;
+
+use millrace_ir::launch::{Bundle, LaunchTable};
+use millrace_ir::{Module, Result};
+
+use super::arch::choose;
+use super::driver::{Context, Function, Image};
+use super::launch::{Ready, ReadyLaunch};
+use super::range::Range;
+use super::resolve::{Limits, Params, Resolution, Resolved, check_table};
+use crate::engine::Engine;
+use crate::places::forged;
+
+/// The helper that finds the largest element of rows.
+const ARGMAX: &str = "argmax";
+
+/// See the module.
+pub(super) struct Program {
+    pub table: LaunchTable,
+    pub limits: Limits,
+    functions: Vec<Arc<Function>>,
+    entries: Vec<String>,
+}
+
+/// Chooses the section of `engine` for a device of compute capability `capability` and decodes it.
+pub(super) fn bundle(engine: &Engine, capability: u32) -> Result<Bundle> {
+    let sections: Vec<(&str, &[u8])> = engine.file().kernels().collect();
+    let names: Vec<&str> = sections.iter().map(|(name, _)| *name).collect();
+    let (name, bytes) = sections[choose(&names, capability)?];
+    let bundle = Bundle::decode(bytes)?;
+    if bundle.table.arch != name {
+        let message = format!("section {name} holds a launch table for {}", bundle.table.arch);
+        return Err(forged(message));
+    }
+    check_bundle(engine.module(), &bundle)?;
+    Ok(bundle)
+}
+
+/// What can be checked without a device and without bindings.
+fn check_bundle(module: &Module, bundle: &Bundle) -> Result<()> {
+    check_table(module, &bundle.table)?;
+    for helper in &bundle.table.helpers {
+        if !(1..=1024).contains(&helper.threads) {
+            return Err(forged(format!("helper {} has {} threads", helper.name, helper.threads)));
+        }
+    }
+    Ok(())
+}
+
+impl Program {
+    /// Loads the device code.
+    pub fn load(context: &Arc<Context>, bundle: Bundle) -> Result<Program> {
+        let Bundle { table, images } = bundle;
+        let loaded = images.iter().map(|bytes| Image::load(context, bytes)).collect::<Result<Vec<_>>>()?;
+        // Dynamic shared memory has to be allowed for a kernel before its first launch.
+        let mut shared = vec![0; table.kernels.len()];
+        for launch in table.steps.iter().flat_map(|s| &s.variants).flat_map(|v| &v.launches) {
+            if let Some(most) = shared.get_mut(launch.kernel) {
+                *most = launch.shared.max(*most);
+            }
+        }
+        let functions = table
+            .kernels
+            .iter()
+            .zip(shared)
+            .map(|(kernel, shared)| {
+                let image = loaded.get(kernel.image).ok_or_else(|| forged("a kernel names no image"))?;
+                Function::find(image, &kernel.entry, shared).map(Arc::new).map_err(|e| e.at(&kernel.family))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let entries = table.kernels.iter().map(|k| k.entry.clone()).collect();
+        let limits = Limits { capability: context.info.capability, max_shared: context.info.max_shared };
+        Ok(Program { table, limits, functions, entries })
+    }
+
+    /// Prepares what was resolved.
+    pub fn ready(&self, resolved: &Resolved) -> Result<Vec<Ready>> {
+        resolved.actions.iter().map(|action| Ready::new(action, &self.functions, &self.entries)).collect()
+    }
+
+    /// Whether the table has the argmax of rows.
+    pub fn has_argmax(&self) -> bool {
+        self.table.helpers.iter().any(|h| h.name == ARGMAX)
+    }
+
+    /// The launch that writes the argmax of each of `rows` rows of `width` elements to `out`, if the table has it.
+    pub fn argmax(&self, from: Range, out: Range, rows: u64, width: u64) -> Result<Option<ReadyLaunch>> {
+        let Some(helper) = self.table.helpers.iter().find(|h| h.name == ARGMAX) else { return Ok(None) };
+        let (Some(function), Ok(blocks), Ok(width)) =
+            (self.functions.get(helper.kernel), u32::try_from(rows), i32::try_from(width))
+        else {
+            return Ok(None);
+        };
+        if blocks == 0 || blocks > i32::MAX as u32 {
+            return Ok(None);
+        }
+        let mut params = Params::default();
+        params.push(&from.base.to_ne_bytes());
+        params.push(&out.base.to_ne_bytes());
+        params.push(&width.to_ne_bytes());
+        let launch = Resolution {
+            kernel: helper.kernel,
+            grid: [blocks, 1, 1],
+            block: [helper.threads, 1, 1],
+            cluster: 1,
+            shared: 0,
+            dependent: false,
+            params,
+        };
+        let entry = self.entries.get(helper.kernel).map_or("", String::as_str);
+        ReadyLaunch::new(&launch, function, entry).map(Some)
+    }
+}
+
+#[cfg(test)]
+#[path = "program_tests.rs"]
+mod tests;

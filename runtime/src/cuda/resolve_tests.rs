@@ -1,0 +1,395 @@
+use millrace_ir::builder::Builder;
+use millrace_ir::dim::Sym;
+use millrace_ir::launch::{Condition, DeviceKernel, Variant};
+use millrace_ir::ops::unary::UnaryFn;
+use millrace_ir::ops::{Reshape, Unary};
+use millrace_ir::{ArenaDecl, Place, StateId, TensorType, ValueId, WeightId};
+
+use super::*;
+
+const LIMITS: Limits = Limits { capability: 90, max_shared: 227 << 10 };
+
+fn t() -> Dim {
+    Dim::from(Sym::new("t").unwrap())
+}
+
+fn dim(n: u64) -> Dim {
+    Dim::from(n)
+}
+
+/// `y = tanh(reshape(tanh(x)))` over `[t, 16]` f32: `%1` and `%2` at offset 0 of the arena, `%3` the output.
+fn module() -> Module {
+    let mut builder = Builder::new("m");
+    let rows = builder.dim("t", 0, 100, None).unwrap();
+    let x = builder.input("x", TensorType::new(DType::F32, [rows.clone(), dim(16)]));
+    let tanh = Unary { function: UnaryFn::Tanh };
+    let a = builder.one(tanh.clone(), &[x], "a").unwrap();
+    let flat = TensorType::new(DType::F32, [rows.mul(&dim(16))]).shape;
+    let b = builder.one(Reshape { shape: flat }, &[a], "b").unwrap();
+    let c = builder.one(tanh, &[b], "c").unwrap();
+    builder.output("y", c).unwrap();
+    let mut module = builder.finish();
+    let size = t().mul(&dim(64));
+    let arena = module.arenas.push(ArenaDecl { name: "a".into(), size, align: 64 });
+    for index in [1, 2] {
+        let place = Place::Arena { arena, offset: dim(0) };
+        module.graph.values.get_mut(ValueId::from_index(index)).unwrap().place = Some(place);
+    }
+    module.graph.values.get_mut(ValueId::from_index(3)).unwrap().place = Some(Place::Output(0));
+    module
+}
+
+fn value(index: usize) -> Operand {
+    Operand::Value(ValueId::from_index(index))
+}
+
+fn kernel(family: &str) -> DeviceKernel {
+    DeviceKernel {
+        entry: family.to_string(),
+        family: family.to_string(),
+        source: "0".repeat(64),
+        image: 0,
+        registers: 0,
+        shared: 0,
+        local: 0,
+    }
+}
+
+fn launch(args: Vec<Arg>) -> Launch {
+    Launch {
+        kernel: 0,
+        grid: [t().ceil_div(4), dim(2), dim(1)],
+        block: [128, 1, 1],
+        cluster: 1,
+        shared: 1024,
+        dependent: true,
+        args,
+    }
+}
+
+fn table() -> LaunchTable {
+    let always = |launches| Variant { when: Vec::new(), launches };
+    let unary = |from, to| {
+        let args = vec![Arg::Address(value(from)), Arg::I32(t()), Arg::Address(value(to))];
+        vec![always(vec![launch(args)])]
+    };
+    LaunchTable {
+        arch: "sm_90a".into(),
+        kernels: vec![kernel("cuda.tanh")],
+        steps: vec![
+            LaunchStep { first: 0, nodes: 1, variants: unary(0, 1) },
+            LaunchStep { first: 1, nodes: 1, variants: vec![always(Vec::new())] },
+            LaunchStep { first: 2, nodes: 1, variants: unary(2, 3) },
+        ],
+        workspace: dim(4096),
+        counters: 16,
+        helpers: Vec::new(),
+    }
+}
+
+fn range(base: u64, len: u64) -> Range {
+    Range { base, len }
+}
+
+/// Memory for `rows` rows.
+fn addresses(rows: u64) -> Addresses {
+    let bytes = rows * 64;
+    Addresses {
+        regions: Regions {
+            inputs: vec![range(0x1_0000, bytes)],
+            outputs: vec![range(0x2_0000, bytes)],
+            arenas: vec![range(0x3_0000, bytes)],
+            states: Vec::new(),
+            weights: Vec::new(),
+        },
+        workspace: range(0x4_0000, 4096),
+        counters: range(0x5_0000, 16),
+    }
+}
+
+fn bindings(rows: u64) -> Bindings {
+    let mut bindings = Bindings::new();
+    bindings.set(Sym::new("t").unwrap(), rows);
+    bindings
+}
+
+fn at(rows: u64, table: &LaunchTable) -> Result<Resolved> {
+    resolve(&module(), table, &addresses(rows), &bindings(rows), LIMITS)
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// The launch of the first step with these arguments, at six rows.
+fn with_args(args: Vec<Arg>) -> Result<Params> {
+    let mut table = table();
+    table.steps[0].variants[0].launches[0].args = args;
+    match at(6, &table)?.actions.swap_remove(0) {
+        Action::Launch(launch) => Ok(launch.params),
+        Action::Copy { .. } => panic!("a copy"),
+    }
+}
+
+fn refused(found: Result<impl std::fmt::Debug>) -> String {
+    let error = found.unwrap_err();
+    assert_eq!(error.code(), "engine/forged", "{error}");
+    error.message().to_string()
+}
+
+#[test]
+fn parameters_are_laid_out_as_a_kernel_reads_them() {
+    let resolved = at(6, &table()).unwrap();
+    assert_eq!(resolved.steps, [(0..1, 0..1), (1..2, 1..1), (2..3, 1..2)]);
+    let [Action::Launch(first), Action::Launch(second)] = resolved.actions.as_slice() else { panic!() };
+    assert_eq!(
+        (first.grid, first.block, first.shared, first.dependent),
+        ([2, 2, 1], [128, 1, 1], 1024, true)
+    );
+    // A pointer, an int, four bytes of padding, a pointer.
+    let params = &first.params;
+    assert_eq!(params.places, [(0, 8), (8, 4), (16, 8)]);
+    assert_eq!(u64_at(&params.bytes, 0), 0x1_0000);
+    assert_eq!(params.bytes[8..12], 6i32.to_ne_bytes());
+    assert_eq!(u64_at(&params.bytes, 16), 0x3_0000);
+    // The view shares the first result's memory.
+    assert_eq!((u64_at(&second.params.bytes, 0), u64_at(&second.params.bytes, 16)), (0x3_0000, 0x2_0000));
+}
+
+#[test]
+fn every_kind_of_argument() {
+    let params = with_args(vec![
+        Arg::F32(1.5),
+        Arg::Workspace(t().mul(&dim(8))),
+        Arg::Counters(4),
+        Arg::I32(t().mul(&dim(3))),
+        Arg::Map(TensorMap {
+            of: MapBase::Address(value(0)),
+            dtype: DType::F32,
+            shape: vec![dim(16), t()],
+            strides: vec![dim(64)],
+            tile: vec![16, 64],
+            swizzle: 64,
+        }),
+        Arg::I32(dim(9)),
+    ])
+    .unwrap();
+    assert_eq!(params.places, [(0, 4), (8, 8), (16, 8), (24, 4), (64, 128), (192, 4)]);
+    assert_eq!(params.bytes[..4], 1.5f32.to_ne_bytes());
+    assert_eq!((u64_at(&params.bytes, 8), u64_at(&params.bytes, 16)), (0x4_0030, 0x5_0004));
+    assert_eq!(params.bytes[24..28], 18i32.to_ne_bytes());
+    assert_eq!(params.bytes[192..196], 9i32.to_ne_bytes());
+    let map = Map {
+        base: 0x1_0000,
+        dtype: DType::F32,
+        shape: vec![16, 6],
+        strides: vec![64],
+        tile: vec![16, 64],
+        swizzle: 64,
+    };
+    assert_eq!(params.maps, [(64, map)]);
+}
+
+#[test]
+fn grids_without_blocks_do_not_happen() {
+    let resolved = at(0, &table()).unwrap();
+    assert_eq!(resolved.actions, []);
+}
+
+#[test]
+fn variants_follow_the_bindings() {
+    let mut table = table();
+    let mut small = table.steps[0].variants[0].clone();
+    small.when = vec![Condition { dim: t(), min: 0, max: 4 }];
+    small.launches[0].block = [32, 1, 1];
+    table.steps[0].variants.insert(0, small);
+    let block = |rows| match &at(rows, &table).unwrap().actions[0] {
+        Action::Launch(launch) => launch.block[0],
+        Action::Copy { .. } => 0,
+    };
+    assert_eq!((block(4), block(5)), (32, 128));
+}
+
+#[test]
+fn older_devices_run_in_order() {
+    let limits = Limits { capability: 80, ..LIMITS };
+    let resolved = resolve(&module(), &table(), &addresses(6), &bindings(6), limits).unwrap();
+    assert!(resolved.actions.iter().all(|a| matches!(a, Action::Launch(l) if !l.dependent)));
+    let mut clusters = table();
+    clusters.steps[0].variants[0].launches[0].cluster = 2;
+    assert!(at(6, &clusters).is_ok());
+    let on_older = resolve(&module(), &clusters, &addresses(6), &bindings(6), limits);
+    assert!(refused(on_older).contains("clusters"));
+    // Ten rows are three blocks: no whole number of clusters.
+    assert!(refused(at(10, &clusters)).contains("clusters"));
+}
+
+#[test]
+fn forged_launches_are_refused() {
+    type Forge = fn(&mut Launch);
+    let forgeries: &[(&str, Forge)] = &[
+        ("no kernel", |l| l.kernel = 1),
+        ("grid", |l| l.grid[1] = dim(65536)),
+        ("grid", |l| l.grid[0] = dim(1 << 31)),
+        ("no value", |l| l.grid[0] = Dim::from(Sym::new("q").unwrap())),
+        ("no value", |l| l.grid[0] = t().sub(&dim(7))),
+        ("block", |l| l.block = [0, 1, 1]),
+        ("block", |l| l.block = [64, 64, 1]),
+        ("block", |l| l.block = [1, 1, 128]),
+        ("block", |l| l.block = [u32::MAX, u32::MAX, u32::MAX]),
+        ("clusters", |l| l.cluster = 0),
+        ("clusters", |l| l.cluster = 32),
+        ("shared", |l| l.shared = u32::MAX),
+        ("argument %9 has no memory", |l| l.args.push(Arg::Address(value(9)))),
+        ("argument %3 has no memory", |l| l.args.push(Arg::Address(value(3)))),
+        ("has no memory", |l| l.args.push(Arg::Address(Operand::Weight(WeightId::from_index(0))))),
+        ("has no memory", |l| l.args.push(Arg::Address(Operand::State(StateId::from_index(7))))),
+        ("scratch", |l| l.args.push(Arg::Workspace(dim(4097)))),
+        ("counter", |l| l.args.push(Arg::Counters(13))),
+        ("counter", |l| l.args.push(Arg::Counters(u64::MAX))),
+        ("32-bit", |l| l.args.push(Arg::I32(dim(1 << 31)))),
+    ];
+    for (expected, forge) in forgeries {
+        let mut table = table();
+        forge(&mut table.steps[0].variants[0].launches[0]);
+        let message = refused(at(6, &table));
+        assert!(message.contains(expected), "{expected}: {message}");
+    }
+}
+
+#[test]
+fn forged_maps_are_refused() {
+    let good = TensorMap {
+        of: MapBase::Address(value(0)),
+        dtype: DType::F32,
+        shape: vec![dim(16), t()],
+        strides: vec![dim(64)],
+        tile: vec![16, 8],
+        swizzle: 0,
+    };
+    let with = |map: TensorMap| with_args(vec![Arg::Map(map)]);
+    assert!(with(good.clone()).is_ok());
+    type Forge = fn(&mut TensorMap);
+    let forgeries: &[(&str, Forge)] = &[
+        ("leaves", |m| m.shape[1] = dim(7)),
+        ("leaves", |m| m.strides[0] = dim(80)),
+        ("leaves", |m| m.of = MapBase::Workspace(dim(4096))),
+        ("aligned", |m| m.strides[0] = dim(60)),
+        ("aligned", |m| m.of = MapBase::Workspace(dim(8))),
+        ("scratch", |m| m.of = MapBase::Workspace(dim(8192))),
+        ("belong", |m| m.strides.clear()),
+        ("belong", |m| m.tile.push(1)),
+        ("belong", |m| {
+            m.shape.clear();
+            m.strides.clear();
+            m.tile.clear();
+        }),
+        ("extent", |m| m.shape[1] = dim(0)),
+        ("extent", |m| m.tile[1] = 257),
+        ("extent", |m| m.tile[1] = 0),
+        ("swizzle", |m| m.tile[0] = 2),
+        ("swizzle", |m| m.swizzle = 32),
+        ("swizzle", |m| m.swizzle = 48),
+    ];
+    for (expected, forge) in forgeries {
+        let mut map = good.clone();
+        forge(&mut map);
+        let message = refused(with(map));
+        assert!(message.contains(expected), "{expected}: {message}");
+    }
+}
+
+#[test]
+fn memory_that_does_not_fit_is_refused() {
+    let small = |change: fn(&mut Addresses)| {
+        let mut addresses = addresses(6);
+        change(&mut addresses);
+        refused(resolve(&module(), &table(), &addresses, &bindings(6), LIMITS))
+    };
+    assert_eq!(small(|a| a.regions.arenas[0].len -= 1), "a result has no memory");
+    assert_eq!(small(|a| a.regions.outputs[0].len -= 1), "a result has no memory");
+    assert_eq!(small(|a| a.regions.arenas.clear()), "a result has no memory");
+    // The arena over the input: the first result overlaps its operand, in part.
+    assert_eq!(small(|a| a.regions.arenas[0].base = 0x1_0010), "a result overlaps an operand");
+}
+
+#[test]
+fn a_node_that_computes_needs_a_launch() {
+    let mut table = table();
+    table.steps[0].variants[0].launches.clear();
+    assert_eq!(refused(at(6, &table)), "a node that computes has no launch");
+}
+
+#[test]
+fn views_that_do_not_share_memory_are_copied() {
+    let mut module = module();
+    let second = module.graph.values.get_mut(ValueId::from_index(2)).unwrap();
+    let arena = module.arenas.ids().next().unwrap();
+    second.place = Some(Place::Arena { arena, offset: t().mul(&dim(64)) });
+    let mut addresses = addresses(6);
+    addresses.regions.arenas[0].len *= 2;
+    let resolved = resolve(&module, &table(), &addresses, &bindings(6), LIMITS).unwrap();
+    let (from, to) = (range(0x3_0000, 384), range(0x3_0180, 384));
+    assert_eq!(resolved.actions[1], Action::Copy { from, to });
+}
+
+#[test]
+fn an_output_that_lives_elsewhere_is_copied_at_the_end() {
+    let mut module = module();
+    // The output names the value in the arena, and the last node's result has no reader.
+    module.graph.outputs[0].value = ValueId::from_index(1);
+    let third = module.graph.values.get_mut(ValueId::from_index(3)).unwrap();
+    let arena = module.arenas.ids().next().unwrap();
+    third.place = Some(Place::Arena { arena, offset: t().mul(&dim(64)) });
+    let mut addresses = addresses(6);
+    addresses.regions.arenas[0].len *= 2;
+    let resolved = resolve(&module, &table(), &addresses, &bindings(6), LIMITS).unwrap();
+    let (from, to) = (range(0x3_0000, 384), range(0x2_0000, 384));
+    assert_eq!(resolved.actions.last(), Some(&Action::Copy { from, to }));
+    addresses.regions.outputs[0].len -= 64;
+    assert!(refused(resolve(&module, &table(), &addresses, &bindings(6), LIMITS)).contains("output"));
+}
+
+#[test]
+fn groups_must_not_overlap_in_part() {
+    // All three nodes as one group: the last result may not begin inside the first.
+    let mut table = table();
+    let mut all = table.steps[0].clone();
+    all.nodes = 3;
+    all.variants[0].launches[0].args = vec![Arg::Address(value(0)), Arg::I32(t()), Arg::Address(value(3))];
+    table.steps = vec![all];
+    assert!(at(6, &table).is_ok());
+    let mut addresses = addresses(6);
+    addresses.regions.outputs[0].base = 0x1_0040;
+    let message = refused(resolve(&module(), &table, &addresses, &bindings(6), LIMITS));
+    assert_eq!(message, "memory overlaps inside a launch group");
+}
+
+#[test]
+fn tables_cover_the_graph() {
+    let mut table = table();
+    assert!(check_table(&module(), &table).is_ok());
+    table.steps.pop();
+    assert_eq!(check_table(&module(), &table).unwrap_err().code(), "engine/forged");
+}
+
+#[test]
+fn parameters_are_compared_with_the_kernel() {
+    let params = with_args(vec![Arg::Address(value(0)), Arg::F32(0.0)]).unwrap();
+    assert!(check_params(&params, None, "k").is_ok());
+    assert!(check_params(&params, Some(&[8, 4]), "k").is_ok());
+    for wrong in [vec![], vec![8], vec![8, 8], vec![8, 4, 4]] {
+        assert_eq!(check_params(&params, Some(&wrong), "k").unwrap_err().code(), "cuda/arguments");
+    }
+}
+
+#[test]
+fn packing_aligns_and_never_overflows() {
+    assert_eq!(pack(&[1, 256, 0, 300]), Some((vec![0, 256, 512, 512], 1024)));
+    assert_eq!(pack(&[]), Some((vec![], 0)));
+    assert_eq!(pack(&[u64::MAX]), None);
+    assert_eq!(pack(&[1, u64::MAX - 256]), None);
+    let block = range(0x1000, 1024);
+    assert_eq!(parts(block, &[0, 512], &[1, 512]), Some(vec![range(0x1000, 1), range(0x1200, 512)]));
+    assert_eq!(parts(block, &[1024], &[1]), None);
+}

@@ -1,0 +1,60 @@
+//! How a session is set up.
+
+use std::path::PathBuf;
+
+use crate::cuda::RawStream;
+
+/// When activation memory is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Allocation {
+    /// Once, at the upper bounds.
+    #[default]
+    Static,
+    /// For each step, at its shape.
+    Dynamic,
+}
+
+/// Where a session runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The processor.
+    Cpu,
+    /// The CUDA device of this number.
+    Cuda(u32),
+}
+
+/// How a session is set up.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// When activation memory is allocated.
+    pub allocation: Allocation,
+    /// Where to run; what the engine was compiled for by default, on the first such device.
+    pub device: Option<Device>,
+    /// Threads that compute, or that load weights onto a device; all processors by default.
+    pub threads: Option<usize>,
+    /// Bound on all bytes the session holds, but for staging memory.
+    pub cap: Option<u64>,
+    /// Cache pages; the engine's maximum by default.
+    pub kv_pages: Option<u64>,
+    /// Model folder that a stripped engine takes its weights from.
+    pub weights: Option<PathBuf>,
+    /// CUDA stream of the caller that all work is ordered on; a stream of its own by default.
+    pub stream: Option<RawStream>,
+    /// Whether steps of static sessions that recur are replayed as CUDA graphs.
+    pub graphs: bool,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        SessionOptions {
+            allocation: Allocation::default(),
+            device: None,
+            threads: None,
+            cap: None,
+            kv_pages: None,
+            weights: None,
+            stream: None,
+            graphs: true,
+        }
+    }
+}
