@@ -80,7 +80,7 @@ impl Case {
         ));
         let mut module = text::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
         if layout == Layout::Cores {
-            let w = module.weight_named("w").unwrap();
+            let w = module.weights.iter().find(|(_, w)| w.name == "w").unwrap().0;
             let panels: usize = segments.iter().map(|s| s.div_ceil(8)).sum();
             module.weights[w].ty.shape = [panels, k / 8, 8, 8].map(Dim::from).to_vec();
         }
