@@ -2,8 +2,9 @@
 // g = lane / 4 and t = lane % 4, acc[j][0], acc[j][1] are row g, columns 2t, 2t+1 of panel j; acc[j][2], acc[j][3] are row
 // g+8 of those. With a gated epilogue the even panels gate the odd ones, and panel j of the result is made of both.
 //
-// Constants and functions written for the problem: ELEMENT, OUT, GATED, BIAS, OPERANDS, ALIGNED (every width is a
-// multiple of 8), OUT_PANELS, SECOND (position of the second segment in the bias), Pointers, place_of, operand_of, finish.
+// Constants and functions written for the problem: ELEMENT, OUT, GATED, BIAS, OPERANDS, LIGHT (nothing but one operand),
+// ALIGNED (every width is a multiple of 8), OUT_PANELS, SECOND (position of the second segment in the bias), Pointers,
+// place_of, operand_of, finish.
 
 // Whether results go through scratch memory.
 constexpr bool STAGED = ALIGNED && sizeof(OUT) == 2;
@@ -54,11 +55,11 @@ DEVICE float2 finish_pair(const float (&acc)[N][4], int j, int h, float2 bias, f
 // How a warp's part of a tile goes through scratch memory: chunks of UNITS panels, STEP rows an access.
 template <int N> struct Chunks {
     static constexpr int OUT_N = GATED ? N / 2 : N;
-    // Several operands leave registers for half lines only.
-    static constexpr int UNITS = OUT_N % 8 == 0 && OPERANDS < 2 ? 8 : OUT_N % 4 == 0 ? 4 : OUT_N % 2 == 0 ? 2 : 1;
+    // Operands beside other steps leave registers for half lines only.
+    static constexpr int UNITS = OUT_N % 8 == 0 && (LIGHT || !OPERANDS) ? 8 : OUT_N % 4 == 0 ? 4 : OUT_N % 2 == 0 ? 2 : 1;
     static constexpr int STEP = 32 / UNITS, COUNT = OUT_N / UNITS;
-    // Chunks whose operand is under way; several operands would not leave enough registers.
-    static constexpr int DEPTH = !STAGED || OPERANDS != 1 ? 0 : COUNT < 2 ? COUNT : 2;
+    // Chunks whose operand is under way.
+    static constexpr int DEPTH = !STAGED || !LIGHT ? 0 : COUNT < 2 ? COUNT : 2;
 };
 
 // A warp's accesses to operands in whole lines.

@@ -497,6 +497,9 @@ pub(super) mod tests {
                 let ranges = choose(&problem);
                 assert!(ranges.windows(2).all(|w| w[0].0 < w[1].0 && w[0].1 != w[1].1), "{ranges:?}");
                 assert_eq!(ranges.last().unwrap().1, Tile::HOPPER);
+                // Fewer rows than a tile has are loaded in two copies.
+                assert!(ranges[0].0 == 127 && matches!(ranges[0].1, Tile::Wgmma { boxes: 2, .. }));
+                assert!(ranges[1..].iter().all(|r| matches!(r.1, Tile::Wgmma { boxes: 1, .. })));
                 let variants = variants(&problem).unwrap();
                 assert_eq!(variants.len(), ranges.len());
                 for (variant, (rows, tile)) in variants.iter().zip(&ranges).rev().skip(1) {
