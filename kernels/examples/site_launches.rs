@@ -9,7 +9,7 @@ use std::path::Path;
 
 use millrace_ir::{Bindings, Operand, Sym, text};
 use millrace_kernels::cuda::plan::{Argument, SiteVariant};
-use millrace_kernels::cuda::{Arch, Site, attention, rope};
+use millrace_kernels::cuda::{Arch, Site, plan_site};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -59,7 +59,7 @@ fn main() -> Outcome<()> {
         bindings.set(Sym::new(sym).ok_or("bad name of a dim")?, value.parse()?);
     }
     let site = Site { module: &module, nodes: &module.graph.order, arch };
-    let planned = rope::plan(site).or_else(|| attention::plan(site)).ok_or("no family plans this site")?;
+    let planned = plan_site(site).ok_or("no family plans this site")?;
     let holds = |v: &&SiteVariant| v.when.iter().all(|c| c.holds(&bindings));
     let variant = planned.variants.iter().find(holds).ok_or("no variant holds")?;
     let mut json = String::from("{\"launches\": [");

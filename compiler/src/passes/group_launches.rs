@@ -4,11 +4,14 @@
 //! ```text
 //! rms_norm %0 ; matmul.fused %1, @w           ->  the matmul joined: its kernel normalises the rows it reads
 //! rope q ; rope k ; kv_append k ; kv_append v  ->  one group: rotated keys go straight to the cache
+//! .. ; paged_attention                         ->  the same group, if it alone reads the rotated queries
 //! ```
 //!
 //! Nodes are not moved: the members of a group have to stand next to each other; views may stand between them.
 
-use millrace_ir::{Def, Module, NodeId, Op, Operand, Phase, Result};
+use std::ops::Range;
+
+use millrace_ir::{Def, Module, Node, NodeId, Op, Operand, Phase, Result, ValueId};
 
 use crate::pass::{Context, Pass};
 
@@ -20,7 +23,7 @@ impl Pass for GroupLaunches {
         "group-launches"
     }
     fn help(&self) -> &'static str {
-        "joins nodes that one launch runs: a norm and its matmul, rope and cache writes"
+        "joins nodes that one launch runs: a norm and its matmul; rope, cache writes and attention"
     }
     fn phases(&self) -> (Phase, Phase) {
         (Phase::Scheduled, Phase::Scheduled)
@@ -36,7 +39,10 @@ impl Pass for GroupLaunches {
         while at < order.len() {
             let end = match norm_and_matmul(module, context, &readers, &order, at) {
                 Some(end) => end,
-                None => cache_run(module, &order, at),
+                None => match cache_run(module, &order, at) {
+                    end if end > at + 1 => with_attention(module, context, &readers, &order, at..end),
+                    end => end,
+                },
             };
             if end > at + 1 && context.allow(self.name(), &module.graph, order[at]) {
                 order[at + 1..end].iter().for_each(|id| module.graph.nodes[*id].joined = true);
@@ -120,4 +126,61 @@ fn cache_run(module: &Module, order: &[NodeId], at: usize) -> usize {
         !matches!(state, Operand::Value(v) if written_here(v))
     });
     if ropes <= 2 && writes == 2 && ropes + writes > 2 && same && first_versions { end } else { at + 1 }
+}
+
+/// One past the attention node behind a run of ropes and cache writes, if it joins them: it reads the queries and the cache
+/// that they make, and nobody else reads what they rotate. Else the end of the run.
+fn with_attention(
+    module: &Module,
+    context: &mut Context,
+    readers: &[usize],
+    order: &[NodeId],
+    run: Range<usize>,
+) -> usize {
+    use millrace_ir::Id;
+    let graph = &module.graph;
+    let is_view = |id: &&NodeId| matches!(graph.nodes[**id].op, Op::Reshape(_));
+    let at = run.end + order[run.end..].iter().take_while(is_view).count();
+    let Some(attention) = order.get(at) else { return run.end };
+    if !matches!(graph.nodes[*attention].op, Op::PagedAttention(_)) {
+        return run.end;
+    }
+    let group = &order[run.start..=at];
+    let mut blocked = |reason: &str| {
+        context.blocked("group-launches", graph, *attention, reason);
+        run.end
+    };
+    // Who reads a rotated value through views, if it is one node of the group.
+    let reader = |mut value: ValueId| loop {
+        if readers[value.index()] != 1 {
+            return None;
+        }
+        let reads = |id: &&NodeId| graph.nodes[**id].operands.contains(&Operand::Value(value));
+        let id = *group.iter().find(reads)?;
+        match &graph.nodes[id] {
+            Node { op: Op::Reshape(_), results, .. } => value = results[0],
+            _ => return Some(id),
+        }
+    };
+    let of = |f: fn(&Op) -> bool| group.iter().filter(move |id| f(&graph.nodes[**id].op));
+    let rotated: Vec<Option<NodeId>> =
+        of(|op| matches!(op, Op::Rope(_))).map(|id| reader(graph.nodes[*id].results[0])).collect();
+    let appends: Vec<NodeId> = of(|op| matches!(op, Op::KvAppend(_))).copied().collect();
+    let operands = &graph.nodes[*attention].operands;
+    let written = |operand: &Operand| {
+        appends.iter().find(|id| *operand == Operand::Value(graph.nodes[**id].results[0]))
+    };
+    let (Some(keys), Some(values)) = (written(&operands[1]), written(&operands[2])) else {
+        return blocked("attention reads another cache than the one written before it");
+    };
+    if operands[3..] != graph.nodes[*keys].operands[2..] || keys == values {
+        return blocked("attention looks up other pages than the writes before it");
+    }
+    if rotated.iter().any(Option::is_none) {
+        return blocked("rotated queries or keys have other readers than attention and the cache");
+    }
+    if rotated.len() != 2 || !rotated.contains(&Some(*attention)) || !rotated.contains(&Some(*keys)) {
+        return blocked("attention's queries or keys are not rotated next to it");
+    }
+    at + 1
 }

@@ -44,8 +44,8 @@ DEVICE void turn(const Element *from, Element *to, Element *second, int piece, c
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
         const float p = to_f32(a.e[i]), r = to_f32(b.e[i]);
-        x.e[i] = from_f32<Element>(p * cosines[i] - r * sines[i]);
-        y.e[i] = from_f32<Element>(r * cosines[i] + p * sines[i]);
+        x.e[i] = from_f32<Element>(turned_first(p, r, sines[i], cosines[i]));
+        y.e[i] = from_f32<Element>(turned_second(p, r, sines[i], cosines[i]));
     }
     if (to != nullptr) *(Vec *)(to + low) = x, *(Vec *)(to + high) = y;
     if (second != nullptr) *(Vec *)(second + low) = x, *(Vec *)(second + high) = y;
@@ -56,25 +56,18 @@ DEVICE void turn(const Element *from, Element *to, Element *second, int piece, c
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
         const float p = to_f32(a.e[2 * i]), r = to_f32(a.e[2 * i + 1]);
-        x.e[2 * i] = from_f32<Element>(p * cosines[i] - r * sines[i]);
-        x.e[2 * i + 1] = from_f32<Element>(r * cosines[i] + p * sines[i]);
+        x.e[2 * i] = from_f32<Element>(turned_first(p, r, sines[i], cosines[i]));
+        x.e[2 * i + 1] = from_f32<Element>(turned_second(p, r, sines[i], cosines[i]));
     }
     if (to != nullptr) *(Pair *)(to + at) = x;
     if (second != nullptr) *(Pair *)(second + at) = x;
 #endif
 }
 
-// Sines and cosines of a piece. An angle is counted in turns: the frequency over a full turn is TURNS + TURNS_LOW, and
-// the product with the position is exact before its whole turns are dropped.
+// Sines and cosines of a piece.
 DEVICE void angles(float position, int piece, float (&sines)[VEC], float (&cosines)[VEC]) {
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) {
-        const int pair = REST > 0 && piece >= PAIRS ? 0 : piece * VEC + i;
-        const float whole = position * TURNS[pair];
-        const float error = fmaf(position, TURNS[pair], -whole);
-        const float part = (whole - rintf(whole)) + fmaf(position, TURNS_LOW[pair], error);
-        sincospif(2.0f * part, &sines[i], &cosines[i]);
-    }
+    for (int i = 0; i < VEC; ++i) angle(position, REST > 0 && piece >= PAIRS ? 0 : piece * VEC + i, sines[i], cosines[i]);
 }
 #endif
 

@@ -16,6 +16,9 @@ const FEW_ROWS: u64 = 64;
 
 /// Plans a site of `rope` and `kv_append` nodes with reshapes between.
 pub fn plan(site: Site<'_>) -> Option<Planned> {
+    if matches!(site.last_op(), Op::PagedAttention(_)) {
+        return None;
+    }
     let parts = Parts::of(site)?;
     if let Some(planned) = Group::of(&parts).and_then(|group| group.plan()) {
         return Some(planned);
@@ -42,6 +45,69 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
     })
 }
 
+/// What rope and cache writes do in front of the attention node that ends their group, for a kernel that does it all.
+pub(super) struct BeforeAttention<'a> {
+    rope: &'a Rope,
+    d: usize,
+    position_type: DType,
+    /// Queries before the rotation.
+    pub q: Operand,
+    /// Keys before the rotation.
+    pub k: Operand,
+    /// Values.
+    pub v: Operand,
+    /// Positions of the rotation.
+    pub positions: Operand,
+}
+
+impl<'a> BeforeAttention<'a> {
+    /// `None` unless the last node of the site is a `paged_attention` that reads what rope and cache writes before it
+    /// make, and nothing outside the site reads rotated queries or keys.
+    pub fn of(site: Site<'a>) -> Option<BeforeAttention<'a>> {
+        let attention = site.node(site.nodes.len() - 1);
+        if !matches!(attention.op, Op::PagedAttention(_)) {
+            return None;
+        }
+        let parts = Parts::of(site)?;
+        let group = Group::of(&parts)?;
+        let (q, k) = (group.q.0, group.k.0);
+        let feeds = attention.operands.len() == 6
+            && parts.behind(attention.operands[0]) == Operand::Value(q.results[0])
+            && attention.operands[1] == Operand::Value(group.append_k.results[0])
+            && attention.operands[2] == Operand::Value(group.append_v.results[0])
+            && attention.operands[3..] == group.append_k.operands[2..]
+            && site.operand_ty(attention, 0).shape == site.operand_ty(q, 0).shape
+            && site.operand_ty(attention, 1).shape[2] == site.operand_ty(k, 0).shape[1];
+        if !feeds || parts.read_outside(q.results[0]) || parts.read_outside(k.results[0]) {
+            return None;
+        }
+        Some(BeforeAttention {
+            rope: group.q.1,
+            d: constant(&site.operand_ty(q, 0).shape[2])?,
+            position_type: site.operand_ty(q, 1).dtype,
+            q: parts.behind(q.operands[0]),
+            k: parts.behind(k.operands[0]),
+            v: parts.behind(group.append_v.operands[1]),
+            positions: q.operands[1],
+        })
+    }
+
+    /// Columns that rotate.
+    pub fn rotary(&self) -> usize {
+        self.rope.rotated(self.d)
+    }
+
+    /// Whether a pair's elements lie half the rotated columns apart, else next to each other.
+    pub fn halves(&self) -> bool {
+        self.rope.layout == RopeLayout::Half
+    }
+
+    /// Adds the declarations that rotate pairs.
+    pub fn angles(&self, writer: SourceWriter) -> SourceWriter {
+        angles(writer, self.rope, self.d, self.position_type)
+    }
+}
+
 /// `few` for few rows, else `many`.
 fn by_rows(t: &Dim, few: Vec<SiteLaunch>, many: Vec<SiteLaunch>) -> Planned {
     Planned {
@@ -54,7 +120,7 @@ fn by_rows(t: &Dim, few: Vec<SiteLaunch>, many: Vec<SiteLaunch>) -> Planned {
     }
 }
 
-/// The nodes of a site, reshapes apart.
+/// The nodes of a site, reshapes apart, up to an attention node that may end it.
 struct Parts<'a> {
     site: Site<'a>,
     /// Ropes and appends in order.
@@ -71,6 +137,7 @@ impl<'a> Parts<'a> {
             match &node.op {
                 Op::Rope(_) | Op::KvAppend(_) => parts.nodes.push(node),
                 Op::Reshape(_) => parts.views.push((node.results[0], node.operands[0])),
+                Op::PagedAttention(_) if index > 0 && index + 1 == site.nodes.len() => {}
                 _ => return None,
             }
         }
@@ -155,30 +222,19 @@ impl<'a> Heads<'a> {
 
     /// The source with tables and pieces, up to what depends on the cache.
     fn source(&self, positions: DType, family: &'static str) -> Option<SourceWriter> {
-        let rotary = self.rope.rotated(self.d);
-        let turns: Vec<f64> =
-            self.rope.frequencies(rotary).iter().map(|f| f64::from(*f) / std::f64::consts::TAU).collect();
-        let high: Vec<f32> = turns.iter().map(|t| *t as f32).collect();
-        let low: Vec<f32> = turns.iter().zip(&high).map(|(t, h)| (t - f64::from(*h)) as f32).collect();
         // Both elements of interleaved pairs travel together, as far as heads are aligned.
         let size = bytes(self.dtype)?;
         let align = [16, 8, 4, 2]
             .into_iter()
             .find(|a| (2 * self.vec * size).is_multiple_of(*a) && (self.d * size).is_multiple_of(*a))?;
-        Some(
-            SourceWriter::new(family)
-                .ty("Element", self.dtype)
-                .ty("Positions", positions)
-                .int("HEADS", self.heads)
-                .int("D", self.d)
-                .int("ROTARY", rotary)
-                .int("VEC", self.vec)
-                .int("PAIR_ALIGN", align)
-                .int("THREADS", self.threads)
-                .line(&format!("#define HALVES {}", u8::from(self.rope.layout == RopeLayout::Half)))
-                .line(&float_table("TURNS", &high))
-                .line(&float_table("TURNS_LOW", &low)),
-        )
+        let writer = SourceWriter::new(family)
+            .ty("Element", self.dtype)
+            .int("HEADS", self.heads)
+            .int("D", self.d)
+            .int("VEC", self.vec)
+            .int("PAIR_ALIGN", align)
+            .int("THREADS", self.threads);
+        Some(angles(writer, self.rope, self.d, positions))
     }
 
     /// Launches for few and for many rows; `heads` of them in all.
@@ -188,6 +244,22 @@ impl<'a> Heads<'a> {
         many.grid[1] = heads.div_ceil(self.slots * 4).into();
         [few, many]
     }
+}
+
+/// Declarations that rotate pairs of a head of `d`: `Positions`, `ROTARY`, `HALVES`, the tables and `angles.cu`.
+fn angles(writer: SourceWriter, rope: &Rope, d: usize, positions: DType) -> SourceWriter {
+    let rotary = rope.rotated(d);
+    let turns: Vec<f64> =
+        rope.frequencies(rotary).iter().map(|f| f64::from(*f) / std::f64::consts::TAU).collect();
+    let high: Vec<f32> = turns.iter().map(|t| *t as f32).collect();
+    let low: Vec<f32> = turns.iter().zip(&high).map(|(t, h)| (t - f64::from(*h)) as f32).collect();
+    writer
+        .ty("Positions", positions)
+        .int("ROTARY", rotary)
+        .line(&format!("#define HALVES {}", u8::from(rope.layout == RopeLayout::Half)))
+        .line(&float_table("TURNS", &high))
+        .line(&float_table("TURNS_LOW", &low))
+        .body(include_str!("angles.cu"))
 }
 
 const PROMISE: Promise = Promise { registers: 0, no_local: true };

@@ -11,6 +11,7 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
     let Some(node) = site.only() else {
         return match site.last_op() {
             Op::FusedMatmul(_) => matmul::plan(site),
+            Op::PagedAttention(_) => attention::plan_layer(site),
             _ => rope::plan(site),
         };
     };

@@ -7,6 +7,11 @@
 // Blocks of a cluster join what they found through shared memory. If a row needs several clusters, each leaves maximum,
 // sum and unscaled result in the workspace, and the last cluster of a row and key head to arrive joins them in order of
 // the ranges. Without clusters every block stands for one.
+//
+// FUSED: queries and new keys come unrotated, and new rows are not in the cache yet. A block rotates its query heads; the
+// block whose range ends with the row's own position takes that key and value from shared memory and writes them to the
+// cache, where no other block reads them. A sequence of several rows is left to every block of it: each writes all rows it
+// sees, to the same bits, and reads them back.
 
 constexpr int WARPS = 4;
 constexpr int TILE = 16;
@@ -107,15 +112,94 @@ DEVICE void prefetch(const Element *k, const Element *v, const Lens *lens, const
 #endif
 }
 
+#if FUSED
+// New rows before their rotation.
+struct Fresh {
+    const Element *k, *v;
+    const Positions *positions;
+};
+
+constexpr int PAIRS = ROTARY / 2;
+constexpr int PIECE_SHIFT = ROTARY / 16;                            // pieces between the halves of pairs
+constexpr bool PARTNER_HELD = HALVES && ROTARY == D && D % 64 == 0;  // a lane holds both halves of its pairs
+
+// Columns of a pair.
+DEVICE int first_of(int pair) { return HALVES ? pair : 2 * pair; }
+DEVICE int second_of(int pair) { return HALVES ? pair + PAIRS : 2 * pair + 1; }
+
+DEVICE float element(const uint4 &v, int i) {
+    const float2 both = unpack2<Element>(word(v, i / 2));
+    return i % 2 == 0 ? both.x : both.y;
+}
+
+// Piece `piece` (8 columns) of a head after the rotation; `other` is the piece with the other halves of its pairs.
+DEVICE uint4 turned(const uint4 &own, const uint4 &other, int piece, const float2 *turns) {
+    if (piece * 8 >= ROTARY) return own;
+    float x[8];
+#if HALVES
+    const bool second = piece >= PIECE_SHIFT;
+    const float4 *at = (const float4 *)(turns + (second ? piece - PIECE_SHIFT : piece) * 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float4 two = at[i / 2];
+        const float sine = i % 2 == 0 ? two.x : two.z, cosine = i % 2 == 0 ? two.y : two.w;
+        const float a = element(own, i), b = element(other, i);
+        x[i] = second ? turned_second(b, a, sine, cosine) : turned_first(a, b, sine, cosine);
+    }
+#else
+    const float4 *at = (const float4 *)(turns + piece * 4);
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const float4 two = at[i / 4];
+        const float sine = i % 4 == 0 ? two.x : two.z, cosine = i % 4 == 0 ? two.y : two.w;
+        const float a = element(own, i), b = element(own, i + 1);
+        x[i] = turned_first(a, b, sine, cosine), x[i + 1] = turned_second(a, b, sine, cosine);
+    }
+#endif
+    return make_uint4(pack2<Element>(x[0], x[1]), pack2<Element>(x[2], x[3]), pack2<Element>(x[4], x[5]),
+                      pack2<Element>(x[6], x[7]));
+}
+
+// Writes one new row of a key head to the cache, with all threads.
+DEVICE void write_row(const Fresh &fresh, Element *k, Element *v, i64 row, i64 slot, int kv_head) {
+    const i64 from = (row * KV_HEADS + kv_head) * D, to = (slot * KV_HEADS + kv_head) * D;
+    const float position = (float)(int)fresh.positions[row];
+    for (int pair = threadIdx.x; pair < PAIRS; pair += WARPS * 32) {
+        float sine, cosine;
+        angle(position, pair, sine, cosine);
+        const float a = to_f32(fresh.k[from + first_of(pair)]), b = to_f32(fresh.k[from + second_of(pair)]);
+        k[to + first_of(pair)] = from_f32<Element>(turned_first(a, b, sine, cosine));
+        k[to + second_of(pair)] = from_f32<Element>(turned_second(a, b, sine, cosine));
+    }
+    for (int c = ROTARY + threadIdx.x; c < D; c += WARPS * 32) k[to + c] = fresh.k[from + c];
+    for (int c = threadIdx.x; c < D; c += WARPS * 32) v[to + c] = fresh.v[from + c];
+}
+#define CACHE Element
+#define FRESH_PARAMETERS , const Element *new_k, const Element *new_v, const Positions *positions
+#else
+#define CACHE const Element
+#define FRESH_PARAMETERS
+#endif
+
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS)
-    KERNEL(const Element *q, const Element *k, const Element *v, const Starts *starts, const Lens *lens,
-           const Table *table, Element *out, float *partials, u32 *counters, int b, int width, int pages) {
+    KERNEL(const Element *q, CACHE *k, CACHE *v, const Starts *starts, const Lens *lens, const Table *table,
+           Element *out, float *partials, u32 *counters, int b, int width, int pages FRESH_PARAMETERS) {
     constexpr int HEADS_SHARED = NT * 8;
     __shared__ __align__(16) float sums[WARPS * HEADS_SHARED * PAD];
     __shared__ float tops[WARPS][HEADS_SHARED], totals[WARPS][HEADS_SHARED];
     __shared__ float2 joined[HEADS_SHARED];
     __shared__ u32 arrived;
     prefetch(k, v, lens, table, b, width, pages);
+#if FUSED
+    // Sines and cosines of the position as it looks before the wait; it is read again.
+    static_assert(PAIRS <= WARPS * 32, "a thread has one pair");
+    __shared__ __align__(16) float2 turns[PAIRS];
+    __shared__ __align__(16) Element own_k[D], own_v[D];
+    const int pair = threadIdx.x;
+    const int guessed_position = peek(positions + blockIdx.z);
+    float sine = 0.0f, cosine = 1.0f;
+    if (pair < PAIRS) angle((float)guessed_position, pair, sine, cosine);
+#endif
     wait_for_predecessor();
     release_successor();
 
@@ -135,12 +219,37 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
         }
     }
 
+#if FUSED
+    uint4 partner[NT][KR];
+    if (HALVES && !PARTNER_HELD) {
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+#pragma unroll
+            for (int r = 0; r < KR; ++r) {
+                const int piece = t + 4 * r, other = piece < PIECE_SHIFT ? piece + PIECE_SHIFT : piece - PIECE_SHIFT;
+                const bool valid = n * 8 + g < heads && piece * 8 < ROTARY;
+                partner[n][r] = valid ? *(const uint4 *)(q + out_at + (n * 8 + g) * D + other * 8) : make_uint4(0, 0, 0, 0);
+            }
+        }
+    }
+    const i64 new_at = ((i64)row * KV_HEADS + kv_head) * D;
+    const int position_of_row = (int)positions[row];
+    Element new_first, new_second, new_rest, new_value[2];
+    if (pair < PAIRS) new_first = new_k[new_at + first_of(pair)], new_second = new_k[new_at + second_of(pair)];
+    if (ROTARY < D && ROTARY + pair < D) new_rest = new_k[new_at + ROTARY + pair];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (threadIdx.x + i * WARPS * 32 < D) new_value[i] = new_v[new_at + threadIdx.x + i * WARPS * 32];
+    }
+#endif
+
     // What a short context with one row a sequence needs is read at once; other cases look again.
     const int guess = min(row, b - 1), guessed_tile = blockIdx.x * MIN_CHUNK + warp * TILE;
     const int guessed_start = (int)starts[guess], guessed_end = (int)starts[guess + 1];
     const int guessed_page = (int)table[(i64)guess * width + min(guessed_tile / TOKENS_PER_BLOCK, width - 1)];
     int length = (int)lens[guess], sequence = guess, sequence_end = guessed_end;
-    if (guessed_start != row || guessed_end != row + 1) {
+    const bool others = guessed_start != row || guessed_end != row + 1;
+    if (others) {
         sequence = sequence_of(starts, b, row);
         sequence_end = (int)starts[sequence + 1];
         length = (int)lens[sequence];
@@ -154,6 +263,19 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
     if ((int)blockIdx.x >= used) return;
     const int begin = aligned + blockIdx.x * chunk, end = min(last, begin + chunk);
 
+#if FUSED
+    // Keys from here on are not read from the cache.
+    const int fresh = others ? last : last - 1;
+    if (others) {
+        for (int earlier = (int)starts[sequence]; earlier <= row; ++earlier)
+            write_row(Fresh{new_k, new_v, positions}, k, v, earlier, slots.of(length - sequence_end + earlier), kv_head);
+        __syncthreads();
+    }
+    const int readable = min(end, fresh);
+#else
+    const int readable = end;
+#endif
+
     const i64 row_stride = (i64)KV_HEADS * D;
     const Element *k_head = k + kv_head * D + t * 8, *v_head = v + kv_head * D + g * 8;
 
@@ -163,7 +285,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int key = tile + g + 8 * h;
-            const bool valid = key >= low && key < end;
+            const bool valid = key >= low && key < readable;
             i64 slot = base + g + 8 * h;
             if (TOKENS_PER_BLOCK % TILE != 0) slot = valid ? slots.of(key) : 0;
 #pragma unroll
@@ -175,7 +297,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
 #pragma unroll
         for (int h = 0; h < 4; ++h) {
             const int inside = 2 * t + h % 2 + h / 2 * 8, key = tile + inside;
-            const bool valid = key >= low && key < end;
+            const bool valid = key >= low && key < readable;
             i64 slot = base + inside;
             if (TOKENS_PER_BLOCK % TILE != 0) slot = valid ? slots.of(key) : 0;
 #pragma unroll
@@ -197,6 +319,43 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
     i64 this_base = next_base;
     next_base = slot_of_tile(tile + STEP);
 
+#if FUSED
+    if (pair < PAIRS) {
+        if (position_of_row != guessed_position) angle((float)position_of_row, pair, sine, cosine);
+        const float p = to_f32(new_first), r = to_f32(new_second);
+        turns[pair] = make_float2(sine, cosine);
+        own_k[first_of(pair)] = from_f32<Element>(turned_first(p, r, sine, cosine));
+        own_k[second_of(pair)] = from_f32<Element>(turned_second(p, r, sine, cosine));
+    }
+    if (ROTARY < D && ROTARY + pair < D) own_k[ROTARY + pair] = new_rest;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (threadIdx.x + i * WARPS * 32 < D) own_v[threadIdx.x + i * WARPS * 32] = new_value[i];
+    }
+    __syncthreads();
+    // The block at the end of the row's range owns its key; one for all query heads writes it.
+    if (fresh < end && first_head == 0 && threadIdx.x < D / 4) {
+        const i64 to = slots.of(fresh) * row_stride + kv_head * D;
+        if (threadIdx.x < D / 8) {
+            ((uint4 *)(k + to))[threadIdx.x] = ((const uint4 *)own_k)[threadIdx.x];
+        } else {
+            ((uint4 *)(v + to))[threadIdx.x - D / 8] = ((const uint4 *)own_v)[threadIdx.x - D / 8];
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int r = 0; r < KR; ++r) {
+            if (PARTNER_HELD && r < KR / 2) {
+                const uint4 low_half = qf[n][r], high_half = qf[n][r + KR / 2];
+                qf[n][r] = turned(low_half, high_half, t + 4 * r, turns);
+                qf[n][r + KR / 2] = turned(high_half, low_half, t + 4 * (r + KR / 2), turns);
+            }
+            if (!PARTNER_HELD) qf[n][r] = turned(qf[n][r], HALVES ? partner[n][r] : qf[n][r], t + 4 * r, turns);
+        }
+    }
+#endif
+
     // acc[n][m]: columns (g + 8 (m / 4)) 8 + 2 (m % 4), and the next in the upper half; heads 2t and 2t + 1.
     float acc[NT][4 * VR][4];
     float top[NT][2], total[NT][2];
@@ -212,6 +371,18 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
 
     for (; tile < end; tile += STEP) {
         if (!AHEAD) load_k(tile, this_base);
+#if FUSED
+        const bool has_own = tile <= fresh && fresh < min(end, tile + TILE);
+        if (has_own) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+#pragma unroll
+                for (int r = 0; r < KR; ++r) {
+                    if (tile + g + 8 * h == fresh && (t + 4 * r) * 8 < D) kf[h][r] = ((const uint4 *)own_k)[t + 4 * r];
+                }
+            }
+        }
+#endif
         float s[NT][4];
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
@@ -232,6 +403,19 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
         if (AHEAD && next < end) load_k(next, base);
         if (!AHEAD) load_v(tile, this_base);
         next_base = slot_of_tile(next + STEP);
+
+#if FUSED
+        if (has_own) {
+#pragma unroll
+            for (int h = 0; h < 4; ++h) {
+#pragma unroll
+                for (int r = 0; r < VR; ++r) {
+                    if (tile + 2 * t + h % 2 + h / 2 * 8 == fresh && (g + 8 * r) * 8 < D)
+                        vf[h][r] = ((const uint4 *)own_v)[g + 8 * r];
+                }
+            }
+        }
+#endif
 
         u32 p[NT][2];
         const bool edge = tile + TILE > end || tile < low;

@@ -6,10 +6,11 @@ use millrace_ir::{Bindings, Dim};
 use super::call::Call;
 use super::single_rows;
 use crate::cuda::plan::{Argument, Planned, SiteLaunch, SiteVariant};
+use crate::cuda::rope::BeforeAttention;
 use crate::cuda::source::Promise;
 
 /// Threads of a block.
-const THREADS: u32 = 128;
+pub(super) const THREADS: u32 = 128;
 
 /// Most parts of a row that are joined through memory.
 const MAX_PARTS: u64 = 128;
@@ -45,8 +46,9 @@ const CLASSES: [Class; 6] = [
     Class { most: MAX_ROWS, cluster: 1, min_chunk: 1024, one_cluster: 1024, percent: 260 },
 ];
 
-/// The variants for steps of one row a sequence, without one for the rest.
-pub(super) fn plan(call: &Call<'_>) -> Option<Planned> {
+/// The variants for steps of one row a sequence, without one for the rest. With `before`, the kernels rotate queries and
+/// keys and write the cache themselves.
+pub(super) fn plan(call: &Call<'_>, before: Option<&BeforeAttention<'_>>) -> Option<Planned> {
     let paged = call.paged.as_ref()?;
     let module = call.site.module;
     // Wide heads leave registers for eight of them only.
@@ -61,7 +63,11 @@ pub(super) fn plan(call: &Call<'_>) -> Option<Planned> {
         _ => 2,
     };
     let source = |cluster: u64, min_chunk: usize, one_cluster: usize| {
-        call.source("cuda.attention.decode")
+        let writer = match before {
+            Some(before) => before.angles(call.source("cuda.attention.layer_decode").line("#define FUSED 1")),
+            None => call.source("cuda.attention.decode").line("#define FUSED 0"),
+        };
+        writer
             .int("HEAD_BLOCK", head_block)
             .int("HEAD_BLOCKS", call.group().div_ceil(head_block))
             .int("MIN_CHUNK", min_chunk)
@@ -99,6 +105,10 @@ pub(super) fn plan(call: &Call<'_>) -> Option<Planned> {
         args.retain(|a| !matches!(a, Argument::I32(_)));
         args.extend([Argument::Workspace(0u64.into()), Argument::Counters(0)]);
         args.extend([&call.b, &paged.width, &paged.pages].map(|dim| Argument::I32(dim.clone())));
+        if let Some(before) = before {
+            args[0] = Argument::Address(before.q);
+            args.extend([before.k, before.v, before.positions].map(Argument::Address));
+        }
         let mut launch =
             SiteLaunch::new(source, [parts.mul(&cluster.into()), columns.into(), call.t.clone()], THREADS)
                 .args(args);

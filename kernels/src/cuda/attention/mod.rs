@@ -4,11 +4,13 @@
 //! sequence over blocks, `prefill` serves any mix of rows with the tensor cores, `hopper` does so with Hopper's, `plain`
 //! in f32 arithmetic, `simple` serves every element type and
 //! head size with one warp a row and head. All read positions and pages as `millrace_ir::ops::paging` says and
-//! keep a row's result independent of the other rows. They must not know how the pages were filled.
+//! keep a row's result independent of the other rows. They must not know how the pages were filled, but for `layer`, which
+//! joins the rotation and the cache writes in front of an attention node to it.
 
 mod call;
 mod decode;
 mod hopper;
+mod layer;
 mod mean_pool;
 mod plain;
 mod prefill;
@@ -20,6 +22,8 @@ use millrace_ir::Op;
 use millrace_ir::launch::Condition;
 
 use call::Call;
+
+pub use layer::plan as plan_layer;
 
 use super::plan::{Planned, Site, SiteVariant, between};
 
@@ -46,7 +50,7 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
     let rest =
         SiteVariant { when: Vec::new(), launches: vec![hopper.unwrap_or_else(|| prefill::launch(&call))] };
     let none = Planned { variants: Vec::new(), workspace: 0u64.into(), counters: 0 };
-    let mut planned = decode::plan(&call).unwrap_or(none);
+    let mut planned = decode::plan(&call, None).unwrap_or(none);
     planned.variants.push(rest);
     planned.counters = planned.counters.max(counters);
     Some(planned)

@@ -1,8 +1,8 @@
-use millrace_ir::{Bindings, Module, Sym, text};
+use millrace_ir::{Bindings, Id, Module, Operand, Sym, ValueId, text};
 
 use super::super::plan::{Argument, Planned, Site, SiteVariant};
 use super::super::source::Source;
-use super::super::{Arch, rope};
+use super::super::{Arch, plan_site, rope};
 use super::plan;
 
 fn bindings(dims: &[(&str, u64)]) -> Bindings {
@@ -192,6 +192,75 @@ fn lone_ropes_and_appends_are_planned() {
     }
     let two = rope::plan(Site { nodes: &order[..2], ..site(&module) }).unwrap();
     assert!(two.variants.iter().all(|v| v.launches.len() == 2));
+}
+
+/// The middle of a decoder layer with views, and what else is returned.
+fn layer(rope: &str, d: usize, tail: &str, result: &str) -> Module {
+    let cache = format!("bf16[$pages, 32, 2, {d}]");
+    let rope = format!("{{base = 10000.0, layout = {rope}}}");
+    module(&format!(
+        "  state @k : {cache}\n  state @v : {cache}\n  graph @main(%0 \"q\": bf16[$t, 8, {d}], %1 \"k\": bf16[$t, 2, {d}], %2 \"v\": bf16[$t, {width}], %3 \"n\": i32[$t], %4 \"s\": i32[$b + 1], %5 \"l\": i32[$b], %6 \"p\": i32[$b, $p]) -> (\"y\": bf16[$t, 8, {d}]{result}) {{\n    %7 = rope %0, %3 {rope} : bf16[$t, 8, {d}]\n    %8 = rope %1, %3 {rope} : bf16[$t, 2, {d}]\n    %9 = kv_append @k, %8, %4, %5, %6 : {cache}\n    %10 = reshape %2 {{shape = [$t, 2, {d}]}} : bf16[$t, 2, {d}]\n    %11 = kv_append @v, %10, %4, %5, %6 : {cache}\n    %12 = paged_attention %7, %9, %11, %4, %5, %6 {{scale = 0.125}} : bf16[$t, 8, {d}]\n    return %12{tail}\n  }}\n",
+        width = 2 * d,
+    ))
+}
+
+fn families(variant: &SiteVariant) -> Vec<&'static str> {
+    variant.launches.iter().map(|l| l.source.family).collect()
+}
+
+#[test]
+fn the_middle_of_a_layer_is_one_launch_at_decode() {
+    let module = layer("half", 64, "", "");
+    let planned = plan_site(site(&module)).unwrap();
+    for b in [1, 2, 5, 16, 64] {
+        let dims = [("t", b), ("b", b), ("p", 8)];
+        assert_eq!(families(chosen(&planned, &dims)), ["cuda.attention.layer_decode"], "{b}");
+    }
+    for (t, b) in [(65, 1), (3, 2), (2, 3)] {
+        let families = families(chosen(&planned, &[("t", t), ("b", b), ("p", 8)]));
+        assert_eq!(families, ["cuda.rope_append", "cuda.attention.hopper"], "{t} {b}");
+    }
+    assert!(planned.variants.last().unwrap().when.is_empty());
+    for launch in planned.variants.iter().flat_map(|v| &v.launches) {
+        check(&launch.source);
+        assert!(launch.dependent);
+    }
+    // It takes what the rotation reads, and splits as attention alone does.
+    let dims = [("t", 2), ("b", 2), ("p", 8)];
+    let one = &chosen(&planned, &dims).launches[0];
+    let address = |arg: &Argument| match arg {
+        Argument::Address(operand) => Some(*operand),
+        _ => None,
+    };
+    let values = |at: &[usize]| -> Vec<Operand> {
+        at.iter().map(|at| Operand::Value(ValueId::from_index(*at))).collect()
+    };
+    let addresses: Vec<Operand> = one.args.iter().filter_map(address).collect();
+    assert_eq!(addresses, values(&[0, 9, 11, 4, 5, 6, 12, 1, 2, 3]));
+    let order = &module.graph.order;
+    let alone = plan(Site { nodes: &order[order.len() - 1..], ..site(&module) }).unwrap();
+    assert_eq!(grid(chosen(&planned, &dims), &dims), grid(chosen(&alone, &dims), &dims));
+    assert_eq!(planned.counters, alone.counters);
+}
+
+#[test]
+fn a_layer_runs_in_turn_where_one_launch_cannot() {
+    let dims = [("t", 2), ("b", 2), ("p", 8)];
+    for (rope, d, tail, result) in [
+        // The rotated queries, or keys, are read elsewhere.
+        ("half", 64, ", %7", ", \"q\": bf16[$t, 8, 64]"),
+        ("half", 64, ", %8", ", \"r\": bf16[$t, 2, 64]"),
+        // A piece of eight columns holds both halves of a pair.
+        ("half", 24, "", ""),
+    ] {
+        let module = layer(rope, d, tail, result);
+        let planned = plan_site(site(&module)).unwrap();
+        let found = families(chosen(&planned, &dims));
+        assert_eq!(found, ["cuda.rope_append", "cuda.attention.decode"], "{d} {tail}");
+    }
+    let module = layer("interleaved", 24, "", "");
+    let planned = plan_site(site(&module)).unwrap();
+    assert_eq!(families(chosen(&planned, &dims)), ["cuda.attention.layer_decode"]);
 }
 
 #[test]
