@@ -228,6 +228,7 @@ def shape_stage(args, millrace, name, scratch, limits):
             for cells in millrace.bench(engine, prefill, f"{PROMPT_LONG},2", runs=args.runs):
                 row(prefill[cells["batch_size"]], "millrace", cells["prefill_ms"])
         ours = time.perf_counter() - begin
+        say(f"{name}: round {turn + 1}, millrace took {ours:.1f} s")
         for kind in args.peers:
             try:
                 for batch in decode:
@@ -239,7 +240,7 @@ def shape_stage(args, millrace, name, scratch, limits):
             except Exception as error:  # a peer that fails is part of the report
                 errors[kind] = repr(error)[:500]
                 say(f"{name}: {kind} failed: {errors[kind]}")
-        say(f"{name}: round {turn + 1} took {time.perf_counter() - begin:.1f} s, of which millrace {ours:.1f} s")
+        say(f"{name}: round {turn + 1} took {time.perf_counter() - begin:.1f} s")
     result = {"layers": fields["num_hidden_layers"], "seconds": seconds, "errors": errors, "decode": [], "prefill": []}
     if peers:
         result["peer_compile_seconds"] = {f"batch {k[0]}": v for k, v in peers.compile_seconds.items()}
@@ -288,55 +289,67 @@ def sdpa_ms(fields, batch, context):
 
 
 def attention_stage(args, millrace, scratch, limits):
-    """Paged attention of decode steps: a decoder whose other parts are small, profiled kernel by kernel."""
-    import torch
-
-    context, result = args.context, []
+    """Paged attention of decode steps, by batch size; a batch that fails has an `error`."""
+    result = []
     for batch in args.attention_batches:
-        layers = max(2, 16 // batch)
-        fields = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
-            "vocab_size": 512, "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": layers,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "hidden_act": "silu",
-            "max_position_embeddings": 2 * context, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-            "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
-        }  # fmt: skip
-        model = scratch / f"attention-{batch}"
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(fields))
-        engine = scratch / f"attention-{batch}.engine"
-        steps = 8
-        millrace.compile(
-            model, engine, "--dummy-weights", "--max-batch-size", batch, "--max-num-tokens", 16384, "--max-seq-len",
-            context + 64, "--max-input-len", context,
-        )  # fmt: skip
-        entry = {"batch": batch, "context": context, "layers": layers, "gbs": [], "us": []}
-        [short] = millrace.bench(engine, [batch], f"{PROMPT},33", runs=args.runs)
-        for _ in range(args.attention_rounds):
-            [row] = millrace.bench(engine, [batch], f"{context - steps},{steps + 1}", "--profile", runs=1)
-            [decode] = [p for p in row["profile"]["phases"] if p["phase"] == "decode"]
-            kernels = [k for k in decode["kernels"] if "attention" in k["kernel"]]
-            ms, calls = sum(k["ms"] for k in kernels), sum(k["calls"] for k in kernels)
-            bytes_read = 4 * fields["num_key_value_heads"] * fields["head_dim"] * batch * (context - steps / 2)
-            entry["us"].append(ms / calls * 1e3)
-            entry["gbs"].append(bytes_read * calls / ms / 1e6)
-            # Replayed without events between kernels: what a step takes more than one with a short context.
-            more = (row["decode_ms_per_step"] - short["decode_ms_per_step"]) / layers
-            entry.setdefault("gbs_by_difference", []).append(bytes_read / max(more, 1e-9) / 1e6)
-        entry["bytes"] = bytes_read
-        entry.update({key: spread(entry[key]) for key in ["gbs", "us", "gbs_by_difference"]})
-        if args.peers:
-            try:
-                ms = sdpa_ms(fields, batch, context)
-                entry["torch_sdpa_gbs"] = 4 * 8 * 128 * batch * context / ms / 1e6
-            except Exception as error:
-                entry["torch_sdpa_error"] = repr(error)[:300]
-            torch.cuda.empty_cache()
-        if limits:
-            entry["of_read_rate"] = entry["gbs"]["median"] / limits["read_gbs"]
-        say(f"attention batch {batch}: {entry['us']['median']:.1f} us, {entry['gbs']['median']:.0f} GB/s")
+        entry = {"batch": batch, "context": args.context}
+        try:
+            attention(args, millrace, scratch, limits, entry)
+        except Exception as error:  # the other batches still count
+            entry["error"] = str(error)[:800]
+            say(f"attention batch {batch}: {entry['error']}")
         result.append(entry)
     return result
+
+
+def attention(args, millrace, scratch, limits, entry):
+    """One batch size: a decoder whose other parts are small, profiled kernel by kernel."""
+    import torch
+
+    batch, context, steps = entry["batch"], entry["context"], 8
+    layers = max(2, 16 // batch)
+    fields = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+        "vocab_size": 512, "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": layers,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "hidden_act": "silu",
+        "max_position_embeddings": 2 * context, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    model = scratch / f"attention-{batch}"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(fields))
+    engine = scratch / f"attention-{batch}.engine"
+    millrace.compile(
+        model, engine, "--dummy-weights", "--max-batch-size", batch, "--max-num-tokens", 16384, "--max-seq-len",
+        context + 64, "--max-input-len", context,
+    )  # fmt: skip
+    bytes_read = 4 * fields["num_key_value_heads"] * fields["head_dim"] * batch * (context - steps / 2)
+    entry.update(layers=layers, bytes=bytes_read)
+    gbs, us, differences = [], [], []
+    [short] = millrace.bench(engine, [batch], f"{PROMPT},33", runs=args.runs)
+    for _ in range(args.attention_rounds):
+        [row] = millrace.bench(engine, [batch], f"{context - steps},{steps + 1}", "--profile", runs=1)
+        [decode] = [p for p in row["profile"]["phases"] if p["phase"] == "decode"]
+        kernels = [k for k in decode["kernels"] if "attention" in k["kernel"]]
+        ms, calls = sum(k["ms"] for k in kernels), sum(k["calls"] for k in kernels)
+        us.append(ms / calls * 1e3)
+        gbs.append(bytes_read * calls / ms / 1e6)
+        # Replayed without events between kernels: what a step takes more than one with a short context.
+        more = (row["decode_ms_per_step"] - short["decode_ms_per_step"]) / layers
+        differences.append(bytes_read / max(more, 1e-9) / 1e6)
+    entry.update(us=spread(us), gbs=spread(gbs), gbs_by_difference=spread(differences))
+    if limits:
+        entry["of_read_rate"] = entry["gbs"]["median"] / limits["read_gbs"]
+    say(
+        f"attention batch {batch}: {entry['us']['median']:.1f} us, {entry['gbs']['median']:.0f} GB/s, "
+        f"by difference {entry['gbs_by_difference']['median']:.0f} GB/s"
+    )
+    if args.peers:
+        try:
+            entry["torch_sdpa_gbs"] = 4 * 8 * 128 * batch * context / sdpa_ms(fields, batch, context) / 1e6
+        except Exception as error:
+            entry["torch_sdpa_error"] = repr(error)[:300]
+        torch.cuda.empty_cache()
 
 
 def table(report):
@@ -377,6 +390,9 @@ def table(report):
         lines += ["", "| decode attention | us a layer | GB/s | of read rate | by difference GB/s | torch sdpa GB/s |"]
         lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
         for entry in report["attention"]:
+            if "error" in entry:
+                lines.append(f"| batch {entry['batch']}, context {entry['context']} | failed | - | - | - | - |")
+                continue
             share = entry.get("of_read_rate")
             cells = [f"{entry['us']['median']:.1f}", f"{entry['gbs']['median']:.0f}", f"{share:.0%}" if share else "-"]
             cells.append(f"{entry['gbs_by_difference']['median']:.0f}")
@@ -406,7 +422,9 @@ def arguments():
     parser.add_argument("--attention-batches", type=numbers, default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=32768, help="of attention")
     parser.add_argument("--layers", type=int, help="fewer layers, for trying things out")
-    parser.add_argument("--folder", type=pathlib.Path, help="write a checkpoint and an engine here (17 GB each for 8b)")
+    parser.add_argument(
+        "--folder", type=pathlib.Path, help="write a checkpoint and an engine here, 32 GB for 8b; the engine stays"
+    )
     parser.add_argument("--output", type=pathlib.Path, help="default: benches/results/gpu-peers-DATE.json")
     parser.add_argument("--note", default="", help="goes into the report")
     args = parser.parse_args()
@@ -463,11 +481,8 @@ def main():
                     say(failures[-1])
                 save()
         if "attention" in args.stages:
-            try:
-                report["attention"] = attention_stage(args, millrace, scratch, limits)
-            except RuntimeError as error:
-                failures.append(f"attention: {error}")
-                say(failures[-1])
+            report["attention"] = attention_stage(args, millrace, scratch, limits)
+            failures += [f"attention batch {e['batch']}: {e['error']}" for e in report["attention"] if "error" in e]
         report["failures"] = failures
         save()
     print(table(report))
