@@ -11,9 +11,6 @@ use crate::cuda::source::Promise;
 /// Threads of a block.
 const THREADS: u32 = 128;
 
-/// Keys of a block's range up to which a row takes one cluster only.
-const ONE_CLUSTER: usize = 128;
-
 /// Most parts of a row that are joined through memory.
 const MAX_PARTS: u64 = 128;
 
@@ -31,6 +28,8 @@ struct Class {
     cluster: u64,
     /// Fewest keys of a block's range.
     min_chunk: usize,
+    /// Keys of a block's range up to which a row takes one cluster only.
+    one_cluster: usize,
     /// Blocks in all, in hundredths of what a device holds at once.
     percent: u64,
 }
@@ -38,12 +37,12 @@ struct Class {
 /// Clusters shorten the way of few rows, as many as run at once: they do not fill a device to the last block. Many rows
 /// need no splitting until contexts are long, and more blocks than run at once, since they may differ in length.
 const CLASSES: [Class; 6] = [
-    Class { most: 1, cluster: 8, min_chunk: 64, percent: 85 },
-    Class { most: 2, cluster: 8, min_chunk: 64, percent: 85 },
-    Class { most: 4, cluster: 4, min_chunk: 64, percent: 85 },
-    Class { most: 8, cluster: 4, min_chunk: 64, percent: 260 },
-    Class { most: 16, cluster: 1, min_chunk: 256, percent: 260 },
-    Class { most: MAX_ROWS, cluster: 1, min_chunk: 1024, percent: 260 },
+    Class { most: 1, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85 },
+    Class { most: 2, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85 },
+    Class { most: 4, cluster: 4, min_chunk: 64, one_cluster: 256, percent: 85 },
+    Class { most: 8, cluster: 4, min_chunk: 64, one_cluster: 1024, percent: 260 },
+    Class { most: 16, cluster: 1, min_chunk: 256, one_cluster: 256, percent: 260 },
+    Class { most: MAX_ROWS, cluster: 1, min_chunk: 1024, one_cluster: 1024, percent: 260 },
 ];
 
 /// The variants for steps of one row a sequence, without one for the rest.
@@ -61,12 +60,12 @@ pub(super) fn plan(call: &Call<'_>) -> Option<Planned> {
         65..=128 => 3,
         _ => 2,
     };
-    let source = |cluster: u64, min_chunk: usize| {
+    let source = |cluster: u64, min_chunk: usize, one_cluster: usize| {
         call.source("cuda.attention.decode")
             .int("HEAD_BLOCK", head_block)
             .int("HEAD_BLOCKS", call.group().div_ceil(head_block))
             .int("MIN_CHUNK", min_chunk)
-            .int("ONE_CLUSTER", ONE_CLUSTER)
+            .int("ONE_CLUSTER", one_cluster)
             .int("MIN_BLOCKS", min_blocks)
             .line(&format!("#define CLUSTER {cluster}"))
             .body(include_str!("decode.cu"))
@@ -79,7 +78,7 @@ pub(super) fn plan(call: &Call<'_>) -> Option<Planned> {
     let mut variants = Vec::new();
     let mut workspace = Dim::from(0u64);
     let mut least = 0;
-    for Class { most, cluster, min_chunk, percent } in CLASSES {
+    for Class { most, cluster, min_chunk, one_cluster, percent } in CLASSES {
         let most = most.min(most_rows);
         if most < least {
             continue;
@@ -89,8 +88,9 @@ pub(super) fn plan(call: &Call<'_>) -> Option<Planned> {
         let cluster = if clusters { cluster } else { 1 };
         let parts = resident * percent / 100 / cluster / (columns * rows);
         let parts = parts.clamp(4u64.div_ceil(cluster), MAX_PARTS);
-        let source = source(cluster, min_chunk);
-        let parts = context.ceil_div((min_chunk as u64 * cluster) as i64).min_of(&Dim::from(parts));
+        let source = source(cluster, min_chunk, one_cluster);
+        let keys = if cluster > 1 { one_cluster } else { min_chunk };
+        let parts = context.ceil_div((keys as u64 * cluster) as i64).min_of(&Dim::from(parts));
         let part = (columns as usize * head_block * (call.d + 4) * 4) as u64;
         let bytes = call.b.min_of(&Dim::from(most)).mul(&parts).mul(&Dim::from(part));
         workspace = workspace.max_of(&bytes);

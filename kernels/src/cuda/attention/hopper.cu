@@ -1,9 +1,10 @@
 // Attention of tiles of query rows on Hopper: matrix instructions of warp groups, a group that only copies.
 //
-// A block stays on its multiprocessor and takes tiles of 128 query rows in turn, each of one sequence and one head. Group
-// 0 copies: the queries, then keys and values 128 at a time through two stages each. Groups 1 and 2 compute, 64 rows
-// each; the scores of a step are multiplied while the values of the step before are. All tiles lie in shared memory as
-// columns of 64 elements, rows of 128 bytes, whose 16-byte pieces are exchanged by the row's number modulo 8.
+// A block stays on its multiprocessor and takes tiles of 128 query rows, each of one sequence and one head, until a
+// counter says that none is left. Group 0 copies: the queries, then keys and values 128 at a time through two stages
+// each. Groups 1 and 2 compute, 64 rows each; while one takes its exponentials the other multiplies. All tiles lie in
+// shared memory as columns of 64 elements, rows of 128 bytes, whose 16-byte pieces are exchanged by the row's number
+// modulo 8.
 
 constexpr int ROWS = 128;
 constexpr int BN = 128;
@@ -103,7 +104,6 @@ DEVICE bool tile_at(Tile &tile, int item, int tiles, const Starts *starts, int b
     int number;
     tile.head = item % HEADS;
     // Late tiles see the most keys and begin first.
-    if (item >= tiles * HEADS) return false;
     if (!tile_of<ROWS>(starts, b, tiles - 1 - item / HEADS, tile.sequence, number)) return false;
     tile.start = (int)starts[tile.sequence];
     const int rows = (int)starts[tile.sequence + 1] - tile.start;
@@ -121,11 +121,6 @@ DEVICE bool tile_at(Tile &tile, int item, int tiles, const Starts *starts, int b
     return true;
 }
 
-// The tile that a block takes in a round. Every other round runs backwards, so that who had a heavy tile gets a light one.
-DEVICE int item_of(int round) {
-    return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-}
-
 #if PAGED
 #define TILE_AT(item) tile_at(tile, item, tiles, starts, lens, b)
 #else
@@ -134,33 +129,58 @@ DEVICE int item_of(int round) {
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     KERNEL(const Element *q, const Element *k, const Element *v, const Starts *starts, PAGING_PARAMETERS Element *out,
-           int b, int tiles) {
+           u32 *counters, int b, int tiles) {
     extern __shared__ __align__(1024) u8 shared[];
-    __shared__ __align__(8) u64 barriers[9];
+    __shared__ __align__(8) u64 barriers[13];
+    __shared__ volatile int ring[2];
     wait_for_predecessor();
     release_successor();
     const u32 sq = (shared_address(shared) + 1023) / 1024 * 1024, sk = sq + Q_BYTES, sv = sk + 2 * KV_BYTES;
     const u32 full_k = shared_address(barriers), full_v = full_k + 16, empty_k = full_k + 32, empty_v = full_k + 48;
-    const u32 empty_q = full_k + 64;
+    const u32 empty_q = full_k + 64, full_item = full_k + 72, empty_item = full_k + 88;
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) barrier_init(full_k + 8 * i, 128), barrier_init(empty_k + 8 * i, WARPS);
         barrier_init(empty_q, WARPS);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) barrier_init(full_item + 8 * i, 1), barrier_init(empty_item + 8 * i, 12);
     }
     __syncthreads();
     const int lane = threadIdx.x % 32, items = tiles * HEADS;
     Tile tile;
     u32 step = 0;
+    // The number of the tile for a turn; the same for all warps.
+    auto take = [&](u32 turn) -> int {
+        barrier_wait(full_item + 8 * (turn % 2), turn / 2 % 2);
+        const int item = ring[turn % 2];
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty_item + 8 * (turn % 2));
+        return item;
+    };
+    auto give = [&](u32 turn, int item) {
+        barrier_wait(empty_item + 8 * (turn % 2), turn / 2 % 2 ^ 1);
+        ring[turn % 2] = item;
+        barrier_arrive(full_item + 8 * (turn % 2));
+    };
 
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         const int warp = threadIdx.x / 32;
         // A warp copies 32 rows, as many at a time as it has lanes for.
         constexpr int AT_ONCE = 32 / PIECES;
         const int piece = lane % PIECES;
         u32 done = 0;
-        for (int round = 0; round * (int)gridDim.x < items; ++round) {
-            if (!TILE_AT(item_of(round))) continue;
+        if (threadIdx.x == 0) give(0, blockIdx.x);
+        for (u32 turn = 0;; ++turn) {
+            const int item = take(turn);
+            if (item >= items) break;
+            // Whoever is free takes the next tile.
+            int next = 0;
+            if (threadIdx.x == 0) next = gridDim.x + (int)atomicAdd(counters, 1u);
+            if (!TILE_AT(item)) {
+                if (threadIdx.x == 0) give(turn + 1, next);
+                continue;
+            }
 #if PAGED
             const Table *pages = table + (i64)tile.sequence * width;
 #endif
@@ -209,17 +229,22 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 barrier_arrive_after_copies(full_v + 8 * stage);
                 slot = coming;
             }
+            if (threadIdx.x == 0) give(turn + 1, next);
         }
+        // The last block to end leaves the counters as it found them.
+        if (threadIdx.x == 0 && atomicAdd(counters + 1, 1u) == gridDim.x - 1) counters[0] = 0, counters[1] = 0;
         // Nothing is left in flight when the block ends.
         copy_async_commit();
         copy_async_wait<0>();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, g = lane / 4, t = lane % 4;
         const u32 q_at = sq + group * 64 * 128;
         if (TURNS && group == 1) turn_pass(group);
-        for (int round = 0; round * (int)gridDim.x < items; ++round) {
-            if (!TILE_AT(item_of(round))) continue;
+        for (u32 turn = 0;; ++turn) {
+            const int item = take(turn);
+            if (item >= items) break;
+            if (!TILE_AT(item)) continue;
             const int warp_row = group * 64 + warp * 16;
             float s[64], o[D / 2];
             float top[2] = {-INFINITY_F32, -INFINITY_F32}, total[2] = {0.0f, 0.0f};
@@ -312,9 +337,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 if (lane == 0) barrier_arrive(empty_k + 8 * (next % 2));
                 if (lane == 0 && number + 1 == tile.steps) barrier_arrive(empty_q);
                 soften(number);
-                // The sums are never negative. Asking ends a basic block, without which the assembler moves the wait for
-                // the values above the exponentials that should overlap them.
-                if (total[0] + total[1] < 0.0f) asm volatile("nanosleep.u32 1;");
                 products_wait<0>(o);
                 if (lane == 0) barrier_arrive(empty_v + 8 * (step % 2));
                 pack();

@@ -15,6 +15,9 @@ const KEYS: usize = 128;
 /// Threads of a block: a group that copies and two that compute.
 const THREADS: u32 = 384;
 
+/// Bytes of counters: tiles taken, and blocks that ended.
+pub(super) const COUNTERS: u64 = 8;
+
 /// The launch for every shape, if architecture and head size allow it.
 pub(super) fn launch(call: &Call<'_>) -> Option<SiteLaunch> {
     if !call.site.arch.has_wgmma() || !matches!(call.d, 64 | 128) {
@@ -33,7 +36,7 @@ pub(super) fn launch(call: &Call<'_>) -> Option<SiteLaunch> {
     let blocks = items.min_of(&Dim::from(u64::from(call.site.arch.multiprocessors())));
     let mut launch = SiteLaunch::new(source, [blocks, Dim::from(1u64), Dim::from(1u64)], THREADS)
         .args(call.arguments())
-        .args([Argument::I32(call.b.clone()), Argument::I32(tiles)]);
+        .args([Argument::Counters(0), Argument::I32(call.b.clone()), Argument::I32(tiles)]);
     // Tiles are aligned to 1024 bytes.
     launch.shared = ((ROWS + 4 * KEYS) * call.d * 2 + 1024) as u32;
     launch.dependent = true;

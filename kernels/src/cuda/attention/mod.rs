@@ -41,15 +41,14 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
         ];
         return Some(Planned { variants, workspace: 0u64.into(), counters: 0 });
     }
-    let rest = SiteVariant {
-        when: Vec::new(),
-        launches: vec![hopper::launch(&call).unwrap_or_else(|| prefill::launch(&call))],
-    };
-    let Some(decode) = decode::plan(&call) else {
-        return Some(Planned { variants: vec![rest], workspace: 0u64.into(), counters: 0 });
-    };
-    let mut planned = decode;
+    let hopper = hopper::launch(&call);
+    let counters = if hopper.is_some() { hopper::COUNTERS } else { 0 };
+    let rest =
+        SiteVariant { when: Vec::new(), launches: vec![hopper.unwrap_or_else(|| prefill::launch(&call))] };
+    let none = Planned { variants: Vec::new(), workspace: 0u64.into(), counters: 0 };
+    let mut planned = decode::plan(&call).unwrap_or(none);
     planned.variants.push(rest);
+    planned.counters = planned.counters.max(counters);
     Some(planned)
 }
 

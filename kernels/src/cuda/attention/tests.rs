@@ -145,7 +145,8 @@ fn packed_attention_has_no_cache() {
     let launch = &planned.variants[0].launches[0];
     assert_eq!(launch.source.family, "cuda.attention.hopper");
     assert!(launch.source.text.contains("constexpr bool CAUSAL = false;"));
-    assert_eq!(launch.args.len(), 7);
+    assert_eq!(launch.args.len(), 8);
+    assert_eq!(planned.counters, 8);
 }
 
 #[test]
