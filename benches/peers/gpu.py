@@ -188,7 +188,7 @@ def prepare(args, millrace, name, scratch):
     if args.layers:
         fields["num_hidden_layers"] = args.layers
     seconds = {}
-    weights = common.make_weights(fields, 1, 1.25)
+    weights = common.make_weights(fields, 1)
     limits = list(LIMITS)
     if args.folder:
         model = args.folder / f"checkpoint-{name}"
