@@ -228,7 +228,7 @@ impl Manager<'_> {
                 controls: Controls { reproducers: None, ..self.controls.clone() },
                 ..Manager::default()
             };
-            let mut inner = Context { panel: context.panel, align: context.align, ..Context::default() };
+            let mut inner = context.target_facts();
             // Other layers than these may repeat as well.
             let rolled = manager.rolled(min, step, &mut module, &mut inner);
             let done = match rolled {

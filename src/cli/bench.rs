@@ -10,7 +10,7 @@ use millrace::generation::{EmbedModel, Generator, Request};
 use millrace::ir::manifest::ModelKind;
 use millrace::ir::weights::normal;
 use millrace::kernels::cpu::Isa;
-use millrace::{Class, Decoder, Encoder, Engine, Profile, Result, Session};
+use millrace::{Allocation, Class, Decoder, Encoder, Engine, Profile, Result, Session};
 use serde_json::json;
 
 use super::compile::ModelOptions;
@@ -138,11 +138,15 @@ impl Sweep<'_> {
     }
 
     /// The row's cells by column, and the profile if one was asked for.
-    fn row(&self, work: Work, profiled: bool) -> Result<(report::Cells, Option<Profile>)> {
-        let mut session = self.engine.session(self.args.memory.resolve()?)?;
+    fn row(
+        &self,
+        session: &mut Session<'_>,
+        work: Work,
+        profiled: bool,
+    ) -> Result<(report::Cells, Option<Profile>)> {
         let (mut first, mut decode) = (Vec::new(), Vec::new());
         for run in 0..=self.args.runs {
-            let times = self.once(&mut session, work)?;
+            let times = self.once(session, work)?;
             if run > 0 {
                 first.push(times.first);
                 decode.push(times.decode);
@@ -182,7 +186,7 @@ impl Sweep<'_> {
         let mut profile = None;
         if profiled {
             session.attach_profile(Profile::new());
-            self.once(&mut session, work)?;
+            self.once(session, work)?;
             profile = session.detach_profile();
         }
         Ok((cells, profile))
@@ -253,8 +257,16 @@ pub fn main(args: &Args) -> Result<()> {
     let ceilings = args.profile.then(|| Ceilings::measure(threads));
     let mut trace = args.trace.as_ref().map(|_| Trace::default());
     let mut rows = Vec::new();
+    // One session serves all rows if its memory does not depend on them: loading weights may take longer than a row.
+    let mut kept = None;
     for work in works {
-        let (cells, recorded) = sweep.row(work, args.profile || args.trace.is_some())?;
+        let options = args.memory.resolve()?;
+        let shared = options.allocation == Allocation::Static;
+        let session = match kept.take() {
+            Some(session) if shared => kept.insert(session),
+            _ => kept.insert(engine.session(options)?),
+        };
+        let (cells, recorded) = sweep.row(session, work, args.profile || args.trace.is_some())?;
         let title = format!("batch {}, input {}", work.batch, work.input);
         if let (Some(trace), Some(recorded)) = (&mut trace, &recorded) {
             trace.add(&title, engine.module(), recorded);

@@ -1,6 +1,7 @@
 //! `millrace run`: generate text, embed sentences, or run a graph on arrays.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use millrace::generation::{Generator, Message, Request, SamplingParams, embed_texts};
 use millrace::ir::manifest::ModelKind;
@@ -219,7 +220,11 @@ fn generate(args: &Args, engine: &Engine) -> Result<()> {
             stop_at_eos: !args.ignore_eos,
         })
         .collect();
+    let loading = Instant::now();
     let mut session = engine.session(args.memory.resolve()?)?;
+    let load_ms = loading.elapsed().as_secs_f64() * 1e3;
+    let generating = Instant::now();
+    let mut first_token_ms = None;
     let mut model = Decoder::new(&mut session)?;
     let mut generator = Generator::new(&mut model)?;
     // One prompt streams as it comes; a batch is printed when it is complete.
@@ -227,6 +232,7 @@ fn generate(args: &Args, engine: &Engine) -> Result<()> {
     let mut stream = tokenizer.as_ref().map(|t| t.stream(true));
     let mut failed = None;
     let completions = generator.generate(&requests, |_, token| {
+        first_token_ms.get_or_insert_with(|| generating.elapsed().as_secs_f64() * 1e3);
         if stream_now && let Some(stream) = &mut stream {
             match stream.push(token).map(|piece| piece.map(|p| print(&p))) {
                 Ok(Some(Err(e))) | Err(e) => failed = Some(e),
@@ -255,6 +261,8 @@ fn generate(args: &Args, engine: &Engine) -> Result<()> {
                 "text": text,
                 "token_ids": completion.token_ids,
                 "finish_reason": completion.finish.name(),
+                "load_ms": load_ms,
+                "first_token_ms": first_token_ms,
             }));
         } else if !stream_now {
             let ids: Vec<String> = completion.token_ids.iter().map(ToString::to_string).collect();

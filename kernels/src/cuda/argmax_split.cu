@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             __threadfence();
             u64 most = 0;
             for (u32 p = 0; p < parts; ++p) most = max(most, *(volatile u64 *)(best + row * parts + p));
-            out[row] = verdict(most);
+            out[row] = verdict(most, width);
             arrived[row] = 0;
         }
     }

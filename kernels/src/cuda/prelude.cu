@@ -66,14 +66,6 @@ template <> DEVICE float2 unpack2<f16>(u32 v) {
 
 // ---- loads and stores ----------------------------------------------------------------------------------------------
 
-// 16 bytes that are read once and need not stay in the caches.
-DEVICE uint4 load_stream(const void *at) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.L2::evict_first.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-    return v;
-}
-
 DEVICE u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
 
 // ---- reductions ----------------------------------------------------------------------------------------------------

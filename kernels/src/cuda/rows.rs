@@ -1,6 +1,6 @@
 //! Rows: rms_norm, layer_norm, both with a residual addition before, l2_normalize, softmax along any axis.
 //!
-//! A row is held in registers by as few threads as give each about 64 bytes to load, from 4 threads to a block of 1024;
+//! A row is held in registers by as few threads as have 32 to 64 bytes each to load, from 4 threads to a block of 1024;
 //! rows of unknown or very large extent are read once a pass. Sums are in f32, in a fixed order that does not depend on
 //! other rows. Results may have the memory of the first operand.
 

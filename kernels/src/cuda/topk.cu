@@ -1,18 +1,18 @@
 // The k largest elements of a row, largest first, lower indices first among equals; one block a row, k <= CAPACITY.
 // Rows shorter than k end with minus infinity at index -1; a row with a NaN has index -1 everywhere.
 //
-// Keys (value, index) are all different. Every thread has a largest key; the k-th of these is at most the k-th of the
-// row, and few others are above it. If more are than shared memory holds, digits of the keys, highest first, are counted
+// Keys (value, index) are all different. Every thread has a largest element; what k threads reach is at most the k-th of
+// the row, and few others are above it. If more are than shared memory holds, digits of the keys, highest first, are counted
 // until those from the k-th upwards fit. What is left is gathered, and each finds its rank.
 constexpr int CAPACITY = 1024, BINS = 2048, LEVELS = 6;
 
-// Gathers the keys from `least` upwards; returns how many there are, of which CAPACITY are kept. Sets `nan`.
-DEVICE u32 gather(const float *row, int width, u64 least, u64 *keys, u32 *found, bool &nan) {
+// Gathers the keys from `least` upwards of a row without NaN; returns how many there are, of which CAPACITY are kept.
+DEVICE u32 gather(const float *row, int width, u64 least, u64 *keys, u32 *found) {
     __syncthreads();
     if (threadIdx.x == 0) *found = 0;
     __syncthreads();
-    each_element<4>(row, 0, (u32)width, [&](float v, u32 i) {
-        nan |= v != v;
+    const float floor = least == 0 ? __uint_as_float(0xff800000u) : of_ordered((u32)(least >> 32));
+    each_wanted<8>(row, 0, (u32)width, [&](float v) { return v >= floor; }, [&](float v, u32 i) {
         const u64 key = key_of(v, i);
         if (key >= least) {
             const u32 slot = atomicAdd(found, 1u);
@@ -28,7 +28,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ u64 keys[CAPACITY];
     __shared__ u32 bins[BINS];
     __shared__ u32 found, bin, above;
-    __shared__ u64 bound;
     wait_for_predecessor();
     release_successor();
     const float *row = rows + (u64)blockIdx.x * width;
@@ -41,27 +40,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // Keys from `least` upwards are wanted; `taken` of them are above the digits counted next.
     u64 least = 0;
     u32 taken = 0;
-    bool nan = false;
+    const u64 mine = largest_of_thread(row, 0, (u32)width);
+    if (__syncthreads_or(mine == NAN_KEY)) return;
     if (width > CAPACITY) {
-        float best = __uint_as_float(0xff800000u);
-        u32 index = 0xffffffffu;
-        each_element<4>(row, 0, (u32)width, [&](float v, u32 i) {
-            if (v > best) {
-                best = v;
-                index = i;
-            }
-        });
-        const u64 mine = index == 0xffffffffu ? 0 : key_of(best, index);
-        keys[threadIdx.x] = mine;
-        if (threadIdx.x == 0) bound = 0;
-        __syncthreads();
-        u32 rank = 0;
-        for (int j = 0; j < THREADS; ++j) rank += keys[j] > mine;
-        if (mine != 0 && rank == (u32)k - 1) bound = mine;
-        __syncthreads();
-        least = bound;
+        // The largest value that at least k threads reach, bit by bit.
+        const u32 reached = (u32)(mine >> 32);
+        u32 bound = 0;
+        for (u32 bit = 1u << 31; bit > 0; bit >>= 1) {
+            if (__syncthreads_count(reached >= (bound | bit)) >= k) bound |= bit;
+        }
+        least = (u64)bound << 32;
     }
-    u32 count = gather(row, width, least, keys, &found, nan);
+    u32 count = gather(row, width, least, keys, &found);
     if (count > CAPACITY) {
         least = 0;
         int shift = 64;
@@ -72,8 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             shift -= digit;
             for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
             __syncthreads();
-            each_element<4>(row, 0, (u32)width, [&](float v, u32 i) {
-                nan |= v != v;
+            each_wanted<4>(row, 0, (u32)width, [](float) { return true; }, [&](float v, u32 i) {
                 const u64 key = key_of(v, i);
                 if (upper == 64 || key >> upper == prefix >> upper) {
                     atomicAdd(bins + ((u32)(key >> shift) & ((1u << digit) - 1)), 1u);
@@ -110,9 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             __syncthreads();
             if (fits) break;
         }
-        count = gather(row, width, least, keys, &found, nan);
+        count = gather(row, width, least, keys, &found);
     }
-    if (__syncthreads_or(nan)) return;
     count = min(count, (u32)CAPACITY);
     for (u32 i = threadIdx.x; i < count; i += THREADS) {
         const u64 key = keys[i];

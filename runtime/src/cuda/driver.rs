@@ -588,8 +588,8 @@ impl Drop for Image {
 pub(super) struct Function {
     pub(super) raw: sys::CUfunction,
     image: Arc<Image>,
-    /// Offset and size of each parameter, if the driver tells.
-    pub parameters: Option<Vec<(usize, usize)>>,
+    /// Size of each parameter, if the driver tells. Their offsets count from the driver's own start of parameters.
+    pub parameters: Option<Vec<usize>>,
     /// Most threads of a block.
     pub max_threads: u32,
     /// Bytes of shared memory fixed at build.
@@ -653,11 +653,8 @@ impl Function {
                 if got != sys::CUresult::CUDA_SUCCESS {
                     break;
                 }
-                all.push((offset, size));
+                all.push(size);
             }
-            // Parameters aligned to more than 16 bytes make the driver count from an earlier address.
-            let first = all.first().map_or(0, |(offset, _)| *offset);
-            all.iter_mut().for_each(|(offset, _)| *offset -= first);
             all
         });
         Ok(Function { raw, image: image.clone(), parameters, max_threads, shared })

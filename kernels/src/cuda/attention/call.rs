@@ -17,6 +17,8 @@ pub(super) struct Paged {
     pub table: Operand,
     /// Columns of the table.
     pub width: Dim,
+    /// Pages of the cache.
+    pub pages: Dim,
     /// Slots of a page.
     pub tokens_per_block: usize,
 }
@@ -77,6 +79,7 @@ impl<'a> Call<'a> {
                     lens: node.operands[4],
                     table: node.operands[5],
                     width: site.operand_ty(node, 5).shape[1].clone(),
+                    pages: site.operand_ty(node, 1).shape[0].clone(),
                     tokens_per_block: constant(&site.operand_ty(node, 1).shape[1])?,
                 };
                 (op.scale, true, op.window, Some(paged))

@@ -1,13 +1,16 @@
 //! Attention over packed sequences and over the paged cache, and the mean over a sequence's rows.
 //!
-//! Three families share the constants of a [`Call`]: `decode` serves steps of one row a sequence and splits the
-//! sequence over blocks, `prefill` serves any mix of rows with the tensor cores, `simple` serves every element type and
-//! head size with one warp a row and head. All three read positions and pages as `millrace_ir::ops::paging` says and
+//! Five families share the constants of a [`Call`]: `decode` serves steps of one row a sequence and splits the
+//! sequence over blocks, `prefill` serves any mix of rows with the tensor cores, `hopper` does so with Hopper's, `plain`
+//! in f32 arithmetic, `simple` serves every element type and
+//! head size with one warp a row and head. All read positions and pages as `millrace_ir::ops::paging` says and
 //! keep a row's result independent of the other rows. They must not know how the pages were filled.
 
 mod call;
 mod decode;
+mod hopper;
 mod mean_pool;
+mod plain;
 mod prefill;
 mod simple;
 #[cfg(test)]
@@ -30,14 +33,22 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
     }
     let call = Call::of(site)?;
     if !call.fits_tensor_cores() {
-        return Some(Planned::one(simple::launch(&call)));
+        let simple = simple::launch(&call);
+        let Some(plain) = plain::launch(&call) else { return Some(Planned::one(simple)) };
+        let variants = vec![
+            SiteVariant { when: single_rows(&call, 0, u64::MAX), launches: vec![simple] },
+            SiteVariant { when: Vec::new(), launches: vec![plain] },
+        ];
+        return Some(Planned { variants, workspace: 0u64.into(), counters: 0 });
     }
-    let rest = SiteVariant { when: Vec::new(), launches: vec![prefill::launch(&call)] };
-    let Some(decode) = decode::plan(&call) else {
-        return Some(Planned { variants: vec![rest], workspace: 0u64.into(), counters: 0 });
-    };
-    let mut planned = decode;
+    let hopper = hopper::launch(&call);
+    let counters = if hopper.is_some() { hopper::COUNTERS } else { 0 };
+    let rest =
+        SiteVariant { when: Vec::new(), launches: vec![hopper.unwrap_or_else(|| prefill::launch(&call))] };
+    let none = Planned { variants: Vec::new(), workspace: 0u64.into(), counters: 0 };
+    let mut planned = decode::plan(&call).unwrap_or(none);
     planned.variants.push(rest);
+    planned.counters = planned.counters.max(counters);
     Some(planned)
 }
 

@@ -61,8 +61,8 @@ fn single_rows_decode_and_others_prefill() {
     let family = |dims: &[(&str, u64)]| chosen(&planned, dims).launches[0].source.family;
     assert_eq!(family(&one), "cuda.attention.decode");
     assert_eq!(family(&[("t", 64), ("b", 64), ("p", 1)]), "cuda.attention.decode");
-    assert_eq!(family(&[("t", 65), ("b", 64), ("p", 1)]), "cuda.attention.prefill");
-    assert_eq!(family(&[("t", 3), ("b", 4), ("p", 1)]), "cuda.attention.prefill");
+    assert_eq!(family(&[("t", 65), ("b", 64), ("p", 1)]), "cuda.attention.hopper");
+    assert_eq!(family(&[("t", 3), ("b", 4), ("p", 1)]), "cuda.attention.hopper");
     assert!(planned.variants.last().unwrap().when.is_empty());
     planned.variants.iter().flat_map(|v| &v.launches).for_each(|l| {
         check(&l.source);
@@ -70,9 +70,9 @@ fn single_rows_decode_and_others_prefill() {
     });
     // A short context needs fewer ranges than a long one.
     let few = grid(chosen(&planned, &one), &[("t", 1), ("b", 1), ("p", 4)]);
-    assert_eq!(few, [8, 1, 2]);
+    assert_eq!(few, [8, 8, 1], "one cluster");
     let many = grid(chosen(&planned, &one), &one);
-    assert!(many[2] > 16 && many[2] <= 128, "{many:?}");
+    assert!(many[0] > 16 && many[0] <= 128, "{many:?}");
 }
 
 #[test]
@@ -82,19 +82,44 @@ fn partial_results_fit_the_workspace() {
     for b in 1..=64 {
         let dims = [("t", b), ("b", b), ("p", 1024)];
         let grid = grid(chosen(&planned, &dims), &dims);
-        let needed = grid[0] * grid[1] * grid[2] * 4 * (128 + 2) * 4;
+        let cluster = i64::from(chosen(&planned, &dims).launches[0].cluster);
+        let needed = grid[0] / cluster * grid[1] * grid[2] * 4 * (128 + 4) * 4;
         assert!(planned.workspace.eval(&bindings(&dims)).unwrap() >= needed, "{b}");
-        assert!(planned.counters as i64 >= grid[0] * grid[1] * 4);
-        assert!(grid[2] <= 128);
+        assert!(planned.counters as i64 >= grid[1] * grid[2] * 4);
+        assert_eq!(grid[0] % cluster, 0);
     }
 }
 
 #[test]
 fn every_sequence_begins_a_tile() {
     let module = paged("bf16", 32, 8, 128);
-    let planned = plan(site(&module)).unwrap();
     let dims = [("t", 300), ("b", 3), ("p", 8)];
+    let planned = plan(Site { arch: Arch::Sm80, ..site(&module) }).unwrap();
     assert_eq!(grid(chosen(&planned, &dims), &dims), [32, 3 + 3, 1]);
+    // On Hopper blocks take tiles in turn.
+    let planned = plan(site(&module)).unwrap();
+    let hopper = chosen(&planned, &dims);
+    assert_eq!(grid(hopper, &dims), [132, 1, 1]);
+    assert!(
+        matches!(hopper.launches[0].args.last(), Some(Argument::I32(n)) if n.eval(&bindings(&dims)) == Some(6))
+    );
+    assert_eq!(hopper.launches[0].shared, 160 * 1024 + 1024);
+}
+
+#[test]
+fn only_hopper_has_its_kernel() {
+    for (arch, d, family) in [
+        (Arch::Sm90a, 64, "cuda.attention.hopper"),
+        (Arch::Sm90a, 80, "cuda.attention.prefill"),
+        (Arch::Sm100, 64, "cuda.attention.prefill"),
+        (Arch::Sm89, 128, "cuda.attention.prefill"),
+    ] {
+        let module = paged("f16", 8, 2, d);
+        let planned = plan(Site { arch, ..site(&module) }).unwrap();
+        assert_eq!(planned.variants.last().unwrap().launches[0].source.family, family);
+        let clusters = planned.variants.iter().any(|v| v.launches[0].cluster > 1);
+        assert_eq!(clusters, arch.has_tma());
+    }
 }
 
 #[test]
@@ -102,10 +127,11 @@ fn other_types_and_sizes_take_the_plain_kernel() {
     for (dtype, d) in [("f32", 64), ("bf16", 12), ("f16", 264)] {
         let module = paged(dtype, 4, 2, d);
         let planned = plan(site(&module)).unwrap();
-        assert_eq!(planned.variants.len(), 1);
         let launch = &planned.variants[0].launches[0];
         assert_eq!(launch.source.family, "cuda.attention.simple", "{dtype} {d}");
         check(&launch.source);
+        let many = chosen(&planned, &[("t", 9), ("b", 2), ("p", 1)]).launches[0].source.family;
+        assert_eq!(many, if d == 264 { "cuda.attention.simple" } else { "cuda.attention.plain" });
     }
 }
 
@@ -117,9 +143,10 @@ fn packed_attention_has_no_cache() {
     ));
     let planned = plan(site(&module)).unwrap();
     let launch = &planned.variants[0].launches[0];
-    assert_eq!(launch.source.family, "cuda.attention.prefill");
+    assert_eq!(launch.source.family, "cuda.attention.hopper");
     assert!(launch.source.text.contains("constexpr bool CAUSAL = false;"));
-    assert_eq!(launch.args.len(), 6);
+    assert_eq!(launch.args.len(), 8);
+    assert_eq!(planned.counters, 8);
 }
 
 #[test]

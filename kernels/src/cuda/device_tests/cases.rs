@@ -155,13 +155,10 @@ fn elementwise(dump: &mut Dump) {
         Step::Select(From::Step(4), From::Step(3), From::Const(-1.0)),
     ];
     for dtype in FLOATS {
-        let op = Pointwise {
-            body: silu[..2].to_vec(),
-            out: vec![From::Step(1), From::Step(0)],
-            dtypes: vec![dtype, DType::F32],
-        };
+        let dtypes = vec![dtype, DType::F32];
+        let op = Pointwise::elementwise(silu[..2].to_vec(), vec![From::Step(1), From::Step(0)], dtypes);
         dump.one(op, &[(dtype, &["t", "48"]), (dtype, &["t", "48"])], &[]);
-        let op = Pointwise { body: silu.clone(), out: vec![From::Step(5)], dtypes: vec![DType::F32] };
+        let op = Pointwise::elementwise(silu.clone(), vec![From::Step(5)], vec![DType::F32]);
         dump.one(op, &[(dtype, &["t", "s", "7"]), (dtype, &["s", "1"])], &[]);
     }
     let mixed = vec![
@@ -173,7 +170,7 @@ fn elementwise(dump: &mut Dump) {
     ];
     let out = vec![From::Step(1), From::Step(2), From::Step(3), From::Step(4)];
     let dtypes = vec![DType::F32, DType::I64, DType::I8, DType::F8E4M3];
-    let op = Pointwise { body: mixed, out, dtypes };
+    let op = Pointwise::elementwise(mixed, out, dtypes);
     let operands: [(DType, &[&str]); 3] =
         [(DType::I8, &["t", "16"]), (DType::F32, &["16"]), (DType::I64, &["t", "1"])];
     dump.one(

@@ -77,7 +77,7 @@ pub fn add(dump: &mut Dump) {
         Step::Binary(BinaryFn::Mul, From::Step(0), From::Input(1)),
     ];
     for dtype in [b, f] {
-        let op = Pointwise { body: body.clone(), out: vec![From::Step(1)], dtypes: vec![dtype] };
+        let op = Pointwise::elementwise(body.clone(), vec![From::Step(1)], vec![dtype]);
         let x: (DType, &[&str]) = (dtype, &["8192", "14336"]);
         dump.time(&format!("silu*mul {dtype}"), op, &[x, x]);
     }

@@ -2,8 +2,9 @@
 // g = lane / 4 and t = lane % 4, acc[j][0], acc[j][1] are row g, columns 2t, 2t+1 of panel j; acc[j][2], acc[j][3] are row
 // g+8 of those. With a gated epilogue the even panels gate the odd ones, and panel j of the result is made of both.
 //
-// Constants and functions written for the problem: ELEMENT, OUT, GATED, BIAS, OPERANDS, ALIGNED (every width is a
-// multiple of 8), OUT_PANELS, SECOND (position of the second segment in the bias), Pointers, place_of, operand_of, finish.
+// Constants and functions written for the problem: ELEMENT, OUT, GATED, BIAS, OPERANDS, LIGHT (nothing but one operand),
+// ALIGNED (every width is a multiple of 8), OUT_PANELS, SECOND (position of the second segment in the bias), Pointers,
+// place_of, operand_of, finish.
 
 // Whether results go through scratch memory.
 constexpr bool STAGED = ALIGNED && sizeof(OUT) == 2;
@@ -54,11 +55,11 @@ DEVICE float2 finish_pair(const float (&acc)[N][4], int j, int h, float2 bias, f
 // How a warp's part of a tile goes through scratch memory: chunks of UNITS panels, STEP rows an access.
 template <int N> struct Chunks {
     static constexpr int OUT_N = GATED ? N / 2 : N;
-    // Several operands leave registers for half lines only.
-    static constexpr int UNITS = OUT_N % 8 == 0 && OPERANDS < 2 ? 8 : OUT_N % 4 == 0 ? 4 : OUT_N % 2 == 0 ? 2 : 1;
+    // Operands beside other steps leave registers for half lines only.
+    static constexpr int UNITS = OUT_N % 8 == 0 && (LIGHT || !OPERANDS) ? 8 : OUT_N % 4 == 0 ? 4 : OUT_N % 2 == 0 ? 2 : 1;
     static constexpr int STEP = 32 / UNITS, COUNT = OUT_N / UNITS;
-    // Chunks whose operand is under way; several operands would not leave enough registers.
-    static constexpr int DEPTH = !STAGED || OPERANDS != 1 ? 0 : COUNT < 3 ? COUNT : 3;
+    // Chunks whose operand is under way.
+    static constexpr int DEPTH = !STAGED || !LIGHT ? 0 : COUNT < 2 ? COUNT : 2;
 };
 
 // A warp's accesses to operands in whole lines.
@@ -87,8 +88,8 @@ template <int N> struct Ahead {
 
 // Through scratch memory, so that loads and stores are whole lines: 16-bit results, aligned widths.
 template <int N>
-DEVICE void store_staged(const float (&acc)[N][4], Ahead<N> &ahead, const Pointers &p, int row, int panel, int m,
-                         u32 scratch) {
+DEVICE void store_staged(const float (&acc)[N][4], Ahead<N> &ahead, const Pointers &p, int row, int panel, int from,
+                         int m, u32 scratch) {
     typedef Chunks<N> C;
     constexpr int UNITS = C::UNITS, STEP = C::STEP;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -138,7 +139,7 @@ DEVICE void store_staged(const float (&acc)[N][4], Ahead<N> &ahead, const Pointe
         for (int i = 0; i < 16 / STEP; ++i) {
             const int r = i * STEP + first_row;
             const uint4 v = load_shared(scratch_slot<UNITS>(scratch, r, unit));
-            if (row + r < m && mine < OUT_PANELS)
+            if (row + r >= from && row + r < m && mine < OUT_PANELS)
                 *(uint4 *)(place.result + (i64)(row + r) * place.width + place.column) = v;
         }
         __syncwarp();
@@ -146,7 +147,7 @@ DEVICE void store_staged(const float (&acc)[N][4], Ahead<N> &ahead, const Pointe
 }
 
 // From registers, for results of any type and width.
-template <int N> DEVICE void store_direct(const float (&acc)[N][4], const Pointers &p, int row, int panel, int m) {
+template <int N> DEVICE void store_direct(const float (&acc)[N][4], const Pointers &p, int row, int panel, int from, int m) {
     constexpr int OUT_N = GATED ? N / 2 : N;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -159,7 +160,8 @@ template <int N> DEVICE void store_direct(const float (&acc)[N][4], const Pointe
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int r = row + g + 8 * h;
-            const bool one = r < m && column < place.width, two = r < m && column + 1 < place.width;
+            const bool mine = r >= from && r < m;
+            const bool one = mine && column < place.width, two = mine && column + 1 < place.width;
             const i64 at = (i64)r * place.width + column;
             float2 operands[OPERANDS + 1];
 #pragma unroll
@@ -181,15 +183,16 @@ template <int N> DEVICE void store_direct(const float (&acc)[N][4], const Pointe
 template <bool THROUGH_SCRATCH> struct Store;
 template <> struct Store<true> {
     template <int N>
-    DEVICE static void run(const float (&acc)[N][4], Ahead<N> &ahead, const Pointers &p, int row, int panel, int m,
-                           u32 scratch) {
-        store_staged(acc, ahead, p, row, panel, m, scratch);
+    DEVICE static void run(const float (&acc)[N][4], Ahead<N> &ahead, const Pointers &p, int row, int panel, int from,
+                           int m, u32 scratch) {
+        store_staged(acc, ahead, p, row, panel, from, m, scratch);
     }
 };
 template <> struct Store<false> {
     template <int N>
-    DEVICE static void run(const float (&acc)[N][4], Ahead<N> &, const Pointers &p, int row, int panel, int m, u32) {
-        store_direct(acc, p, row, panel, m);
+    DEVICE static void run(const float (&acc)[N][4], Ahead<N> &, const Pointers &p, int row, int panel, int from, int m,
+                           u32) {
+        store_direct(acc, p, row, panel, from, m);
     }
 };
 
@@ -212,10 +215,11 @@ template <int N> DEVICE void prefetch_rows(const Pointers &p, int row, int panel
     }
 }
 
-// Stores 16 rows from `row` on by N weight panels from `panel` on; rows from `m` on are left out. `ahead` has begun.
+// Stores 16 rows from `row` on by N weight panels from `panel` on; rows before `from` and from `m` on
+// are left out. `ahead` has begun.
 template <int N>
-DEVICE void store_rows(const float (&acc)[N][4], Ahead<N> &ahead, const Pointers &p, int row, int panel, int m,
+DEVICE void store_rows(const float (&acc)[N][4], Ahead<N> &ahead, const Pointers &p, int row, int panel, int from, int m,
                        u32 scratch) {
-    if (row >= m) return;
-    Store<STAGED>::run(acc, ahead, p, row, GATED ? panel / 2 : panel, m, scratch);
+    if (row >= m || row + 16 <= from) return;
+    Store<STAGED>::run(acc, ahead, p, row, GATED ? panel / 2 : panel, from, m, scratch);
 }

@@ -90,6 +90,25 @@ pub fn declare(writer: SourceWriter, problem: &Problem<'_>) -> Option<SourceWrit
     )
 }
 
+/// `touch(PARAMETERS, row, segment, feature)`: loads of 16-bit elements that `finish` reads, their values unused, so that
+/// they are in the nearest cache when it does. `TOUCH` says whether there are any.
+pub fn touch(writer: SourceWriter, problem: &Problem<'_>) -> SourceWriter {
+    let mut body = String::new();
+    for (index, term) in problem.epilogue.iter().enumerate() {
+        if matches!(term.step, Epilogue::Residual | Epilogue::Mul) {
+            let _ = writeln!(
+                body,
+                "    asm volatile(\"{{.reg .b16 t; ld.global.b16 t, [%0];}}\" ::\"l\"(e{index} + (u64)row * {} + feature));",
+                problem.segments[0]
+            );
+        }
+    }
+    writer
+        .int("TOUCH", i32::from(!body.is_empty()))
+        .line("DEVICE void touch(PARAMETERS, int row, int segment, int feature) {")
+        .line(&format!("{body}}}"))
+}
+
 /// An expression that picks by `segment`.
 fn choose(values: &[usize]) -> String {
     let (last, rest) = values.split_last().map_or((0, [].as_slice()), |(l, r)| (*l, r));

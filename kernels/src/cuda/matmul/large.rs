@@ -49,6 +49,9 @@ pub enum Tile {
         cluster: u32,
         /// Blocks that share a tile, each with a part of `k`; 1 if `cluster` is not.
         split: u32,
+        /// Copies that the rows of a tile are loaded with. Rows past the end slow a copy down, so it takes earlier rows
+        /// instead if there are enough: tiles with one copy want 128 rows, with two 64.
+        boxes: u32,
         /// Row tiles of clusters that are walked before the next columns.
         group: u32,
     },
@@ -68,7 +71,7 @@ pub enum Tile {
 impl Tile {
     /// The tile for large numbers of rows on Hopper.
     const HOPPER: Tile =
-        Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 2, split: 1, group: 8 };
+        Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 2, split: 1, boxes: 1, group: 8 };
 
     /// Tiles that [`variants`] chooses from.
     const CANDIDATES: [Tile; 6] = [
@@ -81,10 +84,18 @@ impl Tile {
     ];
 
     const fn hopper(columns: u32, stages: u32, split: u32) -> Tile {
-        Tile::Wgmma { consumers: 2, columns, stages, cluster: 1, split, group: 16 }
+        Tile::Wgmma { consumers: 2, columns, stages, cluster: 1, split, boxes: 1, group: 16 }
     }
 
-    /// About how long a problem takes on an H200. Measured there: a step of 64 along `k` takes 665, 500, 345 and 220 ns for
+    /// The tile for fewer rows than it has.
+    fn halved(mut self) -> Tile {
+        if let Tile::Wgmma { consumers: 2, boxes, .. } = &mut self {
+            *boxes = 2;
+        }
+        self
+    }
+
+    /// About how long a problem takes on an H200. Measured there: a step of 64 along `k` takes 655, 505, 365 and 230 ns for
     /// tiles of 128 rows and 256, 192, 128 and 64 columns when every multiprocessor has one; a wave of tiles another
     /// 1.5 us, a launch 2 us, and adding up the parts of a split 4 us.
     fn nanoseconds(self, m: u64, k: u64, panels: u64, multiprocessors: u64) -> u64 {
@@ -92,10 +103,10 @@ impl Tile {
         let tiles = m.div_ceil(u64::from(self.rows())) * (8 * panels).div_ceil(u64::from(columns));
         let waves = tiles.div_ceil(multiprocessors / u64::from(cluster * split));
         let step = match columns {
-            64 => 220,
-            128 => 345,
-            192 => 500,
-            _ => 665,
+            64 => 230,
+            128 => 365,
+            192 => 505,
+            _ => 655,
         };
         // With one row tile, what counts is the memory the weights come from, and narrow tiles keep more of them coming:
         // 65 us with 128 columns against 78 with 256 for a weight of [28672, 4096].
@@ -197,13 +208,19 @@ fn choose(problem: &Problem<'_>) -> Vec<(u64, Tile)> {
     let cost = |tile: Tile, m: u64| tile.nanoseconds(m, k, panels, multiprocessors);
     let fits = |tile: &Tile| tile.fits(problem);
     let mut ranges: Vec<(u64, Tile)> = Vec::new();
+    let narrow = Tile::CANDIDATES.into_iter().filter(fits).min_by_key(|t| cost(*t, 1));
+    ranges.extend(narrow.map(|tile| (127, tile.halved())));
     for row_tile in 1..=CHOICES {
         let m = row_tile * 128;
         let best =
             Tile::CANDIDATES.into_iter().filter(fits).min_by_key(|t| cost(*t, m)).unwrap_or(Tile::HOPPER);
         match ranges.last_mut() {
             // A few percent are not worth a kernel, nor is the estimate that good.
-            Some((rows, tile)) if cost(*tile, m) <= cost(best, m).saturating_mul(KEEP) / 100 => *rows = m,
+            Some((rows, tile))
+                if row_tile > 1 && cost(*tile, m) <= cost(best, m).saturating_mul(KEEP) / 100 =>
+            {
+                *rows = m
+            }
             _ => ranges.push((m, best)),
         }
     }
@@ -243,12 +260,13 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
         .body(&tile_epilogue::declare(problem)?)
         .body(include_str!("epilogue.cu"));
     let (blocks, maps) = match tile {
-        Tile::Wgmma { consumers, columns, stages, cluster, split, group } => {
+        Tile::Wgmma { consumers, columns, stages, cluster, split, boxes, group } => {
             writer = writer
                 .int("BN", columns)
                 .int("STAGES", stages)
                 .int("CLUSTER", cluster)
                 .int("SPLIT", split)
+                .int("BOXES", boxes)
                 .int("CONSUMERS", consumers)
                 .int("GROUP", group)
                 .body(&wgmma_instruction(columns, problem.dtype))
@@ -260,7 +278,7 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
                 dtype: problem.dtype,
                 shape: vec![Dim::from(k), problem.m.clone()],
                 strides: vec![Dim::from(2 * k)],
-                tile: vec![WGMMA_K, 64 * consumers],
+                tile: vec![WGMMA_K, 64 * consumers / boxes],
                 swizzle: 128,
             };
             let w = TensorMap {
@@ -479,6 +497,9 @@ pub(super) mod tests {
                 let ranges = choose(&problem);
                 assert!(ranges.windows(2).all(|w| w[0].0 < w[1].0 && w[0].1 != w[1].1), "{ranges:?}");
                 assert_eq!(ranges.last().unwrap().1, Tile::HOPPER);
+                // Fewer rows than a tile has are loaded in two copies.
+                assert!(ranges[0].0 == 127 && matches!(ranges[0].1, Tile::Wgmma { boxes: 2, .. }));
+                assert!(ranges[1..].iter().all(|r| matches!(r.1, Tile::Wgmma { boxes: 1, .. })));
                 let variants = variants(&problem).unwrap();
                 assert_eq!(variants.len(), ranges.len());
                 for (variant, (rows, tile)) in variants.iter().zip(&ranges).rev().skip(1) {

@@ -114,6 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < 4; ++i) {
         Ahead<8> ahead;
         ahead.begin(pointers, row + warp_m * 64 + i * 16, panel + warp_n * 8, m);
-        store_rows(acc[i], ahead, pointers, row + warp_m * 64 + i * 16, panel + warp_n * 8, m, base + warp * SCRATCH);
+        store_rows(acc[i], ahead, pointers, row + warp_m * 64 + i * 16, panel + warp_n * 8, 0, m,
+                   base + warp * SCRATCH);
     }
 }

@@ -1,15 +1,15 @@
 // y = epilogue(norm(x) w^T) for few rows of x; the weight in blocks of eight rows by eight columns.
 //
-// A block owns tiles of TILE panels (eight weight rows each), or with SPLIT > 1 a part of K of one tile that its cluster
-// owns. One warp copies weights into a ring of STAGES buffers in shared memory, far ahead of the others and, on devices
+// A block owns neighbouring tiles of TILE panels (eight weight rows each). One warp copies weights into a ring of STAGES buffers in shared memory, far ahead of the others and, on devices
 // with overlapping launches, before the predecessor is done; the other warps multiply. The weight is the operand with 16
 // rows of the matrix instruction, x the one with 8 columns. Warps divide the panels of a tile WARPS_N ways and the
-// columns of a chunk WARPS_K ways; sums over warps and over the cluster are added in a fixed order.
+// columns of a chunk WARPS_K ways; sums over warps are added in a fixed order.
 //
 // Constants: K, PANELS (of the weight), TILE, WARPS_N, WARPS_K, COLUMNS (most rows of x, a multiple of 8), CHUNK (columns
-// of a stage, a multiple of 64), STAGES, SPLIT, WHOLE (x is in shared memory as a whole: X_ROWS rows, at most COLUMNS),
+// of a stage, a multiple of 64), STAGES, WHOLE (x is in shared memory as a whole: X_ROWS rows, at most COLUMNS),
 // NORM and EPS, GATED, ALIAS (sums lie over the ring: each block has one tile), RELEASE (units before the last at which
-// the successor may start).
+// the successor may start), ROTATE (chunks by which neighbouring tiles are apart in their walk over K, so that blocks
+// in step with each other read from different memory channels).
 
 constexpr int WARPS = WARPS_N * WARPS_K;
 constexpr int THREADS = WARPS * 32;
@@ -24,8 +24,7 @@ constexpr int W_STAGE = TILE * PANEL_STAGE;
 constexpr int X_STAGE = WHOLE ? 0 : COLUMNS * CHUNK * 2;
 constexpr int STAGE = W_STAGE + X_STAGE;
 constexpr int RING = STAGES * STAGE;
-constexpr int X_RANGE = (CHUNKS + SPLIT - 1) / SPLIT * CHUNK;
-constexpr int X_PITCH = X_RANGE * 2 + 16;
+constexpr int X_PITCH = CHUNKS * CHUNK * 2 + 16;
 constexpr int X_BYTES = WHOLE ? X_ROWS * X_PITCH : 0;
 constexpr int NORM_BYTES = NORM ? (K * 2 + 15) / 16 * 16 : 0;
 constexpr int ROWS = TILE * 8;
@@ -40,8 +39,24 @@ constexpr int AT_SCRATCH = AT_BARRIERS + STAGES * 16;
 constexpr int SHARED = AT_SCRATCH + 128;
 static_assert(TILE % WARPS_N == 0 && SLABS % WARPS_K == 0 && CHUNK % 64 == 0 && COLUMNS % 8 == 0, "shape of a block");
 static_assert(!GATED || TILE % 2 == 0, "pairs of panels stay together");
-static_assert(SPLIT == 1 || !NORM, "a part of K is no row");
 static_assert(SHARED == EXPECTED_SHARED && (!ALIAS || SUMS * 4 <= RING), "shared memory");
+
+// With the tensor memory unit the weight, and x where it is not whole, come as descriptors.
+#if ARCH >= 900
+struct __align__(64) Map { u64 words[16]; };
+#define WEIGHT_TYPE const Map &
+#define WEIGHT_PARAMETER const __grid_constant__ Map
+#else
+#define WEIGHT_TYPE const T *
+#define WEIGHT_PARAMETER const T *
+#endif
+#if ARCH >= 900 && !WHOLE_ON
+#define X_TYPE const Map &
+#define X_PARAMETER const __grid_constant__ Map
+#else
+#define X_TYPE const T *
+#define X_PARAMETER const T *
+#endif
 
 // ---- barriers in shared memory -------------------------------------------------------------------------------------
 
@@ -79,20 +94,17 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared.b64 s, [%0], %1;}" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
-DEVICE void copy_bulk(u32 shared, const void *global, u32 bytes, u32 barrier, u64 policy) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1], %2, [%3], %4;" ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+// Boxes of a tensor map into shared memory; coordinates innermost first.
+DEVICE void copy_box(u32 shared, const Map *map, int c0, int c1, int c2, u32 barrier, u64 policy) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cta.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier),
+                 "l"(policy)
                  : "memory");
 }
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-DEVICE float cluster_load(u32 shared, u32 rank) {
-    u32 at;
-    float v;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
-    return v;
+DEVICE void copy_box(u32 shared, const Map *map, int c0, int c1, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(shared), "l"(map), "r"(c0), "r"(c1), "r"(barrier)
+                 : "memory");
 }
 #endif
 
@@ -106,88 +118,90 @@ DEVICE uint4 load_fresh(const void *at) {
 
 // ---- copying -------------------------------------------------------------------------------------------------------
 
-// Work of a block in order: chunks of its part of K, tile after tile.
-struct Walk {
-    int first_chunk, chunks, tile, units;
+// A position in the work of a block: the chunks of K of its tiles, tile after tile.
+struct Cursor {
+    int tile, step;
+    DEVICE void next() {
+        if (++step == CHUNKS) step = 0, ++tile;
+    }
+    DEVICE int chunk() const { return (step + tile * ROTATE) % CHUNKS; }
 };
-DEVICE Walk walk() {
-    Walk w;
-    int rank = SPLIT == 1 ? 0 : blockIdx.x % SPLIT;
-    w.first_chunk = SPLIT == 1 ? 0 : CHUNKS * rank / SPLIT;
-    w.chunks = SPLIT == 1 ? CHUNKS : CHUNKS * (rank + 1) / SPLIT - w.first_chunk;
-    w.tile = blockIdx.x / SPLIT;
-    int blocks = gridDim.x / SPLIT;
-    w.units = (TILES - w.tile + blocks - 1) / blocks * w.chunks;
-    return w;
+// Tiles of a block: [first_tile(b), first_tile(b + 1)).
+DEVICE int first_tile(int block) {
+    int blocks = gridDim.x;
+    return TILES / blocks * block + min(block, TILES % blocks);
 }
 
-DEVICE void copy_weights(const T *w, u32 stage, u32 full, int tile, int chunk, u64 policy) {
-    int lane = threadIdx.x % 32;
-    int panels = min(TILE, PANELS - tile * TILE);
-    const u8 *from = (const u8 *)w + (u64)tile * TILE * K * 16 + (u64)chunk * PANEL_STAGE;
-    int bytes = K % CHUNK == 0 ? PANEL_STAGE : min(CHUNK, K - chunk * CHUNK) * 16;
 #if ARCH >= 900
-    if (lane == 0) barrier_expect(full, bytes * panels);
-    __syncwarp();
-    for (int p = lane; p < panels; p += 32)
-        copy_bulk(stage + p * PANEL_STAGE, from + (u64)p * K * 16, bytes, full, policy);
-#else
-    for (int p = 0; p < panels; ++p)
-        for (int at = lane * 16; at < bytes; at += 512)
-            copy_async(stage + p * PANEL_STAGE + at, from + (u64)p * K * 16 + at, true);
+DEVICE void copy_weights(WEIGHT_TYPE w, u32 stage, u32 full, int tile, int chunk, u64 policy) {
+    barrier_expect(full, STAGE);
+    copy_box(stage, &w, 0, chunk * (CHUNK / 8), tile * TILE, full, policy);
+}
+DEVICE void copy_x(X_TYPE x, u32 stage, u32 full, int chunk, int m) {
+#if !WHOLE_ON
+#pragma unroll
+    for (int i = 0; i < CHUNK / 64; ++i)
+        copy_box(stage + W_STAGE + i * COLUMNS * 128, &x, chunk * CHUNK + i * 64, 0, full);
 #endif
 }
-
-DEVICE void copy_x(const T *x, u32 stage, u32 full, int chunk, int m) {
-    int lane = threadIdx.x % 32;
-    constexpr int PIECES = CHUNK / 8;
-    if (!WHOLE) {
-#pragma unroll 1
-        for (int i = lane; i < m * PIECES; i += 32) {
-            int row = i / PIECES, piece = i % PIECES;
-            bool valid = K % CHUNK == 0 || chunk * CHUNK + piece * 8 < K;
-            copy_async(stage + W_STAGE + row * CHUNK * 2 + (piece ^ (row & 7)) * 16,
-                       x + (u64)row * K + (valid ? chunk * CHUNK + piece * 8 : 0), valid);
-        }
-    }
-    if (ARCH < 900 || !WHOLE) barrier_arrive_after_copies(full);
+#else
+DEVICE void copy_weights(WEIGHT_TYPE w, u32 stage, u32 full, int tile, int chunk, u64 policy) {
+    const u8 *from = (const u8 *)w + (u64)tile * TILE * K * 16 + (u64)chunk * PANEL_STAGE;
+    int bytes = K % CHUNK == 0 ? PANEL_STAGE : min(CHUNK, K - chunk * CHUNK) * 16;
+    for (int p = 0; p < min(TILE, PANELS - tile * TILE); ++p)
+        for (int at = threadIdx.x % 32 * 16; at < PANEL_STAGE; at += 512)
+            copy_async(stage + p * PANEL_STAGE + at, from + (u64)p * K * 16 + (at < bytes ? at : 0), at < bytes);
 }
+DEVICE void copy_x(X_TYPE x, u32 stage, u32 full, int chunk, int m) {
+    constexpr int PIECES = CHUNK / 8;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < m * PIECES && !WHOLE; i += 32) {
+        int row = i / PIECES, piece = i % PIECES;
+        bool valid = K % CHUNK == 0 || chunk * CHUNK + piece * 8 < K;
+        copy_async(stage + W_STAGE + piece / 8 * COLUMNS * 128 + row * 128 + (piece % 8 ^ row % 8) * 16,
+                   x + (u64)row * K + (valid ? chunk * CHUNK + piece * 8 : 0), valid);
+    }
+    barrier_arrive_after_copies(full);
+}
+#endif
 
-DEVICE void copy_all(const T *x, const T *w, u32 shared, int m) {
-    Walk work = walk();
-    int blocks = gridDim.x / SPLIT;
+DEVICE void copy_all(X_TYPE x, WEIGHT_TYPE w, u32 shared, int m) {
+    if (ARCH >= 900 && threadIdx.x % 32 != 0) return;
+    int first = first_tile(blockIdx.x), units = (first_tile(blockIdx.x + 1) - first) * CHUNKS;
     u64 policy = 0;
 #if ARCH >= 900
     policy = evict_first_policy();
 #endif
     u32 full = shared + AT_BARRIERS, empty = full + STAGES * 8;
-    int release = max(0, work.units - 1 - RELEASE);
-    int ahead = min(work.units, STAGES);
-    int tile = work.tile, chunk = 0;
+    int release = max(0, units - 1 - RELEASE);
+    int ahead = min(units, STAGES);
+    Cursor at = {first, 0};
     for (int u = 0; u < ahead; ++u) {
-        copy_weights(w, shared + u * STAGE, full + u * 8, tile, work.first_chunk + chunk, policy);
+        copy_weights(w, shared + u * STAGE, full + u * 8, at.tile, at.chunk(), policy);
         if (u == release) release_successor();
-        if (++chunk == work.chunks) chunk = 0, tile += blocks;
+        at.next();
     }
     if (!WHOLE || ARCH < 900) {
         if (!WHOLE) wait_for_predecessor();
-        int c = 0;
+        Cursor early = {first, 0};
         for (int u = 0; u < ahead; ++u) {
-            copy_x(x, shared + u * STAGE, full + u * 8, work.first_chunk + c, m);
-            if (++c == work.chunks) c = 0;
+            copy_x(x, shared + u * STAGE, full + u * 8, early.chunk(), m);
+            early.next();
         }
     }
     int stage = 0, round = 0;
-    for (int u = ahead; u < work.units; ++u) {
+    for (int u = ahead; u < units; ++u) {
         barrier_wait(empty + stage * 8, round & 1);
-        copy_weights(w, shared + stage * STAGE, full + stage * 8, tile, work.first_chunk + chunk, policy);
-        copy_x(x, shared + stage * STAGE, full + stage * 8, work.first_chunk + chunk, m);
+        copy_weights(w, shared + stage * STAGE, full + stage * 8, at.tile, at.chunk(), policy);
+        if (!WHOLE || ARCH < 900) copy_x(x, shared + stage * STAGE, full + stage * 8, at.chunk(), m);
         if (u == release) release_successor();
-        if (++chunk == work.chunks) chunk = 0, tile += blocks;
+        at.next();
         if (++stage == STAGES) stage = 0, ++round;
     }
+#if ARCH < 900
     copy_async_commit();
     copy_async_wait<0>();
+#endif
 }
 
 // ---- x as a whole --------------------------------------------------------------------------------------------------
@@ -208,20 +222,20 @@ DEVICE void load_norm_weight(const T *weight, u8 *shared) {
 
 // Rows of x into shared memory, with NORM normalised and rounded as the node on its own would.
 DEVICE void load_x(const T *x, u8 *shared, int m) {
-    Walk work = walk();
-    int first = work.first_chunk * CHUNK;
-    int pieces = work.chunks * (CHUNK / 8);
+    constexpr int PIECES = CHUNKS * (CHUNK / 8);
     // One row is read by all warps, more rows by a warp each.
     constexpr int STEP = X_ROWS == 1 ? THREADS : 32;
     int start = X_ROWS == 1 ? threadIdx.x : threadIdx.x % 32;
+    // A single row passes a barrier between its sum and the norm's weight.
+    if (NORM && X_ROWS > 1) sync_warps();
     for (int row = X_ROWS == 1 ? 0 : threadIdx.x / 32; row < min(m, X_ROWS); row += X_ROWS == 1 ? 1 : WARPS) {
-        const T *from = x + (u64)row * K + first;
+        const T *from = x + (u64)row * K;
         u8 *to = shared + AT_X + row * X_PITCH;
         float sum = 0.0f;
-#pragma unroll 4
-        for (int i = start; i < pieces; i += STEP) {
+#pragma unroll 8
+        for (int i = start; i < PIECES; i += STEP) {
             uint4 v = make_uint4(0, 0, 0, 0);
-            if (K % CHUNK == 0 || first + i * 8 < K) v = load_fresh(from + i * 8);
+            if (K % CHUNK == 0 || i * 8 < K) v = load_fresh(from + i * 8);
             if (NORM) sum += square_sum(v);
             *(uint4 *)(to + i * 16) = v;
         }
@@ -271,7 +285,7 @@ DEVICE void multiply(Sums &sums, u32 stage, u32 x, int columns) {
         for (int j = 0; j < COLUMN_TILES; ++j) {
             int row = j * 8 + lane % 8, piece = slab * 4 + lane / 8;
             u32 at = WHOLE ? x + min(row, X_ROWS - 1) * X_PITCH + piece * 16
-                           : x + row * CHUNK * 2 + (piece ^ (row & 7)) * 16;
+                           : x + piece / 8 * COLUMNS * 128 + row * 128 + (piece % 8 ^ row % 8) * 16;
             ldmatrix_x4(b[j], at);
         }
 #pragma unroll
@@ -281,12 +295,6 @@ DEVICE void multiply(Sums &sums, u32 stage, u32 x, int columns) {
             for (int half = 0; half < 2; ++half) {
                 u32 a[4];
                 ldmatrix_x4(a, w_at + panel * PANEL_STAGE + (slab * 4 + half * 2) * 128);
-                if (K % 32 != 0) {
-                    // Beyond K the stage holds anything, even numbers that are none.
-                    int at = slab * 32 + half * 16;
-                    if (at >= columns) a[0] = a[1] = 0;
-                    if (at + 8 >= columns) a[2] = a[3] = 0;
-                }
 #pragma unroll
                 for (int j = 0; j < COLUMN_TILES; ++j)
                     mma_16x8x16<T>(sums[p][j], a[0], a[1], a[2], a[3], b[j][half * 2], b[j][half * 2 + 1]);
@@ -311,48 +319,49 @@ DEVICE void keep_sums(const Sums &sums, float *to, int m) {
             }
 }
 
-DEVICE float total(const float *sums, u32 shared, int row, int column) {
-    int at = column * SUM_PITCH + row;
+DEVICE float total(const float *sums, int row, int column) {
     float sum = 0.0f;
 #pragma unroll
-    for (int r = 0; r < SPLIT; ++r)
-#pragma unroll
-        for (int k = 0; k < WARPS_K; ++k) {
-#if ARCH >= 900
-            if (SPLIT > 1) {
-                sum += cluster_load(shared + AT_SUMS + (at + k * SUM_STEP) * 4, r);
-                continue;
-            }
-#endif
-            sum += sums[at + k * SUM_STEP];
-        }
+    for (int k = 0; k < WARPS_K; ++k) sum += sums[k * SUM_STEP + column * SUM_PITCH + row];
     return sum;
 }
 
-DEVICE void finish_tile(PARAMETERS, const float *sums, u32 shared, int tile, int m) {
-    constexpr int FEATURES = GATED ? ROWS / 2 : ROWS;
-    int rank = SPLIT == 1 ? 0 : blockIdx.x % SPLIT;
-    for (int i = rank * THREADS + threadIdx.x; i < FEATURES * m; i += THREADS * SPLIT) {
-        int feature = i % FEATURES, column = i / FEATURES;
-        int row = GATED ? feature / 8 * 16 + feature % 8 : feature;
-        int segment, at;
-        if (!locate(tile * TILE + row / 8, row % 8, segment, at)) continue;
-        float v = total(sums, shared, row, column);
-        float u = GATED ? total(sums, shared, row + 8, column) : 0.0f;
+constexpr int FEATURES = GATED ? ROWS / 2 : ROWS;
+
+// Feature number i of a tile: its first row there, and its place in the results.
+DEVICE bool feature_of(int tile, int i, int &row, int &segment, int &at) {
+    row = GATED ? i / 8 * 16 + i % 8 : i;
+    return locate(tile * TILE + row / 8, row % 8, segment, at);
+}
+
+// Brings what the steps before the store read near, while the sums are still being made.
+DEVICE void touch_tile(PARAMETERS, int tile, int m) {
+    for (int i = threadIdx.x; i < FEATURES * m; i += THREADS) {
+        int row, segment, at;
+        if (feature_of(tile, i % FEATURES, row, segment, at)) touch(ARGUMENTS, i / FEATURES, segment, at);
+    }
+}
+
+DEVICE void finish_tile(PARAMETERS, const float *sums, int tile, int m) {
+    for (int i = threadIdx.x; i < FEATURES * m; i += THREADS) {
+        int row, segment, at, column = i / FEATURES;
+        if (!feature_of(tile, i % FEATURES, row, segment, at)) continue;
+        float v = total(sums, row, column);
+        float u = GATED ? total(sums, row + 8, column) : 0.0f;
         finish(ARGUMENTS, column, segment, at, v, u);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
-    KERNEL(const T *x, const T *w, NORM_PARAMETER PARAMETERS, int m) {
-    extern __shared__ __align__(128) u8 memory[];
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+    KERNEL(X_PARAMETER x, WEIGHT_PARAMETER w, NORM_PARAMETER PARAMETERS, int m) {
+    extern __shared__ __align__(1024) u8 memory[];
     u32 shared = shared_address(memory);
     u32 full = shared + AT_BARRIERS, empty = full + STAGES * 8;
     int warp = threadIdx.x / 32;
     m = min(m, WHOLE ? X_ROWS : COLUMNS);
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
-            barrier_init(full + s * 8, ARCH >= 900 ? (WHOLE ? 1 : 33) : 32);
+            barrier_init(full + s * 8, ARCH >= 900 ? 1 : 32);
             barrier_init(empty + s * 8, WARPS);
         }
 #if ARCH >= 900
@@ -367,17 +376,20 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
         load_norm_weight(norm_weight, memory);
 #endif
         wait_for_predecessor();
-        if (WHOLE) load_x(x, memory, m);
-        Walk work = walk();
+#if WHOLE_ON
+        load_x(x, memory, m);
+#endif
         int stage = 0, round = 0;
         float *kept = (float *)(memory + AT_SUMS);
-        for (int tile = work.tile; tile < TILES; tile += gridDim.x / SPLIT) {
+        for (int tile = first_tile(blockIdx.x), end = first_tile(blockIdx.x + 1); tile < end; ++tile) {
             Sums sums = {};
-            for (int c = 0; c < work.chunks; ++c) {
+            if (TOUCH) touch_tile(ARGUMENTS, tile, m);
+            for (Cursor at = {tile, 0}; at.tile == tile; at.next()) {
+                int chunk = at.chunk();
                 barrier_wait(full + stage * 8, round & 1);
-                u32 at = shared + stage * STAGE;
-                multiply(sums, at, WHOLE ? shared + AT_X + c * CHUNK * 2 : at + W_STAGE,
-                         K - (work.first_chunk + c) * CHUNK);
+                u32 w_at = shared + stage * STAGE;
+                u32 x_at = WHOLE ? shared + AT_X + chunk * CHUNK * 2 : w_at + W_STAGE;
+                multiply(sums, w_at, x_at, K - chunk * CHUNK);
                 __syncwarp();
                 if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage * 8);
                 if (++stage == STAGES) stage = 0, ++round;
@@ -386,16 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, BLOCKS)
             sync_warps();
             keep_sums(sums, kept, m);
             sync_warps();
-            if (SPLIT == 1) finish_tile(ARGUMENTS, kept, shared, tile, m);
+            finish_tile(ARGUMENTS, kept, tile, m);
         }
     }
-#if ARCH >= 900
-    if (SPLIT > 1) {
-        __syncthreads();
-        cluster_sync();
-        if (warp < WARPS) finish_tile(ARGUMENTS, (float *)(memory + AT_SUMS), shared, blockIdx.x / SPLIT, m);
-        __syncthreads();
-        cluster_sync();
-    }
-#endif
 }

@@ -2,21 +2,19 @@
 //!
 //! The time of such a matmul is the time to read its weight, so a kernel keeps many bytes of it in flight on every
 //! multiprocessor, and starts to before its predecessor ends. Terms: a *panel* is eight rows of the weight, a *tile* the
-//! panels that a block sums up at a time, a *chunk* the columns of one stage of the ring, a *split* the number of blocks,
-//! one cluster, among which the columns of a tile are divided.
+//! panels that a block sums up at a time, a *chunk* the columns of one stage of the ring.
 
-use millrace_ir::DType;
-use millrace_ir::Dim;
+use millrace_ir::launch::{MapBase, TensorMap};
+use millrace_ir::{DType, Dim, Operand};
 
-use super::epilogue::{arguments, computes, declare, locate_panels};
+use super::epilogue::{arguments, computes, declare, locate_panels, touch};
 use super::norm;
 use super::problem::{Layout, Problem};
-use crate::cuda::arch::Arch;
 use crate::cuda::plan::{Argument, SiteLaunch, SiteVariant, between};
 use crate::cuda::source::{Promise, SourceWriter};
 
 /// Ranges of rows that have kernels of their own, first and last.
-const RANGES: [(u64, u64); 6] = [(0, 1), (2, 8), (9, 16), (17, 32), (33, 48), (49, 64)];
+const RANGES: [(u64, u64); 7] = [(0, 1), (2, 4), (5, 8), (9, 16), (17, 32), (33, 48), (49, 64)];
 
 /// Most rows of the family.
 pub const MAX_ROWS: u64 = RANGES[RANGES.len() - 1].1;
@@ -36,8 +34,6 @@ pub struct Shape {
     pub chunk: usize,
     /// Stages of the ring.
     pub stages: usize,
-    /// Blocks of a cluster.
-    pub split: usize,
     /// Rows of x that lie in shared memory as a whole; 0 where x goes through the ring.
     pub whole: usize,
     /// Whether the kernel normalises x.
@@ -67,7 +63,7 @@ impl Shape {
     /// Bytes of shared memory, as `skinny.cu` divides it.
     pub fn shared(&self, k: usize) -> usize {
         let chunks = k.div_ceil(self.chunk);
-        let x = self.whole * (chunks.div_ceil(self.split) * self.chunk * 2 + 16);
+        let x = self.whole * (chunks * self.chunk * 2 + 16);
         let norm = if self.norm { (k * 2).next_multiple_of(16) } else { 0 };
         let sums = if self.alias() { 0 } else { self.sum_bytes() };
         self.stages * (self.stage_bytes() + 16) + x + norm + sums + 128
@@ -84,73 +80,79 @@ impl Shape {
     }
 }
 
-/// Bytes of the ring: what is in flight on a multiprocessor. Two blocks fit side by side, so that the next launch fills
-/// its ring while this one ends.
-const RING: usize = 96 << 10;
+/// Most bytes of the ring. One block fills a multiprocessor, so that blocks spread evenly and the blocks of the next
+/// launch, which begin as those of this one end, have much to fetch while they wait.
+const RING: usize = 192 << 10;
 
-/// The largest x that lies in shared memory as a whole.
+/// Most bytes of rows to normalise in shared memory.
 const WHOLE: usize = 66 << 10;
+
+/// By how much of the least work of the busiest block a tile may exceed it to be larger.
+const TOLERANCE: f64 = 1.05;
 
 /// The shape for at most `rows` rows, or `None` where nothing fits the architecture's shared memory.
 pub fn shape(problem: &Problem<'_>, rows: usize) -> Option<Shape> {
-    let (k, panels) = (problem.k, problem.panels());
-    let unit = if problem.gated() { 2 } else { 1 };
-    let sms = problem.site.arch.multiprocessors() as usize;
-    let columns = rows.next_multiple_of(8);
-    let x_rows = if rows == 1 { 1 } else { columns };
-    let few = columns == 8;
-    // The ring of an architecture with little shared memory is short, and x then goes through it.
-    let ring = RING.min(problem.site.arch.max_shared() as usize / 2);
-    let room = problem.site.arch.max_shared() as usize - ring;
-    let fits_whole = few && x_rows * k * 2 <= WHOLE.min(room.saturating_sub(k * 2 + (12 << 10)));
-    let whole = if fits_whole { x_rows } else { 0 };
-    let norm = problem.norm.is_some() && whole > 0;
-    let mut best: Option<((usize, usize), Shape)> = None;
-    let mut consider = |tile: usize, warps: (usize, usize), chunk: usize, split: usize| {
-        let tiles = panels.div_ceil(tile);
-        let passes = (tiles * split).div_ceil(sms);
-        let parts = split == 1 || (passes == 1 && !norm && k.div_ceil(chunk) >= 2 * split);
-        if !tile.is_multiple_of(warps.0 * unit) || !parts {
-            return;
-        }
-        let mut shape = Shape {
-            tile,
-            warps_n: warps.0,
-            warps_k: warps.1,
-            columns,
-            chunk,
-            stages: 0,
-            split,
-            whole,
-            norm,
-            passes,
-            blocks: tiles.div_ceil(passes) * split,
-        };
-        shape.stages = (ring / shape.stage_bytes()).max(2);
-        let over = shape.sum_bytes() > shape.stages * shape.stage_bytes();
-        let fits = shape.shared(k) <= problem.site.arch.max_shared() as usize;
-        if !fits || shape.alias() && over || shape.accumulators() > 32 {
-            return;
-        }
-        // Weights that the busiest block reads, and x that it reads along with them.
-        let panels = passes * tile * 64 / split;
-        let x = if whole > 0 { 0 } else { passes * columns * 16 / split };
-        let key = (panels + x, usize::MAX - tile);
-        if best.is_none_or(|(known, _)| key < known) {
-            best = Some((key, shape));
-        }
+    let (k, columns) = (problem.k, rows.next_multiple_of(8));
+    // A single row is small; more rows lie in shared memory only where they are normalised on the way.
+    let whole = match rows {
+        1 => 1,
+        2..=8 if problem.norm.is_some() && rows * k * 2 <= WHOLE => rows,
+        _ => 0,
     };
-    let splits: &[usize] = if problem.site.arch.has_tma() { &[1, 2, 4, 8] } else { &[1] };
-    for split in splits {
-        if few {
-            (1..=8).for_each(|tile| consider(tile, (1, 8), 256, *split));
-            continue;
-        }
-        for (warps_n, warps_k) in [(8, 1), (7, 1), (6, 1), (4, 2)] {
-            (1..=4).for_each(|each| consider(warps_n * each, (warps_n, warps_k), 64, *split));
+    let mut shapes = candidates(problem, rows, whole);
+    if shapes.is_empty() {
+        shapes = candidates(problem, rows, 0);
+    }
+    let work = |s: &Shape| s.passes * s.tile;
+    let least = shapes.iter().map(work).min()? as f64;
+    shapes.retain(|s| work(s) as f64 <= least * TOLERANCE);
+    // Two panels a warp fill the matrix instruction and leave its sums few registers.
+    let fit = |s: &Shape| match s.tile / s.warps_n {
+        2 if columns > 8 => 3,
+        3 | 4 => 2,
+        _ if columns == 8 => 2,
+        _ => 1,
+    };
+    shapes.into_iter().max_by_key(|s| (fit(s), s.tile, s.warps_k))
+}
+
+/// The shapes of blocks that fit.
+fn candidates(problem: &Problem<'_>, rows: usize, whole: usize) -> Vec<Shape> {
+    let (k, panels, arch) = (problem.k, problem.panels(), problem.site.arch);
+    let unit = if problem.gated() { 2 } else { 1 };
+    let columns = rows.next_multiple_of(8);
+    let most_tile = if columns == 8 { 8 } else { 32 };
+    let mut shapes = Vec::new();
+    for tile in (unit..=most_tile).step_by(unit) {
+        for (warps_n, warps_k) in [(1, 8), (2, 4), (3, 2), (4, 2), (7, 1), (8, 1)] {
+            let tiles = panels.div_ceil(tile);
+            let passes = tiles.div_ceil(arch.multiprocessors() as usize);
+            let mut shape = Shape {
+                tile,
+                warps_n,
+                warps_k,
+                columns,
+                chunk: (32 * warps_k).max(64),
+                stages: 0,
+                whole,
+                norm: problem.norm.is_some() && whole > 0,
+                passes,
+                blocks: tiles.div_ceil(passes),
+            };
+            let fixed = shape.shared(k);
+            let ring = (arch.max_shared() as usize).saturating_sub(fixed).min(RING);
+            shape.stages = ring / (shape.stage_bytes() + 16);
+            let fits = tile.is_multiple_of(warps_n * unit)
+                && tile / warps_n <= if columns == 8 { 8 } else { 4 }
+                && shape.accumulators() <= if warps_n == 8 { 32 } else { 64 }
+                && shape.stages >= 2
+                && (!shape.alias() || shape.sum_bytes() <= shape.stages * shape.stage_bytes());
+            if fits && (columns > 8 || warps_n == 1) {
+                shapes.push(shape);
+            }
         }
     }
-    best.map(|(_, shape)| shape)
+    shapes
 }
 
 /// Whether the family serves the problem.
@@ -183,8 +185,6 @@ pub fn launch(problem: &Problem<'_>, shape: &Shape) -> Option<SiteLaunch> {
     let norm = problem.norm.filter(|_| shape.norm);
     let shared = shape.shared(problem.k);
     let parameter = if norm.is_some() { "const T *norm_weight," } else { "" };
-    // Two blocks on a multiprocessor, unless their sums need more registers than half of it has.
-    let blocks = if shape.accumulators() > 24 { 1 } else { 2 };
     let writer = SourceWriter::new("cuda.matmul.skinny")
         .int("K", problem.k)
         .int("PANELS", problem.panels())
@@ -194,33 +194,62 @@ pub fn launch(problem: &Problem<'_>, shape: &Shape) -> Option<SiteLaunch> {
         .int("COLUMNS", shape.columns)
         .int("CHUNK", shape.chunk)
         .int("STAGES", shape.stages)
-        .int("SPLIT", shape.split)
         .int("WHOLE", i32::from(shape.whole > 0))
         .int("X_ROWS", shape.whole.max(1))
         .int("NORM", i32::from(norm.is_some()))
         .int("GATED", i32::from(problem.gated()))
         .int("ALIAS", i32::from(shape.alias()))
-        .int("RELEASE", 0)
-        .int("BLOCKS", blocks)
+        .int("RELEASE", 4)
+        .int("ROTATE", 1)
         .int("EXPECTED_SHARED", shared)
+        .line(&format!("#define WHOLE_ON {}", i32::from(shape.whole > 0)))
         .line(&format!("#define NORM_ON {}", i32::from(norm.is_some())))
         .line(&format!("#define NORM_PARAMETER {parameter}"))
         .float("EPS", norm.map_or(0.0, |n| n.eps));
-    let writer = locate_panels(declare(writer, problem)?, problem).body(include_str!("skinny.cu"));
+    let writer =
+        locate_panels(touch(declare(writer, problem)?, problem), problem).body(include_str!("skinny.cu"));
     let source = writer.promise(Promise { registers: 0, no_local: true }).finish();
     let one = Dim::from(1u64);
     let x = norm.map_or(problem.x, |n| n.x);
     let mut launch =
         SiteLaunch::new(source, [Dim::from(shape.blocks), one.clone(), one], shape.threads() as u32)
-            .args([Argument::Address(x), Argument::Address(problem.weight)])
+            .args([x_argument(problem, shape, x), weight_argument(problem, shape)])
             .args(norm.map(|n| Argument::Address(n.weight)))
             .args(arguments(problem))
             .args([Argument::I32(problem.m.clone())]);
-    launch.cluster = shape.split as u32;
     launch.shared = u32::try_from(shared).ok()?;
     launch.dependent = problem.site.arch.has_tma();
-    debug_assert!(problem.site.arch != Arch::Sm80 || launch.cluster == 1);
     Some(launch)
+}
+
+/// The weight: a descriptor whose box is the weights of a stage, or an address.
+fn weight_argument(problem: &Problem<'_>, shape: &Shape) -> Argument {
+    if !problem.site.arch.has_tma() {
+        return Argument::Address(problem.weight);
+    }
+    Argument::Map(TensorMap {
+        of: MapBase::Address(problem.weight),
+        dtype: problem.dtype,
+        shape: [64, problem.k / 8, problem.panels()].map(Dim::from).to_vec(),
+        strides: [128, problem.k * 16].map(Dim::from).to_vec(),
+        tile: [64, shape.chunk / 8, shape.tile].map(|n| n as u32).to_vec(),
+        swizzle: 0,
+    })
+}
+
+/// The rows of x: a descriptor whose boxes are 64 columns of a stage, or an address.
+fn x_argument(problem: &Problem<'_>, shape: &Shape, x: Operand) -> Argument {
+    if !problem.site.arch.has_tma() || shape.whole > 0 {
+        return Argument::Address(x);
+    }
+    Argument::Map(TensorMap {
+        of: MapBase::Address(x),
+        dtype: problem.dtype,
+        shape: vec![Dim::from(problem.k), problem.m.clone()],
+        strides: vec![Dim::from(problem.k * 2)],
+        tile: vec![64, shape.columns as u32],
+        swizzle: 128,
+    })
 }
 
 #[cfg(test)]

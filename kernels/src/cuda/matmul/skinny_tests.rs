@@ -1,6 +1,7 @@
 use millrace_ir::{Dim, Module, NodeId, Op, text};
 
 use super::*;
+use crate::cuda::Arch;
 use crate::cuda::matmul::plan;
 use crate::cuda::plan::{Planned, Site};
 
@@ -21,18 +22,38 @@ impl Case {
     fn module(&self, layout: Layout, dtype: &str) -> Module {
         let Case { segments, k, norm, epilogue, out } = self;
         let n: usize = segments.iter().sum();
-        let results: Vec<String> = match epilogue.contains("glu") {
+        let results: Vec<String> = match epilogue.contains("glu(") {
             true => vec![format!("{dtype}[$t, {}]", segments[0])],
             false => segments
                 .iter()
                 .map(|s| format!("{}[$t, {s}]", if out.is_empty() { dtype } else { out }))
                 .collect(),
         };
-        let residual = epilogue.contains("residual");
+        let width = if epilogue.contains("glu(") { segments[0] } else { n };
         let mut text = format!(
             "module @m phase fused {{\n  dim $t in 1..=8192\n  weight @w : {dtype}[{n}, {k}] = splat(1)\n  weight @g : {dtype}[{k}] = splat(1)\n"
         );
-        let extra = if residual { format!(", %1 \"r\": {dtype}[$t, {n}]") } else { String::new() };
+        let (mut extra, mut more) = (String::new(), String::new());
+        for step in epilogue.split(", ") {
+            match step {
+                "bias" => {
+                    text = text.replace(
+                        "  weight @g",
+                        &format!("  weight @b : {dtype}[{n}] = splat(1)\n  weight @g"),
+                    );
+                    more.push_str(", @b");
+                }
+                "residual" => {
+                    extra.push_str(&format!(", %1 \"r\": {dtype}[$t, {width}]"));
+                    more.push_str(", %1");
+                }
+                "mul" => {
+                    extra.push_str(&format!(", %2 \"m\": {dtype}[$t, {width}]"));
+                    more.push_str(", %2");
+                }
+                _ => {}
+            }
+        }
         let mut attrs = format!("segments = {segments:?}");
         if !epilogue.is_empty() {
             attrs.push_str(&format!(", epilogue = [{epilogue}]"));
@@ -51,7 +72,6 @@ impl Case {
         if *norm {
             text.push_str(&format!("    %9 = rms_norm %0, @g {{eps = 1e-5}} : {dtype}[$t, {k}]\n"));
         }
-        let more = if residual { ", %1" } else { "" };
         text.push_str(&format!(
             "    {} = matmul.fused {x}, @w{more} {{{attrs}}} : {}\n    return {}\n  }}\n}}\n",
             names.join(", "),
@@ -60,7 +80,7 @@ impl Case {
         ));
         let mut module = text::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
         if layout == Layout::Cores {
-            let w = module.weight_named("w").unwrap();
+            let w = module.weights.iter().find(|(_, w)| w.name == "w").unwrap().0;
             let panels: usize = segments.iter().map(|s| s.div_ceil(8)).sum();
             module.weights[w].ty.shape = [panels, k / 8, 8, 8].map(Dim::from).to_vec();
         }
@@ -100,6 +120,9 @@ fn cases() -> Vec<Case> {
         case(1, 8),
         case(1000, 1000),
         glu(33, 24),
+        Case { epilogue: "gelu_tanh, residual", ..case(129, 1032) },
+        Case { segments: vec![130, 70, 9], epilogue: "bias, relu", norm: true, ..case(0, 2056) },
+        Case { segments: vec![40, 40], epilogue: "bias, glu(gelu), mul", ..case(0, 264) },
     ]
 }
 
@@ -109,18 +132,12 @@ fn every_shape_of_interest_has_a_plan_on_every_architecture() {
         let module = case.module(Layout::Cores, "bf16");
         for arch in Arch::ALL {
             let planned = planned(&module, arch);
-            assert_eq!(
-                planned.variants.len(),
-                RANGES.len() + 1,
-                "{:?} x {} on {arch}",
-                case.segments,
-                case.k
-            );
+            assert!(planned.variants.len() > RANGES.len(), "{:?} x {} on {arch}", case.segments, case.k);
             assert!(planned.variants.last().unwrap().when.is_empty());
-            for launch in planned.variants.iter().flat_map(|v| &v.launches) {
+            for launch in planned.variants[..RANGES.len()].iter().flat_map(|v| &v.launches) {
                 assert!(launch.shared <= arch.max_shared(), "{} bytes on {arch}", launch.shared);
                 assert!(launch.threads <= 1024 && launch.source.text.contains("KERNEL("));
-                assert!(arch.has_tma() || launch.cluster == 1);
+                assert!(launch.cluster == 1);
                 assert_eq!(launch.dependent, arch.has_tma());
                 assert!(launch.source.text.contains("wait_for_predecessor();"));
             }
@@ -137,8 +154,8 @@ fn one_row_reads_the_norm_on_the_way_and_many_rows_launch_it() {
         |v: usize| planned.variants[v].launches.iter().map(|l| l.source.family).collect::<Vec<_>>();
     assert_eq!(families(0), ["cuda.matmul.skinny"]);
     assert!(planned.variants[0].launches[0].source.text.contains("#define NORM_ON 1"));
-    assert_eq!(families(3), ["cuda.matmul.norm", "cuda.matmul.skinny"]);
-    assert_eq!(families(6)[0], "cuda.matmul.norm");
+    assert_eq!(families(4), ["cuda.matmul.norm", "cuda.matmul.skinny"]);
+    assert_eq!(families(7)[0], "cuda.matmul.norm");
 }
 
 #[test]
@@ -149,7 +166,7 @@ fn large_weights_keep_nearly_every_multiprocessor_busy() {
         let problem = Problem::of(Site { module: &module, nodes: &order, arch: Arch::Sm90a }).unwrap();
         for (_, rows) in RANGES {
             let shape = shape(&problem, rows as usize).unwrap();
-            let share = (shape.passes * shape.tile).div_ceil(shape.split) * 132;
+            let share = shape.passes * shape.tile * 132;
             let even = problem.panels();
             assert!(even * 100 >= share * 75, "{:?} x {} at {rows}: {shape:?}", case.segments, case.k);
         }
@@ -182,12 +199,20 @@ fn a_known_number_of_rows_has_one_variant() {
     assert!(planned.variants[0].launches[0].source.text.contains("constexpr int COLUMNS = 8;"));
 }
 
+/// `[$b, 1, 3, 4]` times `[5, 4, 2]`.
+fn batched(transposed: bool) -> Module {
+    let (b, attrs) = if transposed { ("5, 2, 4", "{transpose_b = true} ") } else { ("5, 4, 2", "") };
+    let types = format!("(%0 \"a\": f32[$b, 1, 3, 4], %1 \"b\": f32[{b}]) -> (\"c\": f32[$b, 5, 3, 2])");
+    let node = format!("%2 = matmul %0, %1 {attrs}: f32[$b, 5, 3, 2]");
+    let text = format!(
+        "module @m phase fused {{\n  dim $b in 1..=64\n  graph @main{types} {{\n    {node}\n    return %2\n  }}\n}}\n"
+    );
+    text::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"))
+}
+
 #[test]
 fn activations_multiply_with_broadcast_batches() {
-    let module = text::parse(
-        "module @m phase fused {\n  dim $b in 1..=64\n  graph @main(%0 \"a\": f32[$b, 1, 3, 4], %1 \"b\": f32[5, 4, 2]) -> (\"c\": f32[$b, 5, 3, 2]) {\n    %2 = matmul %0, %1 : f32[$b, 5, 3, 2]\n    return %2\n  }\n}\n",
-    )
-    .unwrap();
+    let module = batched(false);
     assert!(matches!(module.graph.nodes[nodes(&module)[0]].op, Op::Matmul(_)));
     let planned = planned(&module, Arch::Sm80);
     let text = &planned.variants[0].launches[0].source.text;
@@ -195,22 +220,41 @@ fn activations_multiply_with_broadcast_batches() {
     assert!(!text.contains("b += (u64)i0"));
 }
 
-/// Writes every source of the cases into the folder `MILLRACE_DUMP_SOURCES`, to compile or measure them elsewhere.
+/// Writes every source of the cases and a manifest of their launches into the folder `MILLRACE_DUMP_SOURCES`, to compile,
+/// check or measure them elsewhere.
 #[test]
 #[ignore = "writes files"]
 fn dump_sources() {
     let Ok(folder) = std::env::var("MILLRACE_DUMP_SOURCES") else { return };
-    for arch in Arch::ALL {
-        for (index, case) in cases().iter().enumerate() {
-            for layout in [Layout::Cores, Layout::Rows] {
-                let module = case.module(layout, "bf16");
-                for (v, variant) in planned(&module, arch).variants.iter().enumerate() {
-                    for (l, launch) in variant.launches.iter().enumerate() {
-                        let name = format!("{folder}/{arch}-{index}-{layout:?}-{v}-{l}.cu");
-                        std::fs::write(name, &launch.source.text).unwrap();
-                    }
-                }
+    let mut manifest = String::new();
+    let mut dump = |label: String, planned: &Planned| {
+        for (v, variant) in planned.variants.iter().enumerate() {
+            for (l, launch) in variant.launches.iter().enumerate() {
+                let name = format!("{label}-{v}-{l}");
+                std::fs::write(format!("{folder}/{name}.cu"), &launch.source.text).unwrap();
+                let SiteLaunch { grid: [x, y, z], threads, cluster, shared, args, .. } = launch;
+                manifest.push_str(&format!(
+                    "{name};{:?};{x};{y};{z};{threads};{cluster};{shared};{args:?}\n",
+                    variant.when.iter().map(|c| (c.min, c.max)).collect::<Vec<_>>()
+                ));
             }
         }
+    };
+    for arch in Arch::ALL {
+        for (index, case) in cases().iter().enumerate() {
+            for (layout, dtype) in [
+                (Layout::Cores, "bf16"),
+                (Layout::Cores, "f16"),
+                (Layout::Rows, "bf16"),
+                (Layout::Rows, "f32"),
+            ] {
+                let module = case.module(layout, dtype);
+                dump(format!("{arch}-{index}-{layout:?}-{dtype}"), &planned(&module, arch));
+            }
+        }
+        for (index, transposed) in [(0, false), (1, true)] {
+            dump(format!("{arch}-{index}-batched"), &planned(&batched(transposed), arch));
+        }
     }
+    std::fs::write(format!("{folder}/manifest.txt"), manifest).unwrap();
 }

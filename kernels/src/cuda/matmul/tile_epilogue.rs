@@ -52,6 +52,8 @@ pub fn declare(problem: &Problem<'_>) -> Option<String> {
     line(format_args!("constexpr int GATED = {};", i32::from(gated)));
     line(format_args!("constexpr int BIAS = {};", i32::from(bias.is_some())));
     line(format_args!("constexpr int OPERANDS = {};", matrices.len()));
+    let light = problem.epilogue.len() == 1 && matrices.len() == 1;
+    line(format_args!("constexpr int LIGHT = {};", i32::from(light)));
     line(format_args!("constexpr int ALIGNED = {};", i32::from(problem.segments.iter().all(|s| s % 8 == 0))));
     line(format_args!("constexpr int OUT_PANELS = {};", widths.iter().map(|w| w.div_ceil(8)).sum::<usize>()));
     line(format_args!("constexpr int SECOND = {};", problem.segments[0]));

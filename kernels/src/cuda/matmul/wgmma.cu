@@ -5,7 +5,7 @@
 // each adds up a part of the columns, always in the same order.
 //
 // Constants: K, PANELS, BN, STAGES, CLUSTER, SPLIT (one of both is 1; with SPLIT > 1 each cluster has one tile),
-// CONSUMERS, GROUP (row tiles, in clusters, that are walked before the next
+// BOXES (copies that a row tile is loaded with), CONSUMERS, GROUP (row tiles, in clusters, that are walked before the next
 // columns). Written for BN and ELEMENT: wgmma(acc, a, b, keep).
 
 struct alignas(64) TensorMap { char bytes[128]; };
@@ -16,6 +16,7 @@ constexpr int STEPS = (K + BK - 1) / BK;
 constexpr int TILES_N = (PANELS + BN / 8 - 1) / (BN / 8);
 constexpr int PART = BN / 8 / CLUSTER, SHARE = BN / 8 / SPLIT;
 constexpr int SPAN = CLUSTER * SPLIT;
+constexpr int BOX = BM / BOXES;
 constexpr int SCRATCH_AT = STAGES * (A_BYTES + B_BYTES);
 constexpr int BARRIERS_AT = SCRATCH_AT + CONSUMERS * 4 * SCRATCH;
 
@@ -111,12 +112,16 @@ DEVICE void add_up(float (&sum)[SHARE][4], u32 at) {
 }
 
 // `store_rows` of a tile that is not split; split tiles never get here.
-DEVICE void store_whole(const float (&acc)[SHARE][4], Ahead<SHARE> &ahead, const Pointers &p, int row, int panel, int m,
-                        u32 scratch) {
-    store_rows(acc, ahead, p, row, panel, m, scratch);
+DEVICE void store_whole(const float (&acc)[SHARE][4], Ahead<SHARE> &ahead, const Pointers &p, int row, int panel, int from,
+                        int m, u32 scratch) {
+    store_rows(acc, ahead, p, row, panel, from, m, scratch);
 }
 template <int N>
-DEVICE void store_whole(const float (&)[N][4], Ahead<SHARE> &, const Pointers &, int, int, int, u32) {}
+DEVICE void store_whole(const float (&)[N][4], Ahead<SHARE> &, const Pointers &, int, int, int, int, u32) {}
+
+// First row that a copy for the rows from `row` on loads. Rows past the end are slow to load, so the last copy takes
+// rows that are another tile's as well; they are not stored.
+DEVICE int box_row(int row, int m) { return max(0, min(row, m - BOX)); }
 
 // Row tile (of the cluster's first block) and column tile of work item `item`.
 DEVICE void tile_of(int item, int row_tiles, int &tm, int &tn) {
@@ -178,7 +183,10 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
                         load_panels(b_base + stage * B_BYTES + rank * (PART * 1024), &w_map, full + 8 * stage, step * 8,
                                     panel);
                     }
-                    load_rows(a_base + stage * A_BYTES, &x_map, full + 8 * stage, step * BK, row);
+#pragma unroll
+                    for (int box = 0; box < BOXES; ++box)
+                        load_rows(a_base + stage * A_BYTES + box * (BOX * BK * 2), &x_map, full + 8 * stage, step * BK,
+                                  box_row(row + box * BOX, m));
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
             }
@@ -196,7 +204,8 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
         for (int item = blockIdx.x / SPAN; item < items; item += gridDim.x / SPAN) {
             int tm, tn;
             tile_of(item, row_tiles, tm, tn);
-            const int row = (tm + rank) * BM + warp * 16, panel = tn * (BN / 8);
+            const int from = (tm + rank) * BM + warp * 16 / BOX * BOX;
+            const int row = box_row(from, m) + warp * 16 % BOX, panel = tn * (BN / 8);
             prefetch_rows<SHARE>(pointers, row, panel + slice * SHARE, m);
             int last = 0;
             hold(acc);
@@ -219,7 +228,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
             hold(acc);
             if (lane < CLUSTER) barrier_arrive(empty + 8 * last, lane);
             if (SPLIT == 1) {
-                store_whole(acc, ahead, pointers, row, panel, m, scratch);
+                store_whole(acc, ahead, pointers, row, panel, from, m, scratch);
                 continue;
             }
             // The ring is free once all consumers are done with it.
@@ -232,7 +241,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
             cluster_sync();
             float sum[SHARE][4];
             add_up(sum, at + slice * (SHARE * 512));
-            store_rows(sum, ahead, pointers, row, panel + slice * SHARE, m, scratch);
+            store_rows(sum, ahead, pointers, row, panel + slice * SHARE, from, m, scratch);
         }
     }
     // No block may leave while another may still write to its shared memory or arrive at its barriers.
