@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -188,7 +189,7 @@ def prepare(args, millrace, name, scratch):
     if args.layers:
         fields["num_hidden_layers"] = args.layers
     seconds = {}
-    weights = common.make_weights(fields, 1, 1.25)
+    weights = common.make_weights(fields, 1)
     limits = list(LIMITS)
     if args.folder:
         model = args.folder / f"checkpoint-{name}"
@@ -306,7 +307,10 @@ def attention(args, millrace, scratch, limits, entry):
     """One batch size: a decoder whose other parts are small, profiled kernel by kernel."""
     import torch
 
-    batch, context, steps = entry["batch"], entry["context"], 8
+    batch, context, tokens = entry["batch"], entry["context"], 16384
+    # Prompts are read in steps of `tokens` tokens, one after the other, and early sequences decode meanwhile: enough new
+    # tokens that the last sequence has begun to decode before the first has ended.
+    steps = 24 + batch // 8 + -(-batch * context // tokens)
     layers = max(2, 16 // batch)
     fields = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
@@ -320,30 +324,34 @@ def attention(args, millrace, scratch, limits, entry):
     (model / "config.json").write_text(json.dumps(fields))
     engine = scratch / f"attention-{batch}.engine"
     millrace.compile(
-        model, engine, "--dummy-weights", "--max-batch-size", batch, "--max-num-tokens", 16384, "--max-seq-len",
+        model, engine, "--dummy-weights", "--max-batch-size", batch, "--max-num-tokens", tokens, "--max-seq-len",
         context + 64, "--max-input-len", context,
     )  # fmt: skip
-    bytes_read = 4 * fields["num_key_value_heads"] * fields["head_dim"] * batch * (context - steps / 2)
-    entry.update(layers=layers, bytes=bytes_read)
+    entry.update(layers=layers, new_tokens=steps + 1)
+    full = 4 * fields["num_key_value_heads"] * fields["head_dim"] * batch * (context - steps)
     gbs, us, differences = [], [], []
-    [short] = millrace.bench(engine, [batch], f"{PROMPT},33", runs=args.runs)
+    trace = scratch / "trace.json"
     for _ in range(args.attention_rounds):
-        [row] = millrace.bench(engine, [batch], f"{context - steps},{steps + 1}", "--profile", runs=1)
-        [decode] = [p for p in row["profile"]["phases"] if p["phase"] == "decode"]
-        kernels = [k for k in decode["kernels"] if "attention" in k["kernel"]]
-        ms, calls = sum(k["ms"] for k in kernels), sum(k["calls"] for k in kernels)
-        us.append(ms / calls * 1e3)
-        gbs.append(bytes_read * calls / ms / 1e6)
-        # Replayed without events between kernels: what a step takes more than one with a short context.
-        more = (row["decode_ms_per_step"] - short["decode_ms_per_step"]) / layers
-        differences.append(bytes_read / max(more, 1e-9) / 1e6)
-    entry.update(us=spread(us), gbs=spread(gbs), gbs_by_difference=spread(differences))
+        [row] = millrace.bench(engine, [batch], f"{context - steps},{steps + 1}", "--trace", trace, runs=1)
+        calls = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("cat") == "paged_attention"]
+        # Steps in which every sequence decodes at the long context.
+        calls = [e for e in calls if e["args"]["phase"] == "decode" and e["args"]["read_bytes"] >= full]
+        if not calls:
+            raise RuntimeError("no step in which all sequences decode")
+        us.append(statistics.median(e["dur"] for e in calls))
+        gbs.append(statistics.median(e["args"]["read_bytes"] / e["dur"] / 1e3 for e in calls))
+        entry.setdefault("calls", []).append(len(calls))
+        if batch == 1:
+            # Replayed as a graph: what a step takes more than one with a short context.
+            [short] = millrace.bench(engine, [batch], f"{PROMPT},{steps + 1}", runs=args.runs)
+            more = (row["decode_ms_per_step"] - short["decode_ms_per_step"]) / layers
+            differences.append(full / max(more, 1e-9) / 1e6)
+    entry.update(us=spread(us), gbs=spread(gbs))
+    if differences:
+        entry["gbs_by_difference"] = spread(differences)
     if limits:
         entry["of_read_rate"] = entry["gbs"]["median"] / limits["read_gbs"]
-    say(
-        f"attention batch {batch}: {entry['us']['median']:.1f} us, {entry['gbs']['median']:.0f} GB/s, "
-        f"by difference {entry['gbs_by_difference']['median']:.0f} GB/s"
-    )
+    say(f"attention batch {batch}: {entry['us']['median']:.1f} us, {entry['gbs']['median']:.0f} GB/s")
     if args.peers:
         try:
             entry["torch_sdpa_gbs"] = 4 * 8 * 128 * batch * context / sdpa_ms(fields, batch, context) / 1e6
@@ -395,7 +403,7 @@ def table(report):
                 continue
             share = entry.get("of_read_rate")
             cells = [f"{entry['us']['median']:.1f}", f"{entry['gbs']['median']:.0f}", f"{share:.0%}" if share else "-"]
-            cells.append(f"{entry['gbs_by_difference']['median']:.0f}")
+            cells.append(f"{entry['gbs_by_difference']['median']:.0f}" if "gbs_by_difference" in entry else "-")
             cells.append(f"{entry['torch_sdpa_gbs']:.0f}" if "torch_sdpa_gbs" in entry else "-")
             lines.append(f"| batch {entry['batch']}, context {entry['context']} | {' | '.join(cells)} |")
     return "\n".join(lines)

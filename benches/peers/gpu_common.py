@@ -124,27 +124,29 @@ def head(millrace):
 def tensors(fields):
     """Names, shapes and standard deviations of a Llama checkpoint's tensors, in the order of the file.
 
-    With normal weights of deviation 0.02 each layer adds about 1.9 times the deviation of a normed row to the residual
-    stream. The head's rows are those of the embedding in another order (`successor`), so a token's successor has a
-    larger logit than chance gives as long as every layer adds what it should: logits are spread like those of a trained
-    model, and the largest is no matter of rounding.
+    Projections keep the deviation of normed rows near 1, and those that add to the residual stream are divided by the root
+    of twice the number of layers, as usual before training: without that, a random network of 32 layers amplifies
+    roundings so much that no two programs in bf16 agree. The head's rows are part those of the embedding in another
+    order (`successor`), part noise, so that a token's successor has a larger logit than chance gives as long as every
+    layer adds what it should: the largest logit stands out as in trained models, and is not often a matter of rounding.
     """
     hidden, inner = fields["hidden_size"], fields["intermediate_size"]
     heads, pairs = fields["num_attention_heads"], fields["num_key_value_heads"]
     width = fields.get("head_dim") or hidden // heads
-    deviation = 0.02 * (4096 / hidden) ** 0.5
+    deviation, layers = 0.02 * (4096 / hidden) ** 0.5, fields["num_hidden_layers"]
+    added = deviation / (2 * layers) ** 0.5
     yield "model.embed_tokens.weight", (fields["vocab_size"], hidden), None
-    for layer in range(fields["num_hidden_layers"]):
+    for layer in range(layers):
         at = f"model.layers.{layer}."
         yield at + "input_layernorm.weight", (hidden,), 0.0
         yield at + "self_attn.q_proj.weight", (heads * width, hidden), deviation
         yield at + "self_attn.k_proj.weight", (pairs * width, hidden), deviation
         yield at + "self_attn.v_proj.weight", (pairs * width, hidden), deviation
-        yield at + "self_attn.o_proj.weight", (hidden, heads * width), deviation
+        yield at + "self_attn.o_proj.weight", (hidden, heads * width), added
         yield at + "post_attention_layernorm.weight", (hidden,), 0.0
         yield at + "mlp.gate_proj.weight", (inner, hidden), deviation
         yield at + "mlp.up_proj.weight", (inner, hidden), deviation
-        yield at + "mlp.down_proj.weight", (hidden, inner), deviation
+        yield at + "mlp.down_proj.weight", (hidden, inner), added
     yield "model.norm.weight", (hidden,), 0.0
     if not fields.get("tie_word_embeddings"):
         yield "lm_head.weight", (fields["vocab_size"], hidden), None
@@ -158,18 +160,21 @@ def successor(token, vocabulary):
     return token * STEP % vocabulary
 
 
-def make_weights(fields, seed, embedding, device="cuda"):
-    """All tensors in bf16 on the device. `embedding` is the deviation of embedded rows."""
+def make_weights(fields, seed, embedding=2.0, likeness=None, device="cuda"):
+    """All tensors in bf16 on the device. `embedding` is the deviation of embedded rows, `likeness` the part of them in the
+    head's, in deviations of its noise."""
     import torch
 
     weights, vocabulary = {}, fields["vocab_size"]
+    likeness = 9 * fields["hidden_size"] ** -0.5 if likeness is None else likeness
     for index, (name, shape, deviation) in enumerate(tensors(fields)):
         generator = torch.Generator(device).manual_seed(seed * 100_003 + index)
         if name == "lm_head.weight":
             rows = weights["model.embed_tokens.weight"]
-            head = torch.empty_like(rows)
+            head = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
             order = torch.arange(vocabulary, device=device) * STEP % vocabulary
-            head[order] = rows / (rows.float().std() * rows.shape[1] ** 0.5)
+            head[order] += rows * (likeness / embedding)
+            head *= shape[1] ** -0.5
             weights[name] = head
             continue
         tensor = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
