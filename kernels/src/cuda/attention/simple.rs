@@ -2,14 +2,17 @@
 
 use super::call::Call;
 use crate::cuda::plan::{Argument, SiteLaunch};
+use crate::cuda::source::Promise;
 
 /// Warps of a block; `WARPS` of the kernel.
 const WARPS: usize = 4;
 
 /// The launch for every shape.
 pub(super) fn launch(call: &Call<'_>) -> SiteLaunch {
-    // No promise: with some head sizes the compiler keeps a few bytes in local memory.
-    let source = call.source("cuda.attention.simple").body(include_str!("simple.cu")).finish();
+    // With head sizes that do not fill the lanes the compiler may keep a few bytes in local memory.
+    let promise = Promise { registers: 0, no_local: call.d.is_multiple_of(32) };
+    let source =
+        call.source("cuda.attention.simple").body(include_str!("simple.cu")).promise(promise).finish();
     let tasks = call.t.mul(&call.heads.into());
     let mut launch =
         SiteLaunch::new(source, [tasks.ceil_div(WARPS as i64), 1u64.into(), 1u64.into()], 32 * WARPS as u32)
