@@ -12,11 +12,13 @@ use case::Case;
 
 /// Every case, by name; `graphs` of them are random graphs. Configurations are written into `folder`.
 pub fn cases(folder: &Path, graphs: u64) -> Vec<Case> {
-    let mut cases = kernels::matmuls();
+    // What takes longest comes first: cases run side by side.
+    let mut cases = models::models(folder);
     cases.extend(kernels::paged());
+    cases.extend(kernels::matmuls());
     cases.extend(kernels::sequences());
     cases.extend(ops::ops());
-    cases.extend(models::models(folder, graphs));
+    cases.extend(models::random(graphs));
     let mut names: Vec<&str> = cases.iter().map(|c| c.name.as_str()).collect();
     names.sort_unstable();
     let twice = names.windows(2).find(|w| w[0] == w[1]);
