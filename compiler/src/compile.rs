@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use millrace_ir::checkpoint::TensorSource;
 use millrace_ir::engine::{SectionKind, WrittenEngine};
+use millrace_ir::kernel_sources::KernelSources;
 use millrace_ir::launch::Bundle;
 use millrace_ir::manifest::{LanguageModel, Manifest, ModelKind};
 use millrace_ir::verify::check;
@@ -283,6 +284,9 @@ impl Compiled {
             module: check(&self.module)?,
             files,
             bundles: &self.device.bundles,
+            sources: &KernelSources::of(
+                self.device.sources.iter().map(|(hash, source)| (hash.as_str(), source.text.as_str())),
+            ),
             provenance,
             weights: self.weights,
         };

@@ -178,6 +178,34 @@ impl LaunchStep {
     }
 }
 
+/// A launch at some bindings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LaunchAt<'a> {
+    /// Index of the step.
+    pub step: usize,
+    /// What is launched.
+    pub launch: &'a Launch,
+    /// Blocks along x, y and z, each at least 1.
+    pub grid: [u64; 3],
+}
+
+impl LaunchTable {
+    /// What a call at `bindings` launches, in order; `None` where a grid has no value there.
+    pub fn launches_at(&self, bindings: &Bindings) -> Option<Vec<LaunchAt<'_>>> {
+        let mut launches = Vec::new();
+        for (at, step) in self.steps.iter().enumerate() {
+            for launch in &step.variant(bindings)?.launches {
+                let [x, y, z] = &launch.grid;
+                let grid = [x.extent(bindings)?, y.extent(bindings)?, z.extent(bindings)?];
+                if !grid.contains(&0) {
+                    launches.push(LaunchAt { step: at, launch, grid });
+                }
+            }
+        }
+        Some(launches)
+    }
+}
+
 impl Condition {
     /// Whether it holds.
     pub fn holds(&self, bindings: &Bindings) -> bool {

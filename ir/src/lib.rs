@@ -50,6 +50,7 @@ pub mod error;
 pub mod eval;
 pub mod fold;
 pub mod graph;
+pub mod kernel_sources;
 pub mod launch;
 pub mod manifest;
 pub mod module;

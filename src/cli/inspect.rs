@@ -1,5 +1,7 @@
 //! `millrace inspect`: everything an engine is, traced to the layers of the source model.
 
+mod device;
+
 use std::path::PathBuf;
 
 use millrace::ir::{Bindings, Module, text};
@@ -36,6 +38,12 @@ pub struct Args {
     /// Print the kernels with their source layers
     #[arg(long)]
     kernels: bool,
+    /// Print the launches of a GPU engine at some sizes, such as t=1,b=1; others take their smallest values
+    #[arg(long, value_name = "SIZES")]
+    at: Option<String>,
+    /// Print the CUDA C++ of a kernel of a GPU engine, or of `all`
+    #[arg(long, value_name = "ENTRY")]
+    source: Option<String>,
 }
 
 fn memory(module: &Module) -> Value {
@@ -143,6 +151,12 @@ pub fn main(args: &Args) -> Result<()> {
     if args.dot {
         return print(&millrace::ir::dag::dot(module));
     }
+    if let Some(sizes) = &args.at {
+        return device::print_at(&engine, sizes, args.json);
+    }
+    if let Some(entry) = &args.source {
+        return device::print_source(&engine, entry);
+    }
     if args.json {
         let sections: Vec<Value> = engine
             .file()
@@ -170,6 +184,7 @@ pub fn main(args: &Args) -> Result<()> {
             "nodes": module.graph.order.len(),
             "memory": memory(module),
             "kernels": kernels(module),
+            "device": device::json(&engine)?,
             "weights": weights(&engine),
         }));
     }
@@ -196,7 +211,7 @@ pub fn main(args: &Args) -> Result<()> {
                 print(&format!("    {node} {}: {}\n", n.op.name(), layers.join(", ")))?;
             }
         }
-        return Ok(());
+        return device::print_kernels(&engine);
     }
     let manifest = engine.manifest();
     let memory = memory(module);

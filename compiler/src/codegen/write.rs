@@ -5,6 +5,7 @@ use std::sync::mpsc;
 
 use millrace_ir::checkpoint::TensorSource;
 use millrace_ir::engine::{EngineWriter, SectionKind, WeightMeta, WriterOptions, WrittenEngine};
+use millrace_ir::kernel_sources::KernelSources;
 use millrace_ir::launch::Bundle;
 use millrace_ir::manifest::Manifest;
 use millrace_ir::verify::Verified;
@@ -41,6 +42,8 @@ pub struct EngineParts<'a> {
     pub files: Vec<(SectionKind, &'a [u8])>,
     /// Device code, one section for each architecture.
     pub bundles: &'a [Bundle],
+    /// Texts of the kernels.
+    pub sources: &'a KernelSources,
     /// Where it all came from, JSON.
     pub provenance: Vec<u8>,
     /// Whether weights are stored.
@@ -89,6 +92,9 @@ pub fn write_engine(
     }
     for bundle in parts.bundles {
         writer.section(SectionKind::Kernels, &bundle.table.arch, &bundle.encode())?;
+    }
+    if !parts.sources.is_empty() {
+        writer.section(SectionKind::KernelSources, "", &parts.sources.encode())?;
     }
     writer.section(SectionKind::Provenance, "", &parts.provenance)?;
     let mut reader = WeightReader::new(module);

@@ -62,6 +62,8 @@ pub enum SectionKind {
     Config,
     /// JSON: where the engine came from.
     Provenance,
+    /// JSON: texts of device kernels.
+    KernelSources,
     /// A kind of a later producer that readers may ignore.
     Unknown(u32),
 }
@@ -70,7 +72,7 @@ const MIB: u64 = 1 << 20;
 
 impl SectionKind {
     /// The kinds with a meaning in this format version.
-    pub const KNOWN: [SectionKind; 11] = [
+    pub const KNOWN: [SectionKind; 12] = [
         SectionKind::Manifest,
         SectionKind::Ir,
         SectionKind::Kernels,
@@ -82,6 +84,7 @@ impl SectionKind {
         SectionKind::GenerationConfig,
         SectionKind::Config,
         SectionKind::Provenance,
+        SectionKind::KernelSources,
     ];
 
     /// The number in the file.
@@ -98,6 +101,7 @@ impl SectionKind {
             SectionKind::GenerationConfig => 9,
             SectionKind::Config => 10,
             SectionKind::Provenance => 11,
+            SectionKind::KernelSources => 12,
             SectionKind::Unknown(code) => code,
         }
     }
@@ -120,6 +124,7 @@ impl SectionKind {
             SectionKind::GenerationConfig => "generation_config",
             SectionKind::Config => "config",
             SectionKind::Provenance => "provenance",
+            SectionKind::KernelSources => "kernel_sources",
             SectionKind::Unknown(_) => "unknown",
         }
     }
@@ -130,7 +135,7 @@ impl SectionKind {
             SectionKind::Manifest | SectionKind::TokenizerConfig => Some(16 * MIB),
             SectionKind::Ir | SectionKind::WeightIndex => Some(256 * MIB),
             SectionKind::Kernels => Some(1024 * MIB),
-            SectionKind::Tokenizer | SectionKind::Provenance => Some(64 * MIB),
+            SectionKind::Tokenizer | SectionKind::Provenance | SectionKind::KernelSources => Some(64 * MIB),
             SectionKind::ChatTemplate | SectionKind::Config => Some(4 * MIB),
             SectionKind::GenerationConfig => Some(MIB),
             SectionKind::Weights | SectionKind::Unknown(_) => None,

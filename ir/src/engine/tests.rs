@@ -26,7 +26,8 @@ fn fill(writer: &mut EngineWriter) -> Result<()> {
     weights.finish()?;
     writer.section(SectionKind::Tokenizer, "", b"{}")?;
     writer.section(SectionKind::Unknown(4711), "x-note", b"anything")?;
-    writer.section(SectionKind::Provenance, "", b"{}")
+    writer.section(SectionKind::Provenance, "", b"{}")?;
+    writer.section(SectionKind::KernelSources, "", br#"{"parts":[],"kernels":[]}"#)
 }
 
 /// A small engine with every feature.

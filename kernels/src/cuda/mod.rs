@@ -19,6 +19,7 @@ pub mod movement;
 pub mod plan;
 pub mod pointwise;
 pub mod reduce;
+mod regions;
 pub mod rope;
 pub mod rows;
 pub mod select;

@@ -13,6 +13,7 @@ use millrace_ir::{DType, Dim, Node, Op};
 
 use super::body;
 use super::plan::{Argument, Planned, Site, SiteLaunch, elements};
+use super::regions;
 use super::source::SourceWriter;
 use super::space::{Extents, common_unit, divisible, element, product_text, split_text};
 
@@ -20,7 +21,7 @@ const THREADS: u32 = 256;
 
 /// Conversions of element types.
 pub(super) const ELEMENTS: &str = include_str!("elements.cu");
-const FUNCTIONS: &str = include_str!("functions.cu");
+pub(super) const FUNCTIONS: &str = include_str!("functions.cu");
 
 /// Plans unary and binary functions, casts, selections and regions. `None` for element types smaller than a byte and
 /// extents beyond 32 bits.
@@ -41,7 +42,7 @@ pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
         Op::Select(_) if operands.iter().all(|d| d.size_bytes().is_some()) => {
             ("cuda.select", "    y0 = x0.bits != 0 ? x1 : x2;\n".to_string())
         }
-        Op::Pointwise(p) if p.has_rows() => return None,
+        Op::Pointwise(p) if p.has_rows() => return regions::plan(site, node, p),
         Op::Pointwise(p) => {
             let out: Vec<Source> = p.out.iter().map(|o| o.source).collect();
             ("cuda.pointwise", steps(&p.body, &out)?)

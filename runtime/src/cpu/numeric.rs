@@ -63,7 +63,8 @@ impl Node<'_> {
     }
 
     fn in_place(&self, index: usize) -> bool {
-        index == 0 && self.operands[0].same(self.results[0])
+        // Regions without bytes may begin at the same place without being one.
+        index == 0 && self.operands[0].len() > 0 && self.operands[0].same(self.results[0])
     }
 
     fn floats(

@@ -2,9 +2,11 @@
 //!
 //! The tolerance of an output is measured: the reference runs again with noise of the size of the roundings that
 //! another implementation may do elsewhere or leave out, and the largest difference seen counts several times. An output
-//! that no rounding reaches has to be met exactly.
+//! that no rounding reaches has to be met exactly. A graph of single kernels is judged strictly: only the last store of
+//! each result rounds.
 
 use millrace::Result;
+use millrace::ir::checkpoint::TensorSource;
 use millrace::ir::eval::{evaluate, evaluate_with};
 use millrace::ir::ops::fused_matmul::Epilogue;
 use millrace::ir::ops::pointwise::Step as PointwiseStep;
@@ -49,14 +51,26 @@ pub struct Judge {
     states: Vec<Tensor>,
     /// Outputs whose tolerance is a tenth of their size or more.
     pub vague: usize,
+    /// How often the rounding of the last store counts.
+    last: f64,
 }
 
-/// Whether kernels compute it with an absolute error: `x/2 (1 + erf(..))` cancels far from 0.
+/// What is judged: a module with what its weights are read from.
+#[derive(Clone, Copy)]
+pub struct Subject<'a> {
+    pub module: &'a Module,
+    pub source: Option<&'a dyn TensorSource>,
+    /// Whether every kernel rounds once, at its store, and none reads what another has rounded.
+    pub strict: bool,
+}
+
+/// Whether kernels compute it with an absolute error: `x/2 (1 + erf(..))` cancels far from 0, and an angle is as exact as
+/// its position is small.
 fn activates(op: &Op) -> bool {
     use UnaryFn::{Erf, Gelu, GeluTanh, Sigmoid, Silu, Tanh};
     match op {
         Op::Unary(u) => matches!(u.function, Gelu | GeluTanh | Erf | Tanh | Sigmoid | Silu),
-        Op::FusedMatmul(_) | Op::Pointwise(_) => true,
+        Op::FusedMatmul(_) | Op::Pointwise(_) | Op::Rope(_) => true,
         _ => false,
     }
 }
@@ -65,6 +79,9 @@ fn activates(op: &Op) -> bool {
 fn activation_error(op: &Op, operands: &[&Tensor]) -> f64 {
     let largest = |t: &Tensor| t.data.iter().map(|v| v.abs()).fold(0.0, f64::max);
     let ulp = 1.0 / f64::from(1 << 24);
+    if let Op::Rope(_) = op {
+        return largest(operands[0]) * largest(operands[1]) * ulp;
+    }
     let Op::FusedMatmul(fused) = op else { return largest(operands[0]) * ulp };
     let mut bound = operands[0].last() as f64 * largest(operands[0]) * largest(operands[1]);
     let mut error = 0.0;
@@ -90,6 +107,7 @@ fn noisy(
     context: &EvalCtx<'_>,
     dirty: &mut [bool],
     random: &mut Random,
+    strict: bool,
 ) -> std::result::Result<Vec<Tensor>, String> {
     let numerics = node.op.traits().numerics;
     let reached = |o: &Operand| matches!(o, Operand::Value(v) if dirty[v.index()]);
@@ -120,7 +138,7 @@ fn noisy(
     for result in &mut results {
         result.round();
         if !keeps && result.dtype.is_float() {
-            let size = rounding(result.dtype);
+            let size = if strict { rounding(DType::F32) } else { rounding(result.dtype) };
             result.data.iter_mut().for_each(|v| *v *= 1.0 + size * random.uniform(-1.0, 1.0));
         }
         if activates(&node.op) && result.dtype.is_float() {
@@ -136,25 +154,43 @@ impl Judge {
     /// The reference's outputs of `graph`, with tolerances.
     pub fn new(graph: &RandomGraph) -> Result<Judge> {
         let mut random = Random::new(graph.seed ^ 0x6a75_6467);
-        let module = &graph.module;
         let first = graph.bindings(&mut random);
         let mut second = graph.bindings(&mut random);
         // A session's states keep their size.
         let pages = first.iter().find(|(s, _)| s.name() == "pages");
         pages.into_iter().for_each(|(sym, value)| second.set(sym, value));
         let states = graph.zero_states(&first);
-        let mut judge = Judge { steps: Vec::new(), states: states.clone(), vague: 0 };
+        let steps = [first, second].map(|bindings| {
+            let inputs = graph.inputs(&bindings, &mut random);
+            (bindings, inputs)
+        });
+        let subject = Subject { module: &graph.module, source: None, strict: false };
+        Judge::over(subject, states, steps.into(), &mut random)
+    }
+
+    /// The reference's outputs of given steps, one after the other on the same states, with tolerances.
+    pub fn over(
+        subject: Subject<'_>,
+        states: Vec<Tensor>,
+        steps: Vec<(Bindings, Vec<Tensor>)>,
+        random: &mut Random,
+    ) -> Result<Judge> {
+        let Subject { module, source, strict } = subject;
+        let last = if strict { 1.0 } else { 2.0 };
+        let mut judge = Judge { steps: Vec::new(), states: states.clone(), vague: 0, last };
         let mut clean = states.clone();
         let mut shaken: Vec<Vec<Tensor>> = vec![states; RUNS as usize];
-        for bindings in [first, second] {
-            let inputs = graph.inputs(&bindings, &mut random);
+        for (bindings, inputs) in steps {
             let mut reader = WeightReader::new(module);
+            if let Some(source) = source {
+                reader = reader.with_source("model", source);
+            }
             let expected = evaluate(module, &mut reader, &inputs, &mut clean)?;
             let mut dirty = vec![false; module.graph.values.bound()];
             let mut far = vec![0.0f64; expected.len()];
             for states in &mut shaken {
                 let mut compute = |node: &Node, context: &EvalCtx<'_>| {
-                    noisy(module, node, context, &mut dirty, &mut random)
+                    noisy(module, node, context, &mut dirty, random, strict)
                 };
                 let found = evaluate_with(module, &mut reader, &inputs, states, &mut compute)?;
                 for ((far, a), b) in far.iter_mut().zip(&expected).zip(&found) {
@@ -189,7 +225,8 @@ impl Judge {
                 ));
             }
             for (i, (x, y)) in expected.data.iter().zip(&found.data).enumerate() {
-                let allowed = step.slack[n].map_or(0.0, |s| s + 2.0 * rounding(expected.dtype) * x.abs());
+                let allowed =
+                    step.slack[n].map_or(0.0, |s| s + self.last * rounding(expected.dtype) * x.abs());
                 let same = x == y || (x.is_nan() && y.is_nan()) || (x - y).abs() <= allowed;
                 if !same {
                     return Err(format!(

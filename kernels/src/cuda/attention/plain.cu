@@ -8,7 +8,9 @@ constexpr int KEYS = 32;
 constexpr int STRIDE = D + 4;
 constexpr int COLUMNS = (D + 31) / 32;
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+// For heads of less than 16 elements and with a window the assembler would keep so few registers
+// that it spills; one block is bound enough.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, D < 16 || WINDOW > 0 ? 1 : 0)
     KERNEL(const Element *q, const Element *k, const Element *v, const Starts *starts, PAGING_PARAMETERS Element *out,
            int b) {
     extern __shared__ __align__(16) float shared[];

@@ -187,7 +187,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         }
     }
 
-    // Through the warp's own rows of the query tile to 16-byte stores.
+    // Through the warp's own rows of the query tile, which all lanes have read, to 16-byte stores.
+    __syncwarp();
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll

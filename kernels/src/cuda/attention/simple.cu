@@ -3,7 +3,8 @@
 constexpr int WARPS = 4;
 constexpr int COLUMNS = (D + 31) / 32;
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+// With a window the assembler would keep so few registers that it spills; one block is bound enough.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, WINDOW > 0 ? 1 : 0)
     KERNEL(const Element *q, const Element *k, const Element *v, const Starts *starts, PAGING_PARAMETERS Element *out,
            int t, int b) {
     __shared__ float queries[WARPS][D];

@@ -129,7 +129,7 @@ fn other_types_and_sizes_take_the_plain_kernel() {
         let planned = plan(site(&module)).unwrap();
         let launch = &planned.variants[0].launches[0];
         assert_eq!(launch.source.family, "cuda.attention.simple", "{dtype} {d}");
-        check(&launch.source);
+        assert_eq!(launch.source.promise.no_local, d % 32 == 0);
         let many = chosen(&planned, &[("t", 9), ("b", 2), ("p", 1)]).launches[0].source.family;
         assert_eq!(many, if d == 264 { "cuda.attention.simple" } else { "cuda.attention.plain" });
     }

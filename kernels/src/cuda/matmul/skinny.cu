@@ -226,6 +226,8 @@ DEVICE void load_x(const T *x, u8 *shared, int m) {
     // One row is read by all warps, more rows by a warp each.
     constexpr int STEP = X_ROWS == 1 ? THREADS : 32;
     int start = X_ROWS == 1 ? threadIdx.x : threadIdx.x % 32;
+    // A single row passes a barrier between its sum and the norm's weight.
+    if (NORM && X_ROWS > 1) sync_warps();
     for (int row = X_ROWS == 1 ? 0 : threadIdx.x / 32; row < min(m, X_ROWS); row += X_ROWS == 1 ? 1 : WARPS) {
         const T *from = x + (u64)row * K;
         u8 *to = shared + AT_X + row * X_PITCH;

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# gpu_suite.sh [FOLDER] [ARCH]: packs the differential suite into FOLDER (target/gpu-suite) for a machine with a GPU of ARCH
+# (sm_90a): the test binary, all its kernels compiled, and its data. Needs NVRTC and no GPU; the machine with the GPU
+# needs its driver only, and compute-sanitizer for the second of these:
+#
+#   FOLDER/run.sh all         every case on every backend against the reference evaluator
+#   FOLDER/run.sh sanitizer   small cases under memcheck, racecheck and initcheck
+#
+# A missing GPU is an error. SUITE_ARGS adds arguments (cargo test --test backends says which), SUITE_LIMIT bounds the seconds
+# of each run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=$(realpath -m "${1:-target/gpu-suite}")
+arch=${2:-sm_90a}
+rm -rf "$out"
+mkdir -p "$out/root/tests" "$out/kernels"
+cargo build --release --test backends
+binary=$(cargo build --release --test backends --message-format=json 2>/dev/null |
+  sed -n 's/.*"executable":"\([^"]*backends-[^"]*\)".*/\1/p' | tail -1)
+strip -o "$out/backends" "$binary"
+MILLRACE_KERNEL_CACHE="$out/kernels" "$out/backends" --compile-only --target "cuda:$arch" | tee "$out/compiled.txt"
+for folder in zoo backends data/configs data/tiny-random filetests/regressions; do
+  mkdir -p "$out/root/tests/$folder"
+  cp -r "tests/$folder/." "$out/root/tests/$folder/"
+done
+cat > "$out/run.sh" <<RUN
+#!/usr/bin/env bash
+# run.sh all|sanitizer
+cd "\$(dirname "\$0")"
+export MILLRACE_REQUIRE_GPU=1 MILLRACE_KERNEL_CACHE="\$PWD/kernels" MILLRACE_SUITE_ROOT="\$PWD/root"
+export MILLRACE_SUITE_LOG="\$PWD/failures.txt" RUST_BACKTRACE=0
+arch="--target cuda:$arch"
+limit=\${SUITE_LIMIT:-600}
+case "\${1:-all}" in
+all)
+  timeout "\$limit" ./backends \$arch \${SUITE_ARGS:-}
+  ;;
+sanitizer)
+  result=0
+  for tool in memcheck racecheck initcheck; do
+    # The device runs under the tool, so few rows and steps; the same steps without it come first in every list.
+    timeout "\$limit" compute-sanitizer --tool \$tool --error-exitcode 9 --print-limit 20 --log-file \$tool.txt \\
+      ./backends \$arch --backends cuda-static --rows 33 --steps 3 --graphs 12 \${SUITE_ARGS:-} > \$tool.out 2>&1
+    code=\$?
+    [ \$code = 0 ] || result=1
+    echo "\$tool: exit \$code; \$(tail -1 \$tool.txt | tr -d =); \$(grep -E '^cuda-static' \$tool.out | tr -s ' ')"
+    grep -E "WRONG|failed" \$tool.out | head -5
+    grep -A6 -E "Invalid|Race|Uninit|Error|Host" \$tool.txt | grep -vE "Saved host|Host Frame" | head -24
+  done
+  exit \$result
+  ;;
+esac
+RUN
+chmod +x "$out/run.sh"
+du -sh "$out" | cut -f1

@@ -1,0 +1,267 @@
+//! Runs a case on a backend and compares.
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use millrace::compiler::target::TargetChoice;
+use millrace::ir::engine::Verify;
+use millrace::ir::sampling::Random;
+use millrace::ir::tensor::{Tensor, decode};
+use millrace::ir::text;
+use millrace::{Allocation, Compiled, Engine, Session, SessionOptions, TensorRef, compile};
+
+use super::case::{Case, Prepared, Source};
+use crate::judge::{Judge, Subject};
+
+/// Where a case runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Backend {
+    Cpu,
+    CpuReload,
+    /// Static memory, launches one by one; memory is poisoned before every step by a step of NaN.
+    CudaStatic,
+    CudaDynamic,
+    /// Every step three times, so that the last two are replays.
+    CudaGraph,
+    CudaReload,
+}
+
+impl Backend {
+    pub const ALL: [Backend; 6] = [
+        Backend::Cpu,
+        Backend::CpuReload,
+        Backend::CudaStatic,
+        Backend::CudaDynamic,
+        Backend::CudaGraph,
+        Backend::CudaReload,
+    ];
+
+    pub fn name(self) -> &'static str {
+        ["cpu", "cpu-reload", "cuda-static", "cuda-dynamic", "cuda-graph", "cuda-reload"][self as usize]
+    }
+
+    pub fn on_gpu(self) -> bool {
+        self >= Backend::CudaStatic
+    }
+}
+
+/// What became of a case on a backend.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// So many steps were right.
+    Right(usize),
+    /// The target has no kernel, for a reason that is known.
+    Gap(&'static str),
+    Wrong(String),
+    /// The device has failed; nothing runs on it any more.
+    Poisoned(String),
+}
+
+/// What no CUDA kernel computes: a name, and how the compiler's refusal is recognised. Everything else has to compile.
+pub const GAPS: [(&str, fn(&str) -> bool); 1] = [("4-bit elements", |refusal| {
+    refusal.contains("i4[") || refusal.contains("i4]") || refusal.contains("i4,") || refusal.contains("i4}")
+})];
+
+/// Limits of a run.
+#[derive(Clone, Copy)]
+pub struct Limits {
+    /// Leaves steps with more rows out.
+    pub rows: u64,
+    /// Runs so many steps at most.
+    pub steps: usize,
+}
+
+/// A case with what is expected of it.
+pub struct Judged {
+    prepared: Prepared,
+    judge: Judge,
+    path: std::path::PathBuf,
+}
+
+/// One device, one case at a time: a fault is then the fault of the case that runs.
+static DEVICE: Mutex<()> = Mutex::new(());
+
+impl Judged {
+    /// Draws inputs and evaluates the reference.
+    pub fn new(case: &Case, seed: u64, limits: Limits, folder: &Path) -> Result<Judged, String> {
+        let path = source_path(case, folder)?;
+        let mut prepared = case.prepare(seed).map_err(|e| e.to_string())?;
+        let rows = |bindings: &millrace::ir::Bindings| {
+            bindings.iter().find(|(s, _)| s.name() == "t").map_or(0, |(_, v)| v)
+        };
+        // Later steps read what earlier ones have written.
+        if prepared.states.is_empty() {
+            prepared.steps.retain(|(bindings, _)| rows(bindings) <= limits.rows);
+        } else if let Some(end) = prepared.steps.iter().position(|(b, _)| rows(b) > limits.rows.max(64)) {
+            prepared.steps.truncate(end);
+        }
+        prepared.steps.truncate(limits.steps);
+        let subject = Subject { module: &prepared.module, source: prepared.source(), strict: case.strict };
+        let mut random = Random::new(seed ^ 0x6a75_6467);
+        let judge = Judge::over(subject, prepared.states.clone(), prepared.steps.clone(), &mut random)
+            .map_err(|e| format!("reference: {e}"))?;
+        Ok(Judged { prepared, judge, path })
+    }
+
+    /// Steps that are run.
+    pub fn steps(&self) -> usize {
+        self.prepared.steps.len()
+    }
+
+    /// Runs on several backends of one engine; their results have to be the same bits.
+    pub fn run(
+        &self,
+        case: &Case,
+        target: &str,
+        backends: &[Backend],
+        folder: &Path,
+    ) -> Vec<(Backend, Outcome)> {
+        let all = |outcome: Outcome| backends.iter().map(|b| (*b, outcome.clone())).collect();
+        let compiled = match compiled(case, target, &self.path) {
+            Ok(compiled) => compiled,
+            Err(outcome) => return all(outcome),
+        };
+        let name = case.name.replace('/', "_");
+        let file = folder.join(format!("{name}-{}.engine", &target[..3]));
+        let read = || {
+            compiled.write(&file, &mut |_, _| {}).map_err(|e| e.to_string())?;
+            let bytes = std::fs::read(&file).map_err(|e| e.to_string())?;
+            Engine::from_bytes(bytes, Verify::Full).map_err(|e| e.to_string())
+        };
+        let engine = match read() {
+            Ok(engine) => engine,
+            Err(message) => return all(Outcome::Wrong(format!("engine: {message}"))),
+        };
+        let mut first: Option<Vec<Vec<Vec<u8>>>> = None;
+        let mut outcomes = Vec::new();
+        for backend in backends {
+            let ran = if matches!(backend, Backend::CpuReload | Backend::CudaReload) {
+                Engine::open(&file).map_err(|e| e.to_string()).and_then(|e| self.session(&e, *backend))
+            } else {
+                self.session(&engine, *backend)
+            };
+            let outcome = match ran {
+                Err(message) if message.contains("cuda/poisoned") => Outcome::Poisoned(message),
+                Err(message) => Outcome::Wrong(format!("{message}\n{}", text::print(&compiled.module))),
+                Ok(bytes) => match &first {
+                    Some(first) if *first != bytes => Outcome::Wrong(format!(
+                        "bits differ from those of {}: step {:?}",
+                        backends[0].name(),
+                        first.iter().zip(&bytes).position(|(a, b)| a != b)
+                    )),
+                    _ => {
+                        first.get_or_insert(bytes);
+                        Outcome::Right(self.steps())
+                    }
+                },
+            };
+            let poisoned = matches!(outcome, Outcome::Poisoned(_));
+            outcomes.push((*backend, outcome));
+            if poisoned {
+                break;
+            }
+        }
+        let _ = std::fs::remove_file(file);
+        outcomes
+    }
+
+    /// Bytes of every output of every step.
+    fn session(&self, engine: &Engine, backend: Backend) -> Result<Vec<Vec<Vec<u8>>>, String> {
+        let _turn = backend.on_gpu().then(|| DEVICE.lock().unwrap_or_else(|e| e.into_inner()));
+        let pages = self.prepared.steps.first();
+        let pages = pages.and_then(|(b, _)| b.iter().find(|(s, _)| s.name() == "pages")).map(|(_, v)| v);
+        let options = SessionOptions {
+            threads: Some(2),
+            allocation: if backend == Backend::CudaDynamic {
+                Allocation::Dynamic
+            } else {
+                Allocation::Static
+            },
+            kv_pages: pages,
+            graphs: matches!(backend, Backend::CudaGraph | Backend::CudaReload),
+            ..SessionOptions::default()
+        };
+        let shown = |e: millrace::Error| format!("{}: {e}", e.code());
+        let mut session = engine.session(options).map_err(shown)?;
+        let mut bytes = Vec::new();
+        for (at, (_, inputs)) in self.prepared.steps.iter().enumerate() {
+            if backend == Backend::CudaStatic {
+                run(&mut session, &poison(inputs)).map_err(shown)?;
+            }
+            let times = if backend == Backend::CudaGraph { 3 } else { 1 };
+            for _ in 0..times {
+                run(&mut session, inputs).map_err(shown)?;
+            }
+            let (mut found, mut step) = (Vec::new(), Vec::new());
+            for n in 0..self.prepared.module.graph.outputs.len() {
+                let output = session.read_output(n).map_err(shown)?;
+                let shape = output.shape.iter().map(|d| *d as usize).collect();
+                found.push(Tensor { dtype: output.dtype, shape, data: decode(output.dtype, output.bytes) });
+                step.push(output.bytes.to_vec());
+            }
+            self.judge.compare(at, &found)?;
+            bytes.push(step);
+        }
+        session.synchronize().map_err(shown)?;
+        if let Some(report) = session.graph_report().filter(|_| backend == Backend::CudaGraph) {
+            if let Some(failure) = report.failure {
+                return Err(format!("graph: {failure}"));
+            }
+            if report.replayed < self.steps() as u64 && report.last_launches > 0 {
+                return Err(format!("{} of {} steps were replayed", report.replayed, self.steps()));
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+/// Inputs of the same shape and indices whose floats are no numbers: what a step leaves behind poisons the next.
+fn poison(inputs: &[Tensor]) -> Vec<Tensor> {
+    let mut inputs = inputs.to_vec();
+    for tensor in inputs.iter_mut().filter(|t| t.dtype.is_float()) {
+        tensor.data.fill(f64::NAN);
+    }
+    inputs
+}
+
+fn run(session: &mut Session<'_>, inputs: &[Tensor]) -> millrace::Result<()> {
+    let bytes: Vec<Vec<u8>> = inputs.iter().map(Tensor::to_bytes).collect();
+    let extents: Vec<Vec<u64>> = inputs.iter().map(|t| t.shape.iter().map(|d| *d as u64).collect()).collect();
+    let refs: Vec<TensorRef<'_>> = inputs
+        .iter()
+        .zip(&bytes)
+        .zip(&extents)
+        .map(|((t, bytes), shape)| TensorRef { dtype: t.dtype, shape, bytes })
+        .collect();
+    session.run(&refs)
+}
+
+/// The file or folder that is compiled.
+fn source_path(case: &Case, folder: &Path) -> Result<std::path::PathBuf, String> {
+    let source = match &case.source {
+        Source::Folder { path, .. } => return Ok(path.clone()),
+        Source::Text(source) => source.clone(),
+        Source::Random(_) => text::print(&case.prepare(0).map_err(|e| e.to_string())?.module),
+    };
+    let path = folder.join(format!("{}.ir", case.name.replace('/', "_")));
+    std::fs::write(&path, source).map_err(|e| e.to_string())?;
+    Ok(path)
+}
+
+fn compiled(case: &Case, target: &str, path: &Path) -> Result<Compiled, Outcome> {
+    let wrong = |e: millrace::Error| Outcome::Wrong(format!("compile: {}: {e}", e.code()));
+    let mut options = case.options();
+    options.target = TargetChoice::parse(target).map_err(wrong)?;
+    options.pipeline = options.target.level(case.level);
+    compile(path, &options, None).map_err(|e| {
+        let message = e.to_string();
+        let gap = GAPS.iter().find(|(_, is)| e.code() == "compile/no-kernel" && is(&message));
+        gap.map_or_else(|| wrong(e), |(name, _)| Outcome::Gap(name))
+    })
+}
+
+/// Compiles a case and nothing else.
+pub fn build(case: &Case, target: &str, folder: &Path) -> Outcome {
+    let built = source_path(case, folder).map_err(Outcome::Wrong).and_then(|p| compiled(case, target, &p));
+    built.map_or_else(|outcome| outcome, |_| Outcome::Right(0))
+}
