@@ -139,9 +139,16 @@ impl Report {
         for (gap, count) in &self.gaps {
             println!("no CUDA kernel: {gap} ({count} times)");
         }
-        let line = |f: &String| f.lines().next().unwrap_or("").chars().take(300).collect::<String>();
+        let line = |f: &str| f.lines().next().unwrap_or("").chars().take(300).collect::<String>();
+        // The same on several backends is one line.
+        let mut lines: BTreeMap<(&str, String), Vec<&str>> = BTreeMap::new();
         for failure in &self.failures {
-            println!("WRONG {}", line(failure));
+            let (place, message) = failure.split_once(": ").unwrap_or((failure, ""));
+            let (case, backend) = place.split_once(" on ").unwrap_or((place, ""));
+            lines.entry((case, line(message))).or_default().push(backend);
+        }
+        for ((case, message), backends) in lines {
+            println!("WRONG {case} on {}: {message}", backends.join(", "));
         }
         println!("{} wrong, {seconds:.1} s", self.failures.len());
     }
@@ -300,7 +307,13 @@ fn main() -> ExitCode {
         let _ = std::fs::write(file, report.failures.join("\n\n"));
     }
     report.print(start.elapsed().as_secs_f64());
-    let left_out = left_out.into_inner();
+    let (left_out, on_device) = (left_out.into_inner(), on_device.into_inner());
+    if on_device > 0 {
+        println!(
+            "{:.1} s in compiling for the device, in turns on it, and waiting for them",
+            on_device as f64 / 1e3
+        );
+    }
     if left_out > 0 {
         println!("{left_out} cases were left out: no time");
     }

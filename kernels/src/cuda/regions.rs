@@ -124,3 +124,45 @@ fn offset(ty: &TensorType, shape: &[Dim], sizes: &[String], width: &str) -> Stri
         .collect();
     if terms.is_empty() { "0".to_string() } else { terms.join(" + ") }
 }
+
+#[cfg(test)]
+mod tests {
+    use millrace_ir::text::parse;
+
+    use super::*;
+    use crate::cuda::{Arch, plan_site};
+
+    fn planned(columns: &str) -> Planned {
+        let text = format!(
+            "module @m phase fused {{\n  dim $t in 1..=100 hint 3\n  graph @main(%0 \"x\": bf16[$t, 3, {columns}], %1 \"s\": \
+             i32[3, 1]) -> (\"y\": bf16[$t, 3, {columns}], \"n\": f32[$t, 3, 1]) {{\n    %2, %3 = pointwise %0, %1 {{body = \
+             [reduce_max(i0), sub(i0, t0), exp(t1), reduce_sum(t2), div(t2, t3), mul(t4, i1)], out = [t5, row(t3)], dtypes = \
+             [bf16, f32]}} : bf16[$t, 3, {columns}], f32[$t, 3, 1]\n    return %2, %3\n  }}\n}}\n"
+        );
+        let module = parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+        plan_site(Site { module: &module, nodes: &[module.graph.order[0]], arch: Arch::Sm90a }).unwrap()
+    }
+
+    #[test]
+    fn a_row_is_visited_once_for_each_phase() {
+        let planned = planned("40");
+        let launch = &planned.variants[0].launches[0];
+        let text = &launch.source.text;
+        assert_eq!(text.matches("c < columns; c += LANES").count(), 3, "{text}");
+        assert!(text.contains("const float t3 = over_row<0>(s3, scratch);"), "{text}");
+        // The operand of integers is read once a row, and what it is multiplied with becomes a double.
+        assert_eq!(text.matches("number(a1[0])").count(), 1);
+        assert!(text.contains("const double t5 = (double)t4 * n1;"), "{text}");
+        assert!(
+            text.contains("    a0 += c0 * (Index)3 * (Index)40 + c1 * (Index)40;\n    a1 += c1;\n"),
+            "{text}"
+        );
+        assert!(text.contains("if (lane == 0) r1[0] = Narrow<float>::of(t3);"), "{text}");
+        assert!(text.contains("LANES = 32;") && launch.dependent);
+    }
+
+    #[test]
+    fn long_rows_belong_to_blocks() {
+        assert!(planned("5000").variants[0].launches[0].source.text.contains("LANES = 256;"));
+    }
+}

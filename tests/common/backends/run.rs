@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use millrace::compiler::target::TargetChoice;
 use millrace::ir::engine::Verify;
@@ -78,8 +79,10 @@ pub struct Judged {
     path: std::path::PathBuf,
 }
 
-/// One device, one case at a time: a fault is then the fault of the case that runs.
-static DEVICE: Mutex<()> = Mutex::new(());
+/// How many cases use the device side by side. A fault is the fault of one of them.
+const SIDE_BY_SIDE: usize = 4;
+static DEVICE: [Mutex<()>; SIDE_BY_SIDE] = [const { Mutex::new(()) }; SIDE_BY_SIDE];
+static TURN: AtomicUsize = AtomicUsize::new(0);
 
 impl Judged {
     /// Draws inputs and evaluates the reference.
@@ -167,7 +170,8 @@ impl Judged {
 
     /// Bytes of every output of every step.
     fn session(&self, engine: &Engine, backend: Backend) -> Result<Vec<Vec<Vec<u8>>>, String> {
-        let _turn = backend.on_gpu().then(|| DEVICE.lock().unwrap_or_else(|e| e.into_inner()));
+        let turn = TURN.fetch_add(1, Ordering::Relaxed) % SIDE_BY_SIDE;
+        let _turn = backend.on_gpu().then(|| DEVICE[turn].lock().unwrap_or_else(|e| e.into_inner()));
         let pages = self.prepared.steps.first();
         let pages = pages.and_then(|(b, _)| b.iter().find(|(s, _)| s.name() == "pages")).map(|(_, v)| v);
         let options = SessionOptions {

@@ -120,7 +120,13 @@ fn noisy(
         // Steps of a pointwise region may compare, and only exact operands: those stay. An operand that is not exact
         // may come from a node that joins the region, and so without its rounding.
         let compares = |step: &PointwiseStep| matches!(step, PointwiseStep::Binary(f, ..) if f.compares());
+        // Attention on tensor cores rounds the weight of each value row to the element type, half a unit at most.
+        let values = match &node.op {
+            Op::Attention(_) | Op::PagedAttention(_) if strict => node.operands.get(2),
+            _ => None,
+        };
         let size = |operand: &Operand, dtype: DType| match &node.op {
+            _ if Some(operand) == values => rounding(dtype) / 2.0,
             Op::Pointwise(_) if reached(operand) => rounding(dtype),
             Op::Pointwise(p) if p.body.iter().any(compares) => 0.0,
             _ => rounding(DType::F32),
