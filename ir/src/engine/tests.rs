@@ -125,8 +125,8 @@ fn the_documented_layout_is_what_is_written() {
     assert_eq!(bytes[..16], *b"\x89MLR\r\n\x1a\n\x01\0\0\0\0\0\0\0");
     assert_eq!(bytes[16..24], (bytes.len() as u64).to_le_bytes());
     let table = u64::from_le_bytes(bytes[24..32].try_into().unwrap()) as usize;
-    assert_eq!((table % 64, bytes.len() - table), (0, 9 * 128));
-    assert_eq!(bytes[32..40], *b"\x09\0\0\0\x80\0\0\0");
+    assert_eq!((table % 64, bytes.len() - table), (0, 10 * 128));
+    assert_eq!(bytes[32..40], *b"\x0a\0\0\0\x80\0\0\0");
     assert_eq!(bytes[48..54], *b"test 1");
     assert!(bytes[54..4064].iter().all(|&b| b == 0));
     let mut sealed = bytes[..4064].to_vec();
@@ -305,7 +305,7 @@ fn rejects_forged_tables() {
     rejects_forged("engine/section-range", entry(SectionKind::Weights, 16), &max);
     rejects_forged("engine/section-range", entry(SectionKind::Unknown(4711), 16), &100_000u64.to_le_bytes());
     rejects_forged("engine/section-overlap", entry(SectionKind::Manifest, 16), &1000u64.to_le_bytes());
-    rejects_forged("engine/table-offset", entry(SectionKind::Provenance, 16), &[0; 8]);
+    rejects_forged("engine/table-offset", entry(SectionKind::KernelSources, 16), &[0; 8]);
     rejects_forged("engine/section-align", entry(SectionKind::Weights, 24), &64u32.to_le_bytes());
     rejects_forged("engine/section-name", entry(SectionKind::Kernels, 28), &[3]);
     rejects_forged("engine/section-name", entry(SectionKind::Kernels, 28), &u32::MAX.to_le_bytes());

@@ -48,6 +48,9 @@ pub struct Builder {
     pub threads: Option<usize>,
 }
 
+/// A kernel and whether the cache had it, or why there is none.
+type Outcome = Result<(Built, bool)>;
+
 /// What a line of the cache begins with: a change of the format changes it.
 const FORMAT: &str = "millrace kernel 1";
 
@@ -68,8 +71,7 @@ impl Builder {
     /// `compile/no-nvrtc` if something has to be compiled without NVRTC, `compile/nvrtc` and `compile/kernel-promise` for
     /// a kernel that does not compile or breaks its promise.
     pub fn build(&self, orders: &[Order<'_>]) -> Result<(Vec<Built>, BuildCounts)> {
-        let results: Vec<Mutex<Option<Result<(Built, bool)>>>> =
-            orders.iter().map(|_| Mutex::new(None)).collect();
+        let results: Vec<Mutex<Option<Outcome>>> = orders.iter().map(|_| Mutex::new(None)).collect();
         let next = AtomicUsize::new(0);
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = self.threads.unwrap_or(processors).clamp(1, orders.len().max(1));
@@ -114,7 +116,7 @@ impl Builder {
     fn one(&self, order: &Order<'_>) -> Result<(Built, bool)> {
         let options = options(order.arch);
         let hash = key(order.source, &options);
-        let entry = format!("{}_{}", order.source.family.replace('.', "_").replace('-', "_"), &hash[..12]);
+        let entry = format!("{}_{}", order.source.family.replace(['.', '-'], "_"), &hash[..12]);
         // The version is part of the key where a compiler is at hand; without one, any version's image serves.
         let version = nvrtc::version().ok();
         let file = self.cache.as_ref().map(|c| c.join(format!("{hash}.{}.kernel", order.arch)));
