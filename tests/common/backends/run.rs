@@ -58,8 +58,11 @@ pub enum Outcome {
     Poisoned(String),
 }
 
+/// What a target lacks, and whether a refusal is about it.
+pub type Gap = (&'static str, fn(&str) -> bool);
+
 /// What no CUDA kernel computes: a name, and how the compiler's refusal is recognised. Everything else has to compile.
-pub const GAPS: [(&str, fn(&str) -> bool); 1] = [("4-bit elements", |refusal| {
+pub const GAPS: [Gap; 1] = [("4-bit elements", |refusal| {
     refusal.contains("i4[") || refusal.contains("i4]") || refusal.contains("i4,") || refusal.contains("i4}")
 })];
 
