@@ -2,7 +2,7 @@
 //!
 //! A *site* is a run of nodes that is launched together: one node, or a launch group such as a norm with its matmul. A
 //! *family* answers a site with a [`Planned`]: the variants of which the runtime chooses by shape, each a list of launches
-//! of generated [`Source`]s. [`lower`] asks the families for every site of a module and joins the answers into a launch
+//! of generated [`Source`]s. The compiler asks [`plan_site`] for every site of a module and joins the answers into a launch
 //! table; compiling the sources is the compiler's business, launching them the runtime's. Nothing here touches a device
 //! or a CUDA library.
 

@@ -4,7 +4,7 @@
 //! [`survey`] asks for it, and its absence is an answer. A session holds its context's memory, one stream, and lists of
 //! launches prepared for the bindings it has seen; steps that recur are recorded as CUDA graphs and replayed.
 //!
-//! The engine is not trusted to name memory: see [`resolve`]. Its device code is trusted like a program: a kernel can
+//! The engine is not trusted to name memory: see `resolve`. Its device code is trusted like a program: a kernel can
 //! write wherever the device lets it, so run engines of those you would run programs of.
 
 mod arch;

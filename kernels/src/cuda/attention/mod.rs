@@ -1,6 +1,6 @@
 //! Attention over packed sequences and over the paged cache, and the mean over a sequence's rows.
 //!
-//! Five families share the constants of a [`Call`]: `decode` serves steps of one row a sequence and splits the
+//! Five families share the constants of a `Call`: `decode` serves steps of one row a sequence and splits the
 //! sequence over blocks, `prefill` serves any mix of rows with the tensor cores, `hopper` does so with Hopper's, `plain`
 //! in f32 arithmetic, `simple` serves every element type and
 //! head size with one warp a row and head. All read positions and pages as `millrace_ir::ops::paging` says and
