@@ -249,6 +249,18 @@ impl Graph {
         }
     }
 
+    /// Launch groups of nodes in `order`: positions of nodes that are launched together.
+    pub fn launch_groups(&self, order: &[NodeId]) -> Vec<std::ops::Range<usize>> {
+        let mut groups: Vec<std::ops::Range<usize>> = Vec::with_capacity(order.len());
+        for (at, id) in order.iter().enumerate() {
+            match groups.last_mut() {
+                Some(last) if self.nodes[*id].joined => last.end = at + 1,
+                _ => groups.push(at..at + 1),
+            }
+        }
+        groups
+    }
+
     /// The node that defines a value.
     pub fn def_node(&self, value: ValueId) -> Option<NodeId> {
         match self.values.get(value)?.def {

@@ -122,19 +122,8 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
 
 /// For each position, the first position of its launch group and one past the last.
 fn groups(graph: &Graph, order: &[NodeId]) -> Vec<(usize, usize)> {
-    let mut groups: Vec<(usize, usize)> = Vec::with_capacity(order.len());
-    for (at, id) in order.iter().enumerate() {
-        match groups.last() {
-            Some((first, _)) if graph.nodes[*id].joined => groups.push((*first, at + 1)),
-            _ => groups.push((at, at + 1)),
-        }
-    }
-    for at in (1..groups.len()).rev() {
-        if groups[at - 1].0 == groups[at].0 {
-            groups[at - 1].1 = groups[at].1;
-        }
-    }
-    groups
+    let groups = graph.launch_groups(order);
+    groups.into_iter().flat_map(|g| std::iter::repeat_n((g.start, g.end), g.len())).collect()
 }
 
 #[cfg(test)]

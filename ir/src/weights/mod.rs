@@ -124,10 +124,12 @@ impl<'a> WeightReader<'a> {
                 self.read_slice(weight, *axis, (*start, *len), *of, offset, out, depth)
             }
             WeightExpr::Cores { segments, alternate, of } => {
-                self.read_cores(id, weight, (segments, *alternate), *of, offset, out, depth)
+                let panels = Panels::Cores { segments, alternate: *alternate };
+                self.read_panels(id, &panels, *of, offset, out, depth)
             }
             WeightExpr::Pack { panel, segments, of } => {
-                self.read_packed(id, weight, *panel, segments, *of, offset, out, depth)
+                let panels = Panels::Packed { panel: *panel, segments };
+                self.read_panels(id, &panels, *of, offset, out, depth)
             }
         }
     }
@@ -300,39 +302,36 @@ impl<'a> WeightReader<'a> {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn read_packed(
+    /// Reads a weight that is made panel by panel from rows of its source; holds the panel read last.
+    fn read_panels(
         &mut self,
         id: WeightId,
-        weight: &Weight,
-        panel: usize,
-        segments: &[usize],
+        panels: &Panels<'_>,
         of: WeightId,
         offset: u64,
         out: &mut [u8],
         depth: usize,
     ) -> Result<()> {
+        let weight = self.weight(id)?;
         let element = element_bytes(weight)?;
-        let columns = const_shape(weight)?
-            .get(1)
-            .copied()
-            .ok_or_else(|| broken(weight, "a packed weight has rank 3"))?;
-        let panel_bytes = columns * panel as u64 * element;
+        let shape = const_shape(weight)?;
+        let too_flat = || broken(weight, "a weight in panels has rank 3 or 4");
+        let columns = shape.get(1).ok_or_else(too_flat)? * panels.columns_of_a_block();
+        let (row_bytes, panel_bytes) = (columns * element, columns * element * panels.rows());
         let (mut at, mut filled) = (offset, 0usize);
         while filled < out.len() {
             let index = at.checked_div(panel_bytes).ok_or_else(|| broken(weight, "panels are empty"))?;
             if self.panel.as_ref().is_none_or(|c| c.weight != id || c.index != index) {
-                let (row, rows) = packed_panels(segments, panel)
-                    .nth(index as usize)
+                let (row, rows) = panels
+                    .source(index as usize)
                     .ok_or_else(|| broken(weight, "segments do not cover the panels"))?;
-                let row_bytes = columns * element;
                 let mut source = vec![0; rows * row_bytes as usize];
                 self.read_at(of, row as u64 * row_bytes, &mut source, depth + 1)?;
                 let mut bytes = match self.panel.take() {
                     Some(old) if old.bytes.len() == panel_bytes as usize => old.bytes,
                     _ => vec![0; panel_bytes as usize],
                 };
-                pack_panel(&source, rows, columns as usize, element as usize, panel, &mut bytes);
+                panels.fill(&source, rows, columns as usize, element as usize, &mut bytes);
                 self.panel = Some(Cached { weight: id, index, bytes });
             }
             let Some(cached) = &self.panel else { break };
@@ -344,45 +343,52 @@ impl<'a> WeightReader<'a> {
         }
         Ok(())
     }
+}
 
-    #[allow(clippy::too_many_arguments)]
-    fn read_cores(
-        &mut self,
-        id: WeightId,
-        weight: &Weight,
-        (segments, alternate): (&[usize], bool),
-        of: WeightId,
-        offset: u64,
-        out: &mut [u8],
-        depth: usize,
-    ) -> Result<()> {
-        let element = element_bytes(weight)?;
-        let blocks = const_shape(weight)?
-            .get(1)
-            .copied()
-            .ok_or_else(|| broken(weight, "a weight in cores has rank 4"))?;
-        let row_bytes = blocks * 8 * element;
-        let panel_bytes = row_bytes * 8;
-        let (mut at, mut filled) = (offset, 0usize);
-        while filled < out.len() {
-            let index = at.checked_div(panel_bytes).ok_or_else(|| broken(weight, "cores are empty"))?;
-            if self.panel.as_ref().is_none_or(|c| c.weight != id || c.index != index) {
-                let (row, rows) = core_panels(segments, alternate, index as usize)
-                    .ok_or_else(|| broken(weight, "segments do not cover the panels"))?;
-                let mut source = vec![0; rows * row_bytes as usize];
-                self.read_at(of, row as u64 * row_bytes, &mut source, depth + 1)?;
-                let mut bytes = vec![0; panel_bytes as usize];
-                cores::cut(&source, row_bytes as usize, 8 * element as usize, &mut bytes);
-                self.panel = Some(Cached { weight: id, index, bytes });
-            }
-            let Some(cached) = &self.panel else { break };
-            let within = (at % panel_bytes) as usize;
-            let take = (cached.bytes.len() - within).min(out.len() - filled);
-            out[filled..filled + take].copy_from_slice(&cached.bytes[within..within + take]);
-            filled += take;
-            at += take as u64;
+/// How rows of a source become the panels of a weight.
+enum Panels<'a> {
+    /// See [`WeightExpr::Pack`].
+    Packed { panel: usize, segments: &'a [usize] },
+    /// See [`WeightExpr::Cores`].
+    Cores { segments: &'a [usize], alternate: bool },
+}
+
+impl Panels<'_> {
+    /// Rows of a panel.
+    fn rows(&self) -> u64 {
+        match self {
+            Panels::Packed { panel, .. } => *panel as u64,
+            Panels::Cores { .. } => 8,
         }
-        Ok(())
+    }
+
+    /// Columns that one index of the weight's second axis stands for.
+    fn columns_of_a_block(&self) -> u64 {
+        match self {
+            Panels::Packed { .. } => 1,
+            Panels::Cores { .. } => 8,
+        }
+    }
+
+    /// First source row and number of rows of a panel.
+    fn source(&self, index: usize) -> Option<(usize, usize)> {
+        match self {
+            Panels::Packed { panel, segments } => packed_panels(segments, *panel).nth(index),
+            Panels::Cores { segments, alternate } => core_panels(segments, *alternate, index),
+        }
+    }
+
+    /// Writes every byte of a panel.
+    fn fill(&self, source: &[u8], rows: usize, columns: usize, element: usize, out: &mut [u8]) {
+        match self {
+            Panels::Packed { panel, .. } => pack_panel(source, rows, columns, element, *panel, out),
+            Panels::Cores { .. } => {
+                if rows < 8 {
+                    out.fill(0);
+                }
+                cores::cut(source, columns * element, 8 * element, out);
+            }
+        }
     }
 }
 

@@ -18,18 +18,6 @@ use millrace_kernels::cuda::{Arch, Argument, Planned, Site, Source, helpers, pla
 /// The target's name.
 pub const TARGET: &str = "cuda";
 
-/// Launch groups of a module: runs of positions in its order.
-fn groups(module: &Module) -> Vec<std::ops::Range<usize>> {
-    let mut groups: Vec<std::ops::Range<usize>> = Vec::new();
-    for (at, id) in module.graph.order.iter().enumerate() {
-        match groups.last_mut() {
-            Some(last) if module.graph.nodes[*id].joined => last.end = at + 1,
-            _ => groups.push(at..at + 1),
-        }
-    }
-    groups
-}
-
 fn unsupported(module: &Module, id: NodeId, arch: Arch) -> Error {
     let message = format!("no {arch} kernel runs `{}`", text::print_node(module, id));
     Error::new(Kind::Unsupported, "compile/no-kernel", message)
@@ -41,7 +29,7 @@ fn unsupported(module: &Module, id: NodeId, arch: Arch) -> Error {
 fn plan(module: &Module, arch: Arch) -> Result<Vec<(std::ops::Range<usize>, Planned)>> {
     let order = &module.graph.order;
     let mut planned = Vec::new();
-    for group in groups(module) {
+    for group in module.graph.launch_groups(order) {
         let site = |range: std::ops::Range<usize>| Site { module, nodes: &order[range], arch };
         if group.len() > 1
             && let Some(answer) = plan_site(site(group.clone()))
