@@ -210,6 +210,7 @@ fn launch(kernel: &str, grid: Dim, threads: u32, args: Vec<Arg>) -> Launch {
         cluster: 1,
         shared: 0,
         dependent: true,
+        tiles: None,
         args,
     }
 }

@@ -42,6 +42,18 @@ impl Sym {
         })
     }
 
+    /// A symbol that the program itself names: `name` is short and valid.
+    pub(crate) const fn reserved(name: &'static str) -> Sym {
+        let bytes = name.as_bytes();
+        let mut inline = [0; 16];
+        let mut at = 0;
+        while at < bytes.len() {
+            inline[at] = bytes[at];
+            at += 1;
+        }
+        Sym(inline)
+    }
+
     /// The first eight bytes of the name as a number.
     fn number(&self) -> u64 {
         let [first, ..] = self.0.as_chunks::<8>().0 else { return 0 };

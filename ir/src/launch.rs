@@ -7,10 +7,12 @@
 //!
 //! This module must not know what kernels compute; it is the contract between code generation and a runtime.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::arena::Id;
-use crate::dim::{Bindings, Dim};
+use crate::dim::{Bindings, Dim, Sym};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
 use crate::graph::{Operand, StateId, ValueId, WeightId};
@@ -106,8 +108,47 @@ pub struct Launch {
     pub shared: u32,
     /// Whether the kernel waits for its predecessor by itself, so that it may start early.
     pub dependent: bool,
+    /// Set if the launch may read a weight in parts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tiles: Option<Tiles>,
     /// Arguments in order.
     pub args: Vec<Arg>,
+}
+
+/// How a launch reads a weight in parts. It computes what the slices `$tile_first ..+ $tile_count` along the weight's
+/// axis 0 contribute, so that launches over all tiles, in any order, do the work of one launch over all slices, bit by
+/// bit. Grid and arguments of the launch are dims of [`tile_first`] and [`tile_count`] too, and the address of the weight
+/// is that of slice `$tile_first`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tiles {
+    /// The weight.
+    #[serde(with = "weight_text")]
+    pub weight: WeightId,
+    /// Its extent along axis 0.
+    pub slices: u64,
+    /// Tiles begin at multiples of this many slices.
+    pub granule: u64,
+}
+
+impl Tiles {
+    /// `bindings` with the tile of `count` slices from `first` on.
+    pub fn bind(bindings: &Bindings, first: u64, count: u64) -> Bindings {
+        let mut bound = bindings.clone();
+        bound.set(tile_first(), first);
+        bound.set(tile_count(), count);
+        bound
+    }
+}
+
+/// The symbol of the first slice of a tile; see [`Tiles`]. No dim of a module has its name.
+pub fn tile_first() -> Sym {
+    Sym::reserved("tile_first")
+}
+
+/// The symbol of the number of slices of a tile; see [`Tiles`]. No dim of a module has its name.
+pub fn tile_count() -> Sym {
+    Sym::reserved("tile_count")
 }
 
 /// One argument of a launch.
@@ -195,14 +236,29 @@ impl LaunchTable {
         let mut launches = Vec::new();
         for (at, step) in self.steps.iter().enumerate() {
             for launch in &step.variant(bindings)?.launches {
-                let [x, y, z] = &launch.grid;
-                let grid = [x.extent(bindings)?, y.extent(bindings)?, z.extent(bindings)?];
+                let grid = launch.grid_at(&launch.whole(bindings))?;
                 if !grid.contains(&0) {
                     launches.push(LaunchAt { step: at, launch, grid });
                 }
             }
         }
         Some(launches)
+    }
+}
+
+impl Launch {
+    /// `bindings` with the tile that is the whole weight, if the launch knows tiles.
+    pub fn whole<'a>(&self, bindings: &'a Bindings) -> Cow<'a, Bindings> {
+        match self.tiles {
+            Some(tiles) => Cow::Owned(Tiles::bind(bindings, 0, tiles.slices)),
+            None => Cow::Borrowed(bindings),
+        }
+    }
+
+    /// Blocks along x, y and z, if they have a value at `bindings`.
+    pub fn grid_at(&self, bindings: &Bindings) -> Option<[u64; 3]> {
+        let [x, y, z] = &self.grid;
+        Some([x.extent(bindings)?, y.extent(bindings)?, z.extent(bindings)?])
     }
 }
 
@@ -288,6 +344,11 @@ impl Bundle {
         }
         let launches = table.steps.iter().flat_map(|s| &s.variants).flat_map(|v| &v.launches);
         let kernels = launches.map(|l| l.kernel).chain(table.helpers.iter().map(|h| h.kernel));
+        let mut tiles =
+            table.steps.iter().flat_map(|s| &s.variants).flat_map(|v| &v.launches).filter_map(|l| l.tiles);
+        if tiles.any(|t| t.granule == 0 || t.slices == 0) {
+            return Err(bad("a weight that is read in parts has none"));
+        }
         if kernels.into_iter().any(|k| k >= table.kernels.len()) {
             return Err(bad("a launch names a kernel that is not there"));
         }
@@ -405,10 +466,25 @@ mod operand_text {
     }
 }
 
+/// A weight, as its operand.
+mod weight_text {
+    use super::*;
+
+    pub fn serialize<S: Serializer>(weight: &WeightId, s: S) -> std::result::Result<S::Ok, S::Error> {
+        operand_text::serialize(&Operand::Weight(*weight), s)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<WeightId, D::Error> {
+        match operand_text::deserialize(d)? {
+            Operand::Weight(id) => Ok(id),
+            _ => Err(serde::de::Error::custom("only weights are read in parts")),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dim::Sym;
 
     fn bundle() -> Bundle {
         let t = Dim::from(Sym::new("t").unwrap());
@@ -419,6 +495,7 @@ mod tests {
             cluster: 1,
             shared: 1024,
             dependent: true,
+            tiles: Some(Tiles { weight: WeightId::from_index(3), slices: 8, granule: 2 }),
             args: vec![
                 Arg::Address(Operand::Value(ValueId::from_index(7))),
                 Arg::Address(Operand::Weight(WeightId::from_index(3))),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use millrace_ir::launch::{Condition, TensorMap};
+use millrace_ir::launch::{Condition, TensorMap, Tiles};
 use millrace_ir::{Dim, Module, Node, NodeId, Op, Operand, TensorType};
 
 use super::arch::Arch;
@@ -86,6 +86,8 @@ pub struct SiteLaunch {
     pub shared: u32,
     /// Whether the kernel calls `wait_for_predecessor` before it touches memory that other kernels write.
     pub dependent: bool,
+    /// Set if it may read a weight in parts.
+    pub tiles: Option<Tiles>,
     /// Arguments in order.
     pub args: Vec<Argument>,
 }
@@ -110,7 +112,16 @@ pub enum Argument {
 impl SiteLaunch {
     /// A launch of `source` with `threads` a block and no shared memory, in order with its neighbours.
     pub fn new(source: Arc<Source>, grid: [Dim; 3], threads: u32) -> Self {
-        SiteLaunch { source, grid, threads, cluster: 1, shared: 0, dependent: false, args: Vec::new() }
+        SiteLaunch {
+            source,
+            grid,
+            threads,
+            cluster: 1,
+            shared: 0,
+            dependent: false,
+            tiles: None,
+            args: Vec::new(),
+        }
     }
 
     /// Adds arguments.

@@ -63,6 +63,7 @@ fn launch(args: Vec<Arg>) -> Launch {
         cluster: 1,
         shared: 1024,
         dependent: true,
+        tiles: None,
         args,
     }
 }

@@ -86,6 +86,7 @@ impl Draft {
                         cluster: launch.cluster,
                         shared: launch.shared,
                         dependent: launch.dependent && arch.has_tma(),
+                        tiles: launch.tiles,
                         args: launch.args.into_iter().map(argument).collect(),
                     });
                 }
