@@ -19,6 +19,7 @@ use super::report::{GraphReport, PoolReport};
 use super::resolve::{Addresses, Resolved, pack, parts, resolve, workspace_bytes};
 use super::transfer::{Landing, Staging};
 use super::upload::{Layout, upload};
+use crate::budget::Residency;
 use crate::engine::Engine;
 use crate::options::{Allocation, SessionOptions};
 use crate::places::{Piece, Regions};
@@ -174,9 +175,18 @@ impl Cuda {
         self.context.pinned()
     }
 
-    /// Bytes of all weights.
-    pub fn weight_bytes(&self) -> u64 {
-        self.layout.weights
+    /// Brings the weights to where `residency` has them.
+    pub fn place(
+        &mut self,
+        engine: &Engine,
+        source: Option<&dyn TensorSource>,
+        residency: &Residency,
+    ) -> Result<()> {
+        if !residency.placement.is_resident() {
+            return Err(Error::new(Kind::Internal, "run/streaming", "weights do not stream yet"));
+        }
+        self.weights = Some(upload(&self.context, engine, source, &self.layout, self.threads)?);
+        Ok(())
     }
 
     /// Allocations of device memory so far.
@@ -212,9 +222,10 @@ impl Cuda {
         engine: &Engine,
         source: Option<&dyn TensorSource>,
         maxima: &Bindings,
+        residency: &Residency,
     ) -> Result<()> {
         let module = engine.module();
-        self.weights = Some(upload(&self.context, engine, source, &self.layout, self.threads)?);
+        self.place(engine, source, residency)?;
         self.states.resize_with(module.states.bound(), || None);
         for (id, state) in module.states.iter() {
             let bytes = bytes_at(&state.ty, maxima, &state.name)?;
