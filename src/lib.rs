@@ -30,5 +30,5 @@ pub use millrace_compiler::{CompileOptions, Compiled, compile};
 pub use millrace_ir::{Error, Kind, Result};
 pub use millrace_runtime::{
     Allocation, AllocationGuard, Class, Decoder, Device, Encoder, Engine, Ledger, Profile, Session,
-    SessionOptions, TensorRef, generation,
+    SessionOptions, TensorRef, WeightBudget, WeightBudgetGuard, generation,
 };

@@ -61,6 +61,8 @@ pub struct Session<'e> {
     ledger: Ledger,
     profile: Option<Profile>,
     residency: Residency,
+    /// Whether the weights are where `residency` says.
+    placed: bool,
     source: Option<Checkpoint>,
 }
 
@@ -113,6 +115,11 @@ impl<'e> Session<'e> {
             }
             maxima.set(decl.sym, pages);
         }
+        let demand = match &backend {
+            Backend::Cpu(_) => Demand::of(module)?,
+            Backend::Cuda(cuda) => cuda.demand(module)?,
+        };
+        let residency = Residency::new(demand, options.ring)?;
         let mut session = Session {
             engine,
             backend,
@@ -124,7 +131,8 @@ impl<'e> Session<'e> {
             ahead: options.ahead,
             ledger: Ledger::default(),
             profile: None,
-            residency: Residency::new(module, options.ring)?,
+            residency,
+            placed: true,
             source: None,
         };
         let placement = session.placement_for(options.budget)?;
@@ -238,8 +246,13 @@ impl<'e> Session<'e> {
     /// Enters the weights into the ledger.
     fn note_weights(&mut self) {
         let placement = &self.residency.placement;
-        self.ledger.set(Class::Weights, placement.resident_bytes);
-        self.ledger.set(Class::Ring, placement.ring_bytes());
+        let (mut resident, mut ring) = (placement.resident_bytes, placement.ring_bytes());
+        if let Backend::Cuda(cuda) = &self.backend {
+            (resident, ring) = cuda.weight_bytes();
+            self.ledger.set(Class::HostWeights, cuda.host_weight_bytes());
+        }
+        self.ledger.set(Class::Weights, resident);
+        self.ledger.set(Class::Ring, ring);
     }
 
     /// The placement of the weights under `budget`.
@@ -300,24 +313,35 @@ impl<'e> Session<'e> {
     /// that took effect.
     ///
     /// # Errors
-    /// `run/weight-budget` under the minimum, `run/not-streamable` for engines without streamable weights; the session then
-    /// stays as it was. `run/out-of-memory` or `cuda/..` if weights cannot be moved: the session then cannot run steps until a
-    /// budget takes effect.
+    /// `run/weight-budget` under the minimum, `run/not-streamable` for engines without streamable weights, `run/cap` and
+    /// `run/out-of-memory`; the session then stays as it was. If weights could not even go back to where they were, steps
+    /// answer `run/not-placed` until a budget takes effect.
     pub fn set_weight_budget(&mut self, budget: WeightBudget) -> Result<&Placement> {
         let placement = self.placement_for(budget)?;
-        if placement != self.residency.placement {
+        if placement != self.residency.placement || !self.placed {
             let before = std::mem::replace(&mut self.residency.placement, placement);
-            if let (Some(cap), Err(error)) = (self.cap, self.check_cap()) {
+            if let Err(error) = self.check_cap() {
                 self.residency.placement = before;
-                return Err(error.at(format!("memory cap {cap}")));
+                return Err(error);
             }
-            let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
-            on_backend!(&mut self.backend, b => b.place(self.engine, source, &self.residency)?);
-            self.note_weights();
-            self.note_device_memory();
+            if let Err(error) = self.move_weights() {
+                // As it was, if that still fits.
+                self.residency.placement = before;
+                self.placed = self.move_weights().is_ok();
+                return Err(error);
+            }
+            self.placed = true;
         }
         self.residency.budget = budget;
         Ok(&self.residency.placement)
+    }
+
+    fn move_weights(&mut self) -> Result<()> {
+        let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
+        let moved = on_backend!(&mut self.backend, b => b.place(self.engine, source, &self.residency));
+        self.note_weights();
+        self.note_device_memory();
+        moved
     }
 
     /// Compares what is held at the current allocation with the cap.

@@ -13,6 +13,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use millrace_ir::checkpoint::TensorSource;
+use millrace_ir::launch::Tiles;
+use millrace_ir::plan::stream::{Cut, Demand};
 use millrace_ir::{Bindings, Error, Id, Kind, Module, Result};
 
 use super::argmax::{Argmax, Tail};
@@ -22,9 +24,10 @@ use super::program::{Program, bundle};
 use super::range::Range;
 use super::recent::Recent;
 use super::report::{GraphReport, PoolReport};
-use super::resolve::{Addresses, Resolved, pack, parts, resolve, workspace_bytes};
+use super::residence::{Found, Residence};
+use super::resolve::{Addresses, Resolved, pack, parts, reads, resolve, workspace_bytes};
 use super::transfer::{Landing, Staging};
-use super::upload::{Layout, upload};
+use super::upload::Sources;
 use crate::budget::Residency;
 use crate::engine::Engine;
 use crate::options::{Allocation, SessionOptions};
@@ -63,6 +66,12 @@ struct Prepared {
     /// By turn.
     graphs: [Option<Graph>; TURNS],
     graph_failed: bool,
+}
+
+impl Prepared {
+    fn launches(&self) -> u64 {
+        self.ready.iter().filter(|r| r.is_launch()).count() as u64
+    }
 }
 
 /// Addresses that may differ from step to step; all others stay from load on.
@@ -109,8 +118,7 @@ pub(crate) struct Cuda {
     workspace: Option<Block>,
     counters: Option<Block>,
     states: Vec<Option<Block>>,
-    weights: Option<Block>,
-    layout: Layout,
+    residence: Residence,
     program: Program,
     /// Whether activations, inputs and outputs stay where they are.
     fixed: bool,
@@ -151,8 +159,7 @@ impl Cuda {
             workspace: None,
             counters: None,
             states: Vec::new(),
-            weights: None,
-            layout: Layout::of(engine)?,
+            residence: Residence::new(&context),
             program,
             fixed: false,
             report: GraphReport { enabled: options.graphs, ..GraphReport::default() },
@@ -187,21 +194,54 @@ impl Cuda {
 
     /// Bytes of pinned memory held now.
     pub fn staging_held(&self) -> u64 {
-        self.context.pinned()
+        self.context.pinned().saturating_sub(self.residence.host_bytes())
     }
 
-    /// Brings the weights to where `residency` has them.
+    /// What the weights of `module` can do on this device: tiles as the launch table has them.
+    pub fn demand(&self, module: &Module) -> Result<Demand> {
+        let mut demand = Demand::of(module)?;
+        for step in &self.program.table.steps {
+            let first = demand.uses.partition_point(|u| u.node < step.first);
+            let uses = demand.uses[first..].iter().take_while(|u| u.node < step.first + step.nodes);
+            let items: Vec<usize> = uses.map(|u| u.item).collect();
+            for index in items {
+                let item = &mut demand.items[index];
+                let Some(Cut::Tiles { granule, .. }) = item.cut else { continue };
+                let launches =
+                    step.variants.iter().flat_map(|v| &v.launches).filter(|l| reads(l, item.weight));
+                let fits =
+                    |t: Tiles| t.weight == item.weight && t.slices == item.slices && granule % t.granule == 0;
+                if !launches.map(|l| l.tiles.is_some_and(fits)).all(|fits| fits) {
+                    (item.cut, item.slices, item.slice_bytes) = (Some(Cut::Whole), 1, item.bytes);
+                }
+            }
+        }
+        Ok(demand)
+    }
+
+    /// Brings the weights to where `residency` has them, once all work is done.
     pub fn place(
         &mut self,
         engine: &Engine,
         source: Option<&dyn TensorSource>,
         residency: &Residency,
     ) -> Result<()> {
-        if !residency.placement.is_resident() {
-            return Err(Error::new(Kind::Internal, "run/streaming", "weights do not stream yet"));
-        }
-        self.weights = Some(upload(&self.context, engine, source, &self.layout, self.threads)?);
-        Ok(())
+        self.context.enter()?;
+        self.stream.synchronize()?;
+        // Launches and graphs name memory that may go.
+        self.prepared.clear();
+        let sources = Sources::of(engine, source)?;
+        self.residence.place(&sources, residency, self.threads)
+    }
+
+    /// Bytes of resident weights and of the ring on the device.
+    pub fn weight_bytes(&self) -> (u64, u64) {
+        self.residence.device_bytes()
+    }
+
+    /// Bytes of weights in pinned host memory.
+    pub fn host_weight_bytes(&self) -> u64 {
+        self.residence.host_bytes()
     }
 
     /// Allocations of device memory so far.
@@ -336,13 +376,15 @@ impl Cuda {
         })
     }
 
-    fn addresses(&self, module: &Module, moving: &Moving) -> Addresses {
+    fn addresses(&self, module: &Module, moving: &Moving) -> Result<Addresses> {
         let range = |block: &Option<Block>| block.as_ref().map_or(Range::EMPTY, Block::range);
         let Moving { inputs, outputs, arenas, workspace } = moving.clone();
         let states = self.states.iter().map(|s| s.as_ref().map(Block::range)).collect();
-        let weights = self.layout.ranges(module.weights.bound(), range(&self.weights));
+        let found = self.residence.found(module.weights.bound())?;
+        let weights =
+            found.iter().map(|f| f.map(|(Found::Whole(range) | Found::Part(range))| range)).collect();
         let regions = Regions { inputs, outputs, arenas, states, weights };
-        Addresses { regions, workspace, counters: range(&self.counters) }
+        Ok(Addresses { regions, workspace, counters: range(&self.counters), ring: self.residence.ring()? })
     }
 
     /// Whether steps can be enqueued ahead.
@@ -367,6 +409,7 @@ impl Cuda {
         profile: Option<&mut Profile>,
     ) -> Result<()> {
         self.context.enter()?;
+        self.residence.heal()?;
         self.retire_outputs();
         if self.ahead.len() >= TURNS || (after.fed.is_some() && self.ahead.is_empty()) {
             let message = "steps ahead are taken one by one, and the first is not fed";
@@ -392,10 +435,14 @@ impl Cuda {
             _ => self.prepare(module, moving, bindings, after)?,
         };
         prepared.uses += 1;
+        self.residence.begin();
         let result = match profile {
             Some(profile) => self.run_timed(module, &prepared, turn, arrival, profile),
             None => self.run_fast(&mut prepared, turn, arrival),
         };
+        if result.is_ok() {
+            self.residence.end();
+        }
         let told = prepared.tail.is_some();
         self.prepared.put(key, prepared);
         result?;
@@ -420,7 +467,7 @@ impl Cuda {
         bindings: &Bindings,
         after: After,
     ) -> Result<Prepared> {
-        let addresses = self.addresses(module, &moving);
+        let addresses = self.addresses(module, &moving)?;
         let resolved = resolve(module, &self.program.table, &addresses, bindings, self.program.limits)?;
         let ready = self.program.ready(&resolved)?;
         let feed = after.fed.map(|input| self.feed(&moving, input)).transpose()?;
@@ -454,11 +501,12 @@ impl Cuda {
         let Turn { staging, landing } = &mut self.turns[turn];
         let staging = staging.as_mut().ok_or_else(no_memory)?;
         let mut landing = landing.as_mut();
-        self.report.last_launches = prepared.ready.len() as u64;
+        let residence = &self.residence;
+        self.report.last_launches = prepared.launches();
         let recurs = self.report.enabled && self.fixed && prepared.uses > 1;
         if recurs && prepared.graphs[turn].is_none() && !prepared.graph_failed {
             let recorded = Graph::record(&self.recording, |stream| {
-                enqueue(prepared, arrival, staging, landing.as_deref_mut(), stream)
+                enqueue(prepared, arrival, staging, landing.as_deref_mut(), residence, stream, true)
             });
             match recorded {
                 Ok(graph) => {
@@ -478,7 +526,7 @@ impl Cuda {
                 self.report.replayed += 1;
             }
             None => {
-                enqueue(prepared, arrival, staging, landing.as_deref_mut(), &self.stream)?;
+                enqueue(prepared, arrival, staging, landing.as_deref_mut(), residence, &self.stream, false)?;
                 self.report.plain += 1;
             }
         }
@@ -504,29 +552,30 @@ impl Cuda {
         let staging = staging.as_mut().ok_or_else(no_memory)?;
         staging.send(&self.stream, arrival)?;
         if let Some(feed) = &prepared.feed {
-            feed.enqueue(&self.stream, false)?;
+            feed.enqueue(&self.stream, &self.residence, false, false)?;
         }
         self.events[0].record(&self.stream)?;
         let mut done = 0;
         for ((_, actions), event) in prepared.resolved.steps.iter().zip(&self.events[1..]) {
             let mut overlap = false;
             for ready in &prepared.ready[actions.clone()] {
-                ready.enqueue(&self.stream, overlap)?;
+                ready.enqueue(&self.stream, &self.residence, overlap, false)?;
                 overlap = ready.is_launch();
             }
             event.record(&self.stream)?;
             done = actions.end;
         }
         for ready in &prepared.ready[done..] {
-            ready.enqueue(&self.stream, false)?;
+            ready.enqueue(&self.stream, &self.residence, false, false)?;
         }
         if let (Some(tail), Some(landing)) = (&prepared.tail, landing) {
             tail.launch.enqueue(&self.stream, false)?;
             landing.receive(&self.stream, tail.indices)?;
             landing.expect()?;
         }
+        self.residence.join(&self.stream, false)?;
         staging.sent(&self.stream)?;
-        self.report.last_launches = prepared.ready.len() as u64;
+        self.report.last_launches = prepared.launches();
         self.report.plain += 1;
         self.stream.synchronize()?;
         for (index, (nodes, _)) in prepared.resolved.steps.iter().enumerate() {
@@ -584,29 +633,32 @@ impl Cuda {
     }
 }
 
-/// Puts a whole step into `stream`: inputs, launches, and the argmax with its way back.
+/// Puts a whole step into `stream`, which may record: inputs, launches with the copies of weights, and the argmax with its
+/// way back.
 fn enqueue(
     prepared: &Prepared,
     arrival: Range,
     staging: &mut Staging,
     landing: Option<&mut Landing>,
+    residence: &Residence,
     stream: &Stream,
+    recorded: bool,
 ) -> Result<()> {
     staging.send(stream, arrival)?;
     if let Some(feed) = &prepared.feed {
-        feed.enqueue(stream, false)?;
+        feed.enqueue(stream, residence, false, recorded)?;
     }
     // The first kernel follows a copy: there is nothing it could overlap.
     let mut overlap = false;
     for ready in &prepared.ready {
-        ready.enqueue(stream, overlap)?;
+        ready.enqueue(stream, residence, overlap, recorded)?;
         overlap = ready.is_launch();
     }
     if let (Some(tail), Some(landing)) = (&prepared.tail, landing) {
         tail.launch.enqueue(stream, overlap)?;
         landing.receive(stream, tail.indices)?;
     }
-    Ok(())
+    residence.join(stream, recorded)
 }
 
 impl Drop for Cuda {

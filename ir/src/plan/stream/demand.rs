@@ -1,5 +1,7 @@
 //! What a module asks of the memory for weights.
 
+use std::ops::Range;
+
 use crate::arena::Id;
 use crate::error::Result;
 use crate::graph::{Module, Operand, WeightId};
@@ -34,7 +36,8 @@ pub struct Item {
     pub slices: u64,
     /// Bytes of one slice of every part.
     pub slice_bytes: u64,
-    /// The least that its uses allow; `None` for a weight that is not marked as streamable.
+    /// The least that its uses allow; `None` for a weight that stays: one that is not marked as streamable, a vector, or one
+    /// beside a larger one in the same launch.
     pub cut: Option<Cut>,
     /// How many nodes read it.
     pub uses: usize,
@@ -80,7 +83,8 @@ impl Demand {
                     let bytes = reader.len(w)?;
                     let extent =
                         axis.and_then(|d| d.as_const()).and_then(|n| u64::try_from(n).ok()).unwrap_or(1);
-                    let cut = weight.stream.as_ref().map(|_| cut);
+                    // Vectors are small, and a kernel wants them beside its matrix.
+                    let cut = weight.stream.as_ref().filter(|_| weight.ty.rank() > 1).map(|_| cut);
                     demand.items.push(Item {
                         weight: w,
                         bytes,
@@ -100,7 +104,25 @@ impl Demand {
             }
         }
         demand.items.iter_mut().for_each(Item::settle);
+        for group in module.graph.launch_groups(&module.graph.order) {
+            demand.one_of(group);
+        }
         Ok(demand)
+    }
+
+    /// Of several weights that nodes launched together would stream, only the largest does: the ring holds what one
+    /// launch reads, and gives it up after the launch.
+    fn one_of(&mut self, nodes: Range<usize>) {
+        let first = self.uses.partition_point(|u| u.node < nodes.start);
+        let last = self.uses.partition_point(|u| u.node < nodes.end);
+        let copied = |item: &Item| matches!(item.cut, Some(Cut::Tiles { .. } | Cut::Whole));
+        let mut items: Vec<usize> = self.uses[first..last].iter().map(|u| u.item).collect();
+        items.retain(|i| copied(&self.items[*i]));
+        let largest = items.iter().copied().max_by_key(|i| (self.items[*i].bytes, std::cmp::Reverse(*i)));
+        for index in items.into_iter().filter(|i| Some(*i) != largest) {
+            let item = &mut self.items[index];
+            (item.cut, item.slices, item.slice_bytes) = (None, 1, item.bytes);
+        }
     }
 
     /// Bytes of the weights that may stream if those under `small` bytes may not.
