@@ -1,6 +1,7 @@
 //! The command line: one file per verb. Results go to standard output, everything else to standard error.
 
 mod bench;
+mod ceilings;
 mod compare;
 mod compile;
 mod control;

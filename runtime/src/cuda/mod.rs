@@ -17,6 +17,7 @@ mod driver;
 mod launch;
 mod program;
 mod range;
+mod rates;
 mod recent;
 mod report;
 mod residence;
@@ -28,6 +29,7 @@ mod transfer;
 mod upload;
 
 pub use driver::{DeviceInfo, RawStream};
+pub use rates::{Rates, rates};
 pub use report::{GraphReport, PoolReport, Survey, survey};
 
 pub(crate) use backend::{After, Cuda};
