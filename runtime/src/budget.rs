@@ -8,6 +8,12 @@ use std::fmt;
 use millrace_ir::plan::stream::{self, Demand, Placement, Ring};
 use millrace_ir::{Error, Kind, Result};
 
+/// Most slots of a ring.
+const SLOTS: usize = 1024;
+
+/// Least alignment of weights: that of all buffers.
+const ALIGN: u64 = 64;
+
 /// How much device memory the weights may take; for a CPU session, how much host memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum WeightBudget {
@@ -47,8 +53,10 @@ pub(crate) struct Residency {
 }
 
 impl Residency {
-    /// All weights resident.
+    /// All weights resident. A ring has two slots or more, and what is in it is aligned for every kernel.
     pub fn new(demand: Demand, ring: Ring) -> Result<Residency> {
+        let align = ring.align.max(ALIGN).checked_next_power_of_two().unwrap_or(ALIGN);
+        let ring = Ring { slots: ring.slots.clamp(2, SLOTS), align, ..ring };
         let placement = stream::place(&demand, u64::MAX, &ring, &[])?;
         Ok(Residency { demand, ring, budget: WeightBudget::Resident, placement })
     }
