@@ -98,8 +98,7 @@ pub(crate) struct Residency {
 
 impl Residency {
     /// All weights of `module` resident.
-    pub fn new(module: &Module, ring: Ring) -> Result<Residency> {
-        let demand = Demand::of(module)?;
+    pub fn new(module: &Module, demand: Demand, ring: Ring) -> Result<Residency> {
         let work = typical_work(module, &demand);
         let placement = stream::place(&demand, u64::MAX, &ring, &work)?;
         Ok(Residency { demand, ring, budget: WeightBudget::Resident, placement, work })

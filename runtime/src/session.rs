@@ -13,7 +13,7 @@ use millrace_ir::{Bindings, DType, Error, Kind, Module, Result, StateId, TensorT
 
 use crate::budget::{Residency, WeightBudget};
 use crate::cpu::Cpu;
-use crate::cuda::{Cuda, GraphReport, PoolReport};
+use crate::cuda::{After, Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger};
 use crate::needs::{self, PAGES, Squeeze};
@@ -57,9 +57,13 @@ pub struct Session<'e> {
     output_shapes: Vec<Vec<u64>>,
     allocation: Allocation,
     cap: Option<u64>,
+    /// Whether steps may be begun ahead.
+    ahead: bool,
     ledger: Ledger,
     profile: Option<Profile>,
     residency: Residency,
+    /// Whether the weights are where `residency` says.
+    placed: bool,
     source: Option<Checkpoint>,
     on_out_of_memory: OnOutOfMemory,
     shrinks: Vec<Shrink>,
@@ -120,6 +124,11 @@ impl<'e> Session<'e> {
         let module = engine.module();
         let backend = open_backend(engine, &options)?;
         let maxima = needs::upper_bounds(module, options.kv_pages)?;
+        let demand = match &backend {
+            Backend::Cpu(_) => Demand::of(module)?,
+            Backend::Cuda(cuda) => cuda.demand(module)?,
+        };
+        let residency = Residency::new(module, demand, options.ring)?;
         let mut session = Session {
             engine,
             backend,
@@ -128,9 +137,11 @@ impl<'e> Session<'e> {
             output_shapes: Vec::new(),
             allocation: options.allocation,
             cap: options.cap,
+            ahead: options.ahead,
             ledger: Ledger::default(),
             profile: None,
-            residency: Residency::new(module, options.ring)?,
+            residency,
+            placed: true,
             source: None,
             on_out_of_memory: options.on_out_of_memory,
             shrinks: Vec::new(),
@@ -301,8 +312,13 @@ impl<'e> Session<'e> {
     /// Enters the weights into the ledger.
     fn note_weights(&mut self) {
         let placement = &self.residency.placement;
-        self.ledger.set(Class::Weights, placement.resident_bytes);
-        self.ledger.set(Class::Ring, placement.ring_bytes());
+        let (mut resident, mut ring) = (placement.resident_bytes, placement.ring_bytes());
+        if let Backend::Cuda(cuda) = &self.backend {
+            (resident, ring) = cuda.weight_bytes();
+            self.ledger.set(Class::HostWeights, cuda.host_weight_bytes());
+        }
+        self.ledger.set(Class::Weights, resident);
+        self.ledger.set(Class::Ring, ring);
     }
 
     /// The placement of the weights under `budget`.
@@ -371,12 +387,12 @@ impl<'e> Session<'e> {
     /// that took effect.
     ///
     /// # Errors
-    /// `run/weight-budget` under the minimum, `run/not-streamable` for engines without streamable weights; the session then
-    /// stays as it was. `run/out-of-memory` or `cuda/..` if weights cannot be moved: the session then cannot run steps until a
-    /// budget takes effect.
+    /// `run/weight-budget` under the minimum, `run/not-streamable` for engines without streamable weights, `run/cap` and
+    /// `run/out-of-memory`; the session then stays as it was. If weights could not even go back to where they were, steps
+    /// answer `run/not-placed` until a budget takes effect.
     pub fn set_weight_budget(&mut self, budget: WeightBudget) -> Result<&Placement> {
         let placement = self.placement_for(budget)?;
-        if placement != self.residency.placement {
+        if placement != self.residency.placement || !self.placed {
             if let Some(cap) = self.cap {
                 let before = std::mem::replace(&mut self.residency.placement, placement.clone());
                 let fits = self.check_cap_at(cap, &self.bounds_at_load());
@@ -389,14 +405,26 @@ impl<'e> Session<'e> {
         Ok(&self.residency.placement)
     }
 
-    /// Makes `placement` take effect.
+    /// Makes `placement` take effect, or leaves everything as it was if that is possible.
     fn move_weights(&mut self, placement: Placement) -> Result<()> {
-        self.residency.placement = placement;
+        let before = std::mem::replace(&mut self.residency.placement, placement);
+        let moved = self.bring_weights();
+        if moved.is_err() {
+            self.residency.placement = before;
+            self.placed = self.bring_weights().is_ok();
+        } else {
+            self.placed = true;
+        }
+        moved
+    }
+
+    /// Brings the weights to where `residency` has them.
+    fn bring_weights(&mut self) -> Result<()> {
         let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
-        on_backend!(&mut self.backend, b => b.place(self.engine, source, &self.residency)?);
+        let moved = on_backend!(&mut self.backend, b => b.place(self.engine, source, &self.residency));
         self.note_weights();
         self.note_device_memory();
-        Ok(())
+        moved
     }
 
     /// [`Session::set_weight_budget`] until the guard is dropped.
@@ -479,7 +507,8 @@ impl<'e> Session<'e> {
     /// `run/out-of-memory` for dynamic sessions, `run/bad-index` for index values that point nowhere,
     /// `cuda/poisoned` on a device that has failed.
     pub fn run(&mut self, inputs: &[TensorRef<'_>]) -> Result<()> {
-        self.run_with(inputs, None).map(drop)
+        self.drop_ahead();
+        self.run_with(inputs, None, None)
     }
 
     /// [`Session::run`] and then [`Session::argmax`] of an output, on a device without a pause between them.
@@ -487,14 +516,76 @@ impl<'e> Session<'e> {
     /// # Errors
     /// As those two.
     pub fn run_argmax(&mut self, inputs: &[TensorRef<'_>], output: usize) -> Result<Vec<i32>> {
-        match self.run_with(inputs, Some(output))? {
-            Some(indices) => Ok(indices),
-            None => self.argmax(output),
+        self.drop_ahead();
+        self.run_with(inputs, Some(output), None)?;
+        let told = match &mut self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => cuda.take()?,
+        };
+        told.map_or_else(|| self.argmax(output), Ok)
+    }
+
+    /// Begins a step and the argmax of output `output`, and returns before they have ended; [`Session::take_argmax`]
+    /// waits for them. At most two steps are on their way at once. With `fed` that input of the step is the argmax of
+    /// the step begun before it, which nobody has taken yet, and what `inputs` holds there is not read: so a device goes
+    /// from step to step without waiting for the host. [`Session::run`] and [`Session::run_argmax`] forget steps that
+    /// were not taken.
+    ///
+    /// Returns false, and has done nothing, where steps cannot be begun ahead: on the CPU, with dynamic allocation, and
+    /// where the engine has no kernel for the argmax.
+    ///
+    /// # Errors
+    /// As [`Session::run`] and [`Session::argmax`]; `run/bad-order` if two steps are on their way, if no step is that
+    /// could feed, or if the input has not an i32 a row.
+    pub fn start_argmax(
+        &mut self,
+        inputs: &[TensorRef<'_>],
+        output: usize,
+        fed: Option<usize>,
+    ) -> Result<bool> {
+        if !self.runs_ahead() {
+            return Ok(false);
+        }
+        if fed.is_none() {
+            self.drop_ahead();
+        }
+        self.run_with(inputs, Some(output), fed).map(|()| true)
+    }
+
+    /// The argmax of the first step begun by [`Session::start_argmax`] and not taken, as [`Session::argmax`] tells it;
+    /// -2 if the largest element of a row is not finite.
+    ///
+    /// # Errors
+    /// `run/bad-order` if there is none, `cuda/poisoned` on a device that has failed.
+    pub fn take_argmax(&mut self) -> Result<Vec<i32>> {
+        let told = match &mut self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => cuda.take()?,
+        };
+        told.ok_or_else(|| Error::new(Kind::Usage, "run/bad-order", "no step is on its way"))
+    }
+
+    /// Whether [`Session::start_argmax`] begins steps.
+    pub fn runs_ahead(&self) -> bool {
+        match &self.backend {
+            Backend::Cpu(_) => false,
+            Backend::Cuda(cuda) => self.ahead && cuda.runs_ahead(),
         }
     }
 
-    /// Runs a step; a device may answer with the argmax of output `argmax` as well.
-    fn run_with(&mut self, inputs: &[TensorRef<'_>], argmax: Option<usize>) -> Result<Option<Vec<i32>>> {
+    fn drop_ahead(&mut self) {
+        if let Backend::Cuda(cuda) = &mut self.backend {
+            cuda.drop_ahead();
+        }
+    }
+
+    /// Runs a step; a device may begin the argmax of output `argmax` as well.
+    fn run_with(
+        &mut self,
+        inputs: &[TensorRef<'_>],
+        argmax: Option<usize>,
+        fed: Option<usize>,
+    ) -> Result<()> {
         let module = self.module();
         let declared = module.input_types();
         if declared.len() != inputs.len() {
@@ -538,10 +629,10 @@ impl<'e> Session<'e> {
         let rows = argmax.map(|output| self.rows(output).map(|(rows, width)| (output, rows, width)));
         let profile = self.profile.as_mut();
         let result = match &mut self.backend {
-            Backend::Cpu(cpu) => cpu.run(module, inputs, &sizes, &bindings, profile).map(|()| None),
-            Backend::Cuda(cuda) => {
-                rows.transpose().and_then(|rows| cuda.run(module, inputs, &sizes, &bindings, rows, profile))
-            }
+            Backend::Cpu(cpu) => cpu.run(module, inputs, &sizes, &bindings, profile),
+            Backend::Cuda(cuda) => rows.transpose().and_then(|argmax| {
+                cuda.start(module, inputs, &sizes, &bindings, After { argmax, fed }, profile)
+            }),
         };
         if let Some(profile) = &mut self.profile {
             profile.end();
