@@ -9,6 +9,7 @@ mod demo;
 mod diff;
 mod doctor;
 mod eval;
+mod fit;
 mod hunt;
 mod inspect;
 mod memory;
@@ -43,6 +44,7 @@ enum Verb {
     Inspect(inspect::Args),
     Eval(eval::Args),
     Bench(bench::Args),
+    Fit(fit::Args),
     Opt(opt::Args),
     Passes(passes::Args),
     Explain(passes::Explain),
@@ -73,6 +75,7 @@ pub fn main() -> ExitCode {
         Verb::Inspect(args) => inspect::main(&args),
         Verb::Eval(args) => eval::main(&args),
         Verb::Bench(args) => bench::main(&args),
+        Verb::Fit(args) => fit::main(&args),
         Verb::Opt(args) => opt::main(&args),
         Verb::Passes(args) => passes::main(&args),
         Verb::Explain(args) => passes::explain(&args),
