@@ -47,7 +47,7 @@ pub struct Args {
 /// Options that shape the engine; `run DIR` and `eval DIR` take them too.
 #[derive(clap::Args, Clone, Default)]
 pub struct ModelOptions {
-    /// Target of the kernels
+    /// Target of the kernels: cpu, cuda, or architectures such as cuda:sm_90a,sm_80,ptx
     #[arg(long, default_value = "cpu")]
     target: String,
     /// Element type: auto, float32, float16 or bfloat16

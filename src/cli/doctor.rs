@@ -45,6 +45,7 @@ pub fn main(args: &Args) -> Result<()> {
                 "index": d.index,
                 "name": d.name,
                 "architecture": format!("sm_{}", d.capability),
+                "target": d.target().map(|t| format!("cuda:{t}")),
                 "multiprocessors": d.multiprocessors,
                 "memory_bytes": d.memory,
             })).collect::<Vec<_>>(),
@@ -58,10 +59,11 @@ pub fn main(args: &Args) -> Result<()> {
     }
     for gpu in &gpus.devices {
         print(&format!(
-            "gpu {}: {}, sm_{}, {} multiprocessors, {}\n",
+            "gpu {}: {}, sm_{} ({}), {} multiprocessors, {}\n",
             gpu.index,
             gpu.name,
             gpu.capability,
+            gpu.target().map_or("too old".to_string(), |t| format!("--target cuda:{t}")),
             gpu.multiprocessors,
             size::show(gpu.memory)
         ))?;

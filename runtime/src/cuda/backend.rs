@@ -16,7 +16,7 @@ use super::program::{Program, bundle};
 use super::range::Range;
 use super::recent::Recent;
 use super::report::{GraphReport, PoolReport};
-use super::resolve::{Addresses, Resolved, pack, parts, resolve, workspace_bytes};
+use super::resolve::{Addresses, Limits, Resolved, pack, parts, resolve, workspace_bytes};
 use super::transfer::{Landing, Staging};
 use super::upload::{Layout, upload};
 use crate::engine::Engine;
@@ -114,7 +114,7 @@ impl Cuda {
     /// Opens the device and loads the engine's code for it; allocates no memory of the session.
     pub fn new(engine: &Engine, index: u32, threads: usize, options: &SessionOptions) -> Result<Cuda> {
         let context = Context::retain(index)?;
-        let program = Program::load(&context, bundle(engine, context.info.capability)?)?;
+        let program = Program::load(&context, bundle(engine, Limits::of(&context.info))?)?;
         let stream = match options.stream {
             Some(raw) => Stream::borrowed(&context, raw),
             None => Stream::new(&context)?,

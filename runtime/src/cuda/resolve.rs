@@ -9,6 +9,7 @@ use std::ops::Range as Span;
 use millrace_ir::launch::{Arg, Launch, LaunchStep, LaunchTable, MapBase, TensorMap};
 use millrace_ir::{Bindings, DType, Dim, Error, Id, Kind, Module, NodeId, Operand, Result};
 
+use super::driver::DeviceInfo;
 use super::range::Range;
 use crate::places::{Piece, Regions, forged};
 
@@ -30,6 +31,13 @@ pub(super) struct Limits {
     pub capability: u32,
     /// Most bytes of shared memory of a block.
     pub max_shared: u32,
+}
+
+impl Limits {
+    /// Those of a device.
+    pub fn of(device: &DeviceInfo) -> Limits {
+        Limits { capability: device.capability, max_shared: device.max_shared }
+    }
 }
 
 /// A step with numbers for dims and operands.
