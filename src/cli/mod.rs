@@ -16,6 +16,7 @@ mod passes;
 mod plan;
 mod run;
 mod size;
+mod tune;
 mod verify;
 
 use std::process::ExitCode;
@@ -41,6 +42,7 @@ enum Verb {
     Inspect(inspect::Args),
     Eval(eval::Args),
     Bench(bench::Args),
+    Tune(tune::Args),
     Opt(opt::Args),
     Passes(passes::Args),
     Explain(passes::Explain),
@@ -71,6 +73,7 @@ pub fn main() -> ExitCode {
         Verb::Inspect(args) => inspect::main(&args),
         Verb::Eval(args) => eval::main(&args),
         Verb::Bench(args) => bench::main(&args),
+        Verb::Tune(args) => tune::main(&args),
         Verb::Opt(args) => opt::main(&args),
         Verb::Passes(args) => passes::main(&args),
         Verb::Explain(args) => passes::explain(&args),

@@ -20,11 +20,13 @@ mod report;
 mod resolve;
 #[cfg(test)]
 mod testing;
+mod timing;
 #[allow(unsafe_code)]
 mod transfer;
 mod upload;
 
 pub use driver::{DeviceInfo, RawStream};
 pub use report::{GraphReport, PoolReport, Survey, survey};
+pub use timing::{Bench, Timed, TimedBuffer, Timer, distance};
 
 pub(crate) use backend::Cuda;

@@ -170,6 +170,25 @@ pub(super) fn resolve(
     Ok(Resolved { actions, steps })
 }
 
+/// What the first step of a table launches, apart from any module: `values` are where its launches find values.
+pub(super) fn resolve_step(
+    table: &LaunchTable,
+    addresses: &Addresses,
+    values: &[Option<Range>],
+    bindings: &Bindings,
+    limits: Limits,
+) -> Result<Vec<Resolution>> {
+    let step = table.steps.first().ok_or_else(|| forged("a table has no steps"))?;
+    let variant = step.variant(bindings).ok_or_else(|| forged("no variant fits"))?;
+    let mut launches = Vec::new();
+    for launch in &variant.launches {
+        let whole = launch.whole(bindings);
+        let scope = Scope { addresses, values, bindings: &whole, limits };
+        launches.extend(scope.launch(table, launch)?);
+    }
+    Ok(launches)
+}
+
 /// Inside a group nobody knows which node runs when: ranges are the same or disjoint. Ranges that begin together are
 /// allowed too, since a view of an empty or joined tensor may differ in length.
 fn check_group(memory: &[(Vec<Range>, Vec<Range>)]) -> Result<()> {
