@@ -7,11 +7,11 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use millrace_compiler::codegen::cuda::{Builder, Built, Trial, TrialBuffer, TrialFill};
+use millrace_compiler::codegen::cuda::{Builder, Built, Trial, TrialBuffer, TrialFill, TrialProduct};
 use millrace_compiler::tuning::{Entry, Tuning, VERSION};
 use millrace_ir::launch::Bundle;
 use millrace_ir::{Kind, Result};
-use millrace_runtime::cuda::{Bench, Timed, TimedBuffer, Timer, distance};
+use millrace_runtime::cuda::{Bench, Product, Timed, TimedBuffer, Timer, distance};
 
 /// Part of the time that may go into building kernels.
 const BUILDING: f64 = 0.6;
@@ -27,6 +27,12 @@ const MOST: usize = 25;
 
 /// Candidates that are timed again beside the built-in one.
 const FINALISTS: usize = 3;
+
+/// Most rows without a comparison with a library.
+const FEW: u64 = 64;
+
+/// Algorithms of a library that are timed.
+const ALGORITHMS: usize = 6;
 
 /// By how much a candidate must be faster than the built-in one to replace it.
 const GAIN: f64 = 0.99;
@@ -58,6 +64,8 @@ pub struct Measured {
     pub times: Vec<(String, f64)>,
     /// Index into `times` of the chosen candidate, if there is a choice.
     pub chosen: Option<usize>,
+    /// Median seconds of the bare product by cuBLASLt's best algorithm, if the library is there.
+    pub library: Option<f64>,
     /// Candidates that were not timed, and why.
     pub skipped: Vec<(String, String)>,
 }
@@ -213,6 +221,7 @@ fn measure(
         operations: trial.operations,
         times: Vec::new(),
         chosen: None,
+        library: None,
         skipped: Vec::new(),
     };
     let buffers: Vec<TimedBuffer> = trial.buffers.iter().map(timed_buffer).collect();
@@ -261,6 +270,33 @@ fn measure(
             }
         }
         running.push(Running { name: candidate.name.clone(), timed, seconds: Vec::new() });
+    }
+    // What engines cannot choose: they need nothing but the driver.
+    if trial.rows.first > FEW && !running.is_empty() {
+        let TrialProduct { extents: [m, n, k], x, w, dtypes: (dtype, out), alone } = trial.product;
+        let product = Product { m, n, k, dtype, out };
+        match bench.products(product, x, w, ALGORITHMS) {
+            Ok(ways) => {
+                for way in &ways {
+                    if alone {
+                        let found = bench.results(way)?;
+                        let far =
+                            expected.iter().zip(&found).map(|(e, f)| distance(e, f)).fold(0.0, f64::max);
+                        if far > DISTANCE {
+                            let why = format!("its results differ by {far:.3}");
+                            measured.skipped.push(("cuBLASLt".to_string(), why));
+                            continue;
+                        }
+                    }
+                    let mut seconds = (0..FIRST + 2).map(|_| bench.time(way)).collect::<Result<Vec<_>>>()?;
+                    seconds.sort_by(f64::total_cmp);
+                    let median = seconds[seconds.len() / 2];
+                    measured.library = Some(measured.library.map_or(median, |best| best.min(median)));
+                }
+            }
+            Err(error) if error.code() == "cuda/poisoned" => return Err(error),
+            Err(error) => measured.skipped.push(("cuBLASLt".to_string(), error.to_string())),
+        }
     }
     for round in 0..MOST {
         if round >= FIRST && Instant::now() >= until {

@@ -3,9 +3,10 @@
 //! An [`Engine`] is a checked file; a [`Session`] holds memory and runs steps. [`generation`] stands above sessions and
 //! knows nothing of them. `unsafe` is confined to `memory` (aligned buffers and typed views), `mapping` (the mapped
 //! weights of an engine file), `cpu::execute` (typed views of one node) and, under [`cuda`], `driver` (handles and device
-//! memory), `transfer` (pinned memory) and `launch` (launches and graphs).
+//! memory), `transfer` (pinned memory) `launch` (launches and graphs) and `library` (cuBLASLt).
 #![deny(unsafe_code)]
 
+pub mod budget;
 mod cpu;
 pub mod cuda;
 pub mod engine;
@@ -23,9 +24,10 @@ pub mod session;
 mod sizes;
 mod weights;
 
+pub use budget::WeightBudget;
 pub use engine::Engine;
 pub use ledger::{Class, Ledger};
 pub use models::{Decoder, Encoder};
 pub use options::{Allocation, Device, SessionOptions};
 pub use profile::Profile;
-pub use session::{AllocationGuard, Session, TensorRef};
+pub use session::{AllocationGuard, Session, TensorRef, WeightBudgetGuard};

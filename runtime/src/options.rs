@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use millrace_ir::plan::stream::Ring;
+
+use crate::budget::WeightBudget;
 use crate::cuda::RawStream;
 
 /// When activation memory is allocated.
@@ -32,6 +35,10 @@ pub struct SessionOptions {
     pub device: Option<Device>,
     /// Threads that compute, or that load weights onto a device; all processors by default.
     pub threads: Option<usize>,
+    /// Memory for weights; what does not fit streams.
+    pub budget: WeightBudget,
+    /// The ring that weights stream through.
+    pub ring: Ring,
     /// Bound on all bytes the session holds, but for staging memory.
     pub cap: Option<u64>,
     /// Cache pages; the engine's maximum by default.
@@ -48,6 +55,8 @@ impl Default for SessionOptions {
     fn default() -> Self {
         SessionOptions {
             allocation: Allocation::default(),
+            budget: WeightBudget::default(),
+            ring: Ring::DEFAULT,
             device: None,
             threads: None,
             cap: None,

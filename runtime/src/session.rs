@@ -8,15 +8,17 @@ use std::ops::{Deref, DerefMut};
 
 use millrace_ir::bind::bind;
 use millrace_ir::checkpoint::{Checkpoint, TensorSource};
+use millrace_ir::plan::stream::{self, Demand, Placement};
 use millrace_ir::{Bindings, DType, Error, Kind, Module, Result, StateId, TensorType};
 
+use crate::budget::{Residency, WeightBudget};
 use crate::cpu::Cpu;
 use crate::cuda::{Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger};
 use crate::options::{Allocation, Device, SessionOptions};
 use crate::profile::{Profile, sequences};
-use crate::sizes::{StepSizes, no_size, state_bytes, weight_bytes};
+use crate::sizes::{StepSizes, no_size, state_bytes};
 
 /// A tensor of the caller or of a session, dense and row-major, little-endian.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +58,10 @@ pub struct Session<'e> {
     cap: Option<u64>,
     ledger: Ledger,
     profile: Option<Profile>,
+    residency: Residency,
+    /// Whether the weights are where `residency` says.
+    placed: bool,
+    source: Option<Checkpoint>,
 }
 
 /// The symbol that sizes caches.
@@ -107,6 +113,11 @@ impl<'e> Session<'e> {
             }
             maxima.set(decl.sym, pages);
         }
+        let demand = match &backend {
+            Backend::Cpu(_) => Demand::of(module)?,
+            Backend::Cuda(cuda) => cuda.demand(module)?,
+        };
+        let residency = Residency::new(demand, options.ring)?;
         let mut session = Session {
             engine,
             backend,
@@ -117,12 +128,17 @@ impl<'e> Session<'e> {
             cap: options.cap,
             ledger: Ledger::default(),
             profile: None,
+            residency,
+            placed: true,
+            source: None,
         };
+        let placement = session.placement_for(options.budget)?;
+        (session.residency.placement, session.residency.budget) = (placement, options.budget);
         session.check_memory()?;
-        let checkpoint = options.weights.as_deref().map(Checkpoint::open).transpose()?;
-        let source = checkpoint.as_ref().map(|c| c as &dyn TensorSource);
-        on_backend!(&mut session.backend, b => b.load(engine, source, &session.maxima)?);
-        session.ledger.set(Class::Weights, on_backend!(&session.backend, b => b.weight_bytes()));
+        session.source = options.weights.as_deref().map(Checkpoint::open).transpose()?;
+        let source = session.source.as_ref().map(|c| c as &dyn TensorSource);
+        on_backend!(&mut session.backend, b => b.load(engine, source, &session.maxima, &session.residency)?);
+        session.note_weights();
         session.ledger.set(Class::Kv, state_bytes(module, &session.maxima)?);
         for (id, state) in module.states.iter() {
             let shape = state.ty.shape_at(&session.maxima).ok_or_else(|| no_size(&state.name))?;
@@ -147,7 +163,8 @@ impl<'e> Session<'e> {
         let module = self.module();
         let sizes = StepSizes::at(module, bindings)?;
         let mut required = vec![
-            (Class::Weights, weight_bytes(module)?),
+            (Class::Weights, self.residency.placement.resident_bytes),
+            (Class::Ring, self.residency.placement.ring_bytes()),
             (Class::Activations, sizes.activations()),
             (Class::Io, sizes.io()),
             (Class::Kv, state_bytes(module, bindings)?),
@@ -221,6 +238,128 @@ impl<'e> Session<'e> {
         self.ledger.set(Class::Activations, 0);
         self.ledger.set(Class::Io, 0);
         self.note_device_memory();
+    }
+
+    /// Enters the weights into the ledger.
+    fn note_weights(&mut self) {
+        let placement = &self.residency.placement;
+        let (mut resident, mut ring) = (placement.resident_bytes, placement.ring_bytes());
+        if let Backend::Cuda(cuda) = &self.backend {
+            (resident, ring) = cuda.weight_bytes();
+            self.ledger.set(Class::HostWeights, cuda.host_weight_bytes());
+        }
+        self.ledger.set(Class::Weights, resident);
+        self.ledger.set(Class::Ring, ring);
+    }
+
+    /// The placement of the weights under `budget`.
+    fn placement_for(&self, budget: WeightBudget) -> Result<Placement> {
+        self.residency.place(budget, || self.room_for_weights())
+    }
+
+    /// Bytes that weights could take: what is free now and under the cap, besides what the rest of the session takes at the
+    /// upper bounds and what its weights hold already.
+    fn room_for_weights(&self) -> Result<u64> {
+        let weights = |c: &Class| matches!(c, Class::Weights | Class::Ring);
+        let required = self.required(&self.maxima)?;
+        let rest: u64 = required.iter().filter(|(c, _)| !weights(c)).map(|(_, b)| b).sum();
+        let held = |c: &Class| self.ledger.now(*c);
+        let own: u64 = Class::ALL.iter().filter(|c| **c != Class::Staging).map(held).sum();
+        let free = match &self.backend {
+            Backend::Cpu(_) => available_memory(),
+            Backend::Cuda(cuda) => cuda.memory()?.0,
+        };
+        Ok(free.saturating_add(own).min(self.cap.unwrap_or(u64::MAX)).saturating_sub(rest))
+    }
+
+    /// Bytes of weights that may stream; 0 for an engine compiled without weight streaming.
+    pub fn total_device_budget(&self) -> u64 {
+        self.residency.streamable()
+    }
+
+    /// Bytes that weights and their ring take now.
+    pub fn device_budget(&self) -> u64 {
+        self.residency.placement.device_bytes()
+    }
+
+    /// The least bytes that weights and their ring can take.
+    pub fn minimum_budget(&self) -> u64 {
+        let Residency { demand, ring, .. } = &self.residency;
+        stream::minimum(demand, ring).min(stream::resident(demand, ring))
+    }
+
+    /// The bytes that [`WeightBudget::Auto`] would take now.
+    ///
+    /// # Errors
+    /// `run/not-streamable`, `cuda/poisoned` on a device that has failed.
+    pub fn automatic_budget(&self, reserve: u64) -> Result<u64> {
+        self.placement_for(WeightBudget::Auto { reserve }).map(|p| p.device_bytes())
+    }
+
+    /// The budget in force.
+    pub fn current_weight_budget(&self) -> WeightBudget {
+        self.residency.budget
+    }
+
+    /// What is resident and what streams, with the demand whose items and uses it counts.
+    pub fn placement(&self) -> (&Demand, &Placement) {
+        (&self.residency.demand, &self.residency.placement)
+    }
+
+    /// Changes the weight budget between two steps: weights move, results and states stay as they are. Returns the placement
+    /// that took effect.
+    ///
+    /// # Errors
+    /// `run/weight-budget` under the minimum, `run/not-streamable` for engines without streamable weights, `run/cap` and
+    /// `run/out-of-memory`; the session then stays as it was. If weights could not even go back to where they were, steps
+    /// answer `run/not-placed` until a budget takes effect.
+    pub fn set_weight_budget(&mut self, budget: WeightBudget) -> Result<&Placement> {
+        let placement = self.placement_for(budget)?;
+        if placement != self.residency.placement || !self.placed {
+            let before = std::mem::replace(&mut self.residency.placement, placement);
+            if let Err(error) = self.check_cap() {
+                self.residency.placement = before;
+                return Err(error);
+            }
+            if let Err(error) = self.move_weights() {
+                // As it was, if that still fits.
+                self.residency.placement = before;
+                self.placed = self.move_weights().is_ok();
+                return Err(error);
+            }
+            self.placed = true;
+        }
+        self.residency.budget = budget;
+        Ok(&self.residency.placement)
+    }
+
+    fn move_weights(&mut self) -> Result<()> {
+        let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
+        let moved = on_backend!(&mut self.backend, b => b.place(self.engine, source, &self.residency));
+        self.note_weights();
+        self.note_device_memory();
+        moved
+    }
+
+    /// Compares what is held at the current allocation with the cap.
+    fn check_cap(&self) -> Result<()> {
+        match (self.cap, self.allocation) {
+            (Some(cap), Allocation::Static) => self.check_cap_at(cap, &self.maxima),
+            (Some(cap), Allocation::Dynamic) => {
+                self.check_cap_at(cap, &Bindings::minima(&self.module().dims))
+            }
+            (None, _) => Ok(()),
+        }
+    }
+
+    /// [`Session::set_weight_budget`] until the guard is dropped.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn weight_budget(&mut self, budget: WeightBudget) -> Result<WeightBudgetGuard<'_, 'e>> {
+        let before = self.residency.budget;
+        self.set_weight_budget(budget)?;
+        Ok(WeightBudgetGuard { session: self, before })
     }
 
     /// Enters what only a device session holds into the ledger.
@@ -524,6 +663,41 @@ fn argmax_row(row: &[f32]) -> i32 {
 
 fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Bytes of host memory that are available, as far as the system tells.
+fn available_memory() -> u64 {
+    let line = |text: String| {
+        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?.trim().strip_suffix("kB")?;
+        line.trim().parse::<u64>().ok()?.checked_mul(1024)
+    };
+    std::fs::read_to_string("/proc/meminfo").ok().and_then(line).unwrap_or(u64::MAX)
+}
+
+/// Restores a session's weight budget when dropped.
+pub struct WeightBudgetGuard<'s, 'e> {
+    session: &'s mut Session<'e>,
+    before: WeightBudget,
+}
+
+impl<'e> Deref for WeightBudgetGuard<'_, 'e> {
+    type Target = Session<'e>;
+    fn deref(&self) -> &Session<'e> {
+        self.session
+    }
+}
+
+impl DerefMut for WeightBudgetGuard<'_, '_> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        self.session
+    }
+}
+
+impl Drop for WeightBudgetGuard<'_, '_> {
+    fn drop(&mut self) {
+        // Going back can fail for lack of memory; the session then keeps the budget and stays usable.
+        let _ = self.session.set_weight_budget(self.before);
+    }
 }
 
 /// Restores a session's allocation when dropped.

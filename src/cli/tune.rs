@@ -106,11 +106,26 @@ fn line(measured: &Measured) -> String {
             rate(best),
             measured.times.len(),
         ),
-        _ => format!("{}: no choice\n", measured.key),
+        _ => match measured.times.first() {
+            Some((name, seconds)) => format!(
+                "{}: {:.2} us {name} ({:.0} TFLOP/s), no other\n",
+                measured.key,
+                seconds * 1e6,
+                rate(*seconds)
+            ),
+            None => format!("{}: no choice\n", measured.key),
+        },
     };
+    if let Some(seconds) = measured.library {
+        text.push_str(&format!(
+            "  cuBLASLt without what is fused: {:.2} us, {:.0} TFLOP/s\n",
+            seconds * 1e6,
+            rate(seconds)
+        ));
+    }
     let without_time = |why: &str| why.starts_with("no time");
     for (name, why) in measured.skipped.iter().filter(|(_, why)| !without_time(why)) {
-        text.push_str(&format!("  left out {name}: {why}\n"));
+        text.push_str(&format!("  left out {name}: {}\n", why.lines().next().unwrap_or("")));
     }
     let late = measured.skipped.iter().filter(|(_, why)| without_time(why)).count();
     if late > 0 {
@@ -126,6 +141,7 @@ fn as_json(measured: &Measured) -> serde_json::Value {
         "rows": measured.rows,
         "chosen": measured.chosen.map(|c| measured.times[c].0.clone()),
         "times": measured.times.iter().map(|(name, s)| json!({"candidate": name, "us": s * 1e6})).collect::<Vec<_>>(),
+        "cublaslt_us": measured.library.map(|s| s * 1e6),
         "left_out": measured.skipped.iter().map(|(name, why)| json!({"candidate": name, "why": why})).collect::<Vec<_>>(),
     })
 }

@@ -10,6 +10,7 @@ mod item;
 mod liveness;
 mod pack;
 mod search;
+pub mod stream;
 mod symbolic;
 mod windows;
 

@@ -8,6 +8,8 @@
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use millrace_ir::checkpoint::TensorSource;
+use millrace_ir::launch::Tiles;
+use millrace_ir::plan::stream::{Cut, Demand};
 use millrace_ir::{Bindings, DType, Error, Id, Kind, Module, Result};
 
 use super::driver::{Block, Context, Event, Stream};
@@ -16,9 +18,11 @@ use super::program::{Program, bundle};
 use super::range::Range;
 use super::recent::Recent;
 use super::report::{GraphReport, PoolReport};
-use super::resolve::{Addresses, Limits, Resolved, pack, parts, resolve, workspace_bytes};
+use super::residence::{Found, Residence};
+use super::resolve::{Addresses, Limits, Resolved, pack, parts, reads, resolve, workspace_bytes};
 use super::transfer::{Landing, Staging};
-use super::upload::{Layout, upload};
+use super::upload::Sources;
+use crate::budget::Residency;
 use crate::engine::Engine;
 use crate::options::{Allocation, SessionOptions};
 use crate::places::{Piece, Regions};
@@ -41,6 +45,12 @@ struct Prepared {
     uses: u64,
     graph: Option<Graph>,
     graph_failed: bool,
+}
+
+impl Prepared {
+    fn launches(&self) -> u64 {
+        self.ready.iter().filter(|r| r.is_launch()).count() as u64
+    }
 }
 
 /// Addresses that may differ from step to step; all others stay from load on.
@@ -79,8 +89,7 @@ pub(crate) struct Cuda {
     workspace: Option<Block>,
     counters: Option<Block>,
     states: Vec<Option<Block>>,
-    weights: Option<Block>,
-    layout: Layout,
+    residence: Residence,
     program: Program,
     /// Whether activations, inputs and outputs stay where they are.
     fixed: bool,
@@ -131,8 +140,7 @@ impl Cuda {
             workspace: None,
             counters: None,
             states: Vec::new(),
-            weights: None,
-            layout: Layout::of(engine)?,
+            residence: Residence::new(&context),
             program,
             fixed: false,
             report: GraphReport { enabled: options.graphs, ..GraphReport::default() },
@@ -171,12 +179,54 @@ impl Cuda {
 
     /// Bytes of pinned memory held now.
     pub fn staging_held(&self) -> u64 {
-        self.context.pinned()
+        self.context.pinned().saturating_sub(self.residence.host_bytes())
     }
 
-    /// Bytes of all weights.
-    pub fn weight_bytes(&self) -> u64 {
-        self.layout.weights
+    /// What the weights of `module` can do on this device: tiles as the launch table has them.
+    pub fn demand(&self, module: &Module) -> Result<Demand> {
+        let mut demand = Demand::of(module)?;
+        for step in &self.program.table.steps {
+            let first = demand.uses.partition_point(|u| u.node < step.first);
+            let uses = demand.uses[first..].iter().take_while(|u| u.node < step.first + step.nodes);
+            let items: Vec<usize> = uses.map(|u| u.item).collect();
+            for index in items {
+                let item = &mut demand.items[index];
+                let Some(Cut::Tiles { granule, .. }) = item.cut else { continue };
+                let launches =
+                    step.variants.iter().flat_map(|v| &v.launches).filter(|l| reads(l, item.weight));
+                let fits =
+                    |t: Tiles| t.weight == item.weight && t.slices == item.slices && granule % t.granule == 0;
+                if !launches.map(|l| l.tiles.is_some_and(fits)).all(|fits| fits) {
+                    (item.cut, item.slices, item.slice_bytes) = (Some(Cut::Whole), 1, item.bytes);
+                }
+            }
+        }
+        Ok(demand)
+    }
+
+    /// Brings the weights to where `residency` has them, once all work is done.
+    pub fn place(
+        &mut self,
+        engine: &Engine,
+        source: Option<&dyn TensorSource>,
+        residency: &Residency,
+    ) -> Result<()> {
+        self.context.enter()?;
+        self.stream.synchronize()?;
+        // Launches and graphs name memory that may go.
+        self.prepared.clear();
+        let sources = Sources::of(engine, source)?;
+        self.residence.place(&sources, residency, self.threads)
+    }
+
+    /// Bytes of resident weights and of the ring on the device.
+    pub fn weight_bytes(&self) -> (u64, u64) {
+        self.residence.device_bytes()
+    }
+
+    /// Bytes of weights in pinned host memory.
+    pub fn host_weight_bytes(&self) -> u64 {
+        self.residence.host_bytes()
     }
 
     /// Allocations of device memory so far.
@@ -212,9 +262,10 @@ impl Cuda {
         engine: &Engine,
         source: Option<&dyn TensorSource>,
         maxima: &Bindings,
+        residency: &Residency,
     ) -> Result<()> {
         let module = engine.module();
-        self.weights = Some(upload(&self.context, engine, source, &self.layout, self.threads)?);
+        self.place(engine, source, residency)?;
         self.states.resize_with(module.states.bound(), || None);
         for (id, state) in module.states.iter() {
             let bytes = bytes_at(&state.ty, maxima, &state.name)?;
@@ -306,13 +357,15 @@ impl Cuda {
         })
     }
 
-    fn addresses(&self, module: &Module, moving: &Moving) -> Addresses {
+    fn addresses(&self, module: &Module, moving: &Moving) -> Result<Addresses> {
         let range = |block: &Option<Block>| block.as_ref().map_or(Range::EMPTY, Block::range);
         let Moving { inputs, outputs, arenas, workspace } = moving.clone();
         let states = self.states.iter().map(|s| s.as_ref().map(Block::range)).collect();
-        let weights = self.layout.ranges(module.weights.bound(), range(&self.weights));
+        let found = self.residence.found(module.weights.bound())?;
+        let weights =
+            found.iter().map(|f| f.map(|(Found::Whole(range) | Found::Part(range))| range)).collect();
         let regions = Regions { inputs, outputs, arenas, states, weights };
-        Addresses { regions, workspace, counters: range(&self.counters) }
+        Ok(Addresses { regions, workspace, counters: range(&self.counters), ring: self.residence.ring()? })
     }
 
     /// Runs one step whose sizes are `sizes`; returns before it has ended, unless `argmax` names an output with its
@@ -327,6 +380,7 @@ impl Cuda {
         profile: Option<&mut Profile>,
     ) -> Result<Option<Vec<i32>>> {
         self.context.enter()?;
+        self.residence.heal()?;
         self.retire_outputs();
         let (offsets, bytes) = pack(&sizes.inputs).ok_or_else(|| no_size("inputs"))?;
         let room = self.staging.as_mut().ok_or_else(no_memory)?.fill()?;
@@ -343,10 +397,14 @@ impl Cuda {
             _ => self.prepare(module, moving, bindings, argmax)?,
         };
         prepared.uses += 1;
+        self.residence.begin();
         let result = match profile {
             Some(profile) => self.run_timed(module, &prepared, arrival, profile),
             None => self.run_fast(&mut prepared, arrival),
         };
+        if result.is_ok() {
+            self.residence.end();
+        }
         let told = prepared.tail.is_some();
         self.prepared.put(key, prepared);
         result?;
@@ -366,7 +424,7 @@ impl Cuda {
         bindings: &Bindings,
         argmax: Option<(usize, u64, u64)>,
     ) -> Result<Prepared> {
-        let addresses = self.addresses(module, &moving);
+        let addresses = self.addresses(module, &moving)?;
         let resolved = resolve(module, &self.program.table, &addresses, bindings, self.program.limits)?;
         let ready = self.program.ready(&resolved)?;
         let tail = argmax.map(|(output, rows, width)| self.tail(output, rows, width)).transpose()?.flatten();
@@ -386,11 +444,12 @@ impl Cuda {
     fn run_fast(&mut self, prepared: &mut Prepared, arrival: Range) -> Result<()> {
         let staging = self.staging.as_mut().ok_or_else(no_memory)?;
         let mut landing = self.indices.as_mut().map(|(_, landing)| landing);
-        self.report.last_launches = prepared.ready.len() as u64;
+        let residence = &self.residence;
+        self.report.last_launches = prepared.launches();
         let recurs = self.report.enabled && self.fixed && prepared.uses > 1;
         if recurs && prepared.graph.is_none() && !prepared.graph_failed {
             let recorded = Graph::record(&self.recording, |stream| {
-                enqueue(prepared, arrival, staging, landing.as_deref_mut(), stream)
+                enqueue(prepared, arrival, staging, landing.as_deref_mut(), residence, stream, true)
             });
             match recorded {
                 Ok(graph) => {
@@ -413,7 +472,7 @@ impl Cuda {
                 }
             }
             None => {
-                enqueue(prepared, arrival, staging, landing, &self.stream)?;
+                enqueue(prepared, arrival, staging, landing, residence, &self.stream, false)?;
                 self.report.plain += 1;
             }
         }
@@ -438,21 +497,22 @@ impl Cuda {
         for ((_, actions), event) in prepared.resolved.steps.iter().zip(&self.events[1..]) {
             let mut overlap = false;
             for ready in &prepared.ready[actions.clone()] {
-                ready.enqueue(&self.stream, overlap)?;
+                ready.enqueue(&self.stream, &self.residence, overlap, false)?;
                 overlap = ready.is_launch();
             }
             event.record(&self.stream)?;
             done = actions.end;
         }
         for ready in &prepared.ready[done..] {
-            ready.enqueue(&self.stream, false)?;
+            ready.enqueue(&self.stream, &self.residence, false, false)?;
         }
         if let (Some(tail), Some((_, landing))) = (&prepared.tail, &mut self.indices) {
             tail.launch.enqueue(&self.stream, false)?;
             landing.receive(&self.stream, tail.indices)?;
         }
+        self.residence.join(&self.stream, false)?;
         staging.sent(&self.stream)?;
-        self.report.last_launches = prepared.ready.len() as u64;
+        self.report.last_launches = prepared.launches();
         self.report.plain += 1;
         self.stream.synchronize()?;
         for (index, (nodes, _)) in prepared.resolved.steps.iter().enumerate() {
@@ -507,26 +567,29 @@ impl Cuda {
     }
 }
 
-/// Puts a whole step into `stream`: inputs, launches, and the argmax with its way back.
+/// Puts a whole step into `stream`, which may record: inputs, launches with the copies of weights, and the argmax with its
+/// way back.
 fn enqueue(
     prepared: &Prepared,
     arrival: Range,
     staging: &mut Staging,
     landing: Option<&mut Landing>,
+    residence: &Residence,
     stream: &Stream,
+    recorded: bool,
 ) -> Result<()> {
     staging.send(stream, arrival)?;
     // The first kernel follows a copy: there is nothing it could overlap.
     let mut overlap = false;
     for ready in &prepared.ready {
-        ready.enqueue(stream, overlap)?;
+        ready.enqueue(stream, residence, overlap, recorded)?;
         overlap = ready.is_launch();
     }
     if let (Some(tail), Some(landing)) = (&prepared.tail, landing) {
         tail.launch.enqueue(stream, false)?;
         landing.receive(stream, tail.indices)?;
     }
-    Ok(())
+    residence.join(stream, recorded)
 }
 
 impl Drop for Cuda {

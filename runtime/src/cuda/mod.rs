@@ -2,7 +2,8 @@
 //!
 //! Nothing here needs a GPU or its driver to build or to start: the driver's library is opened when a session or
 //! [`survey`] asks for it, and its absence is an answer. A session holds its context's memory, one stream, and lists of
-//! launches prepared for the bindings it has seen; steps that recur are recorded as CUDA graphs and replayed.
+//! launches prepared for the bindings it has seen; steps that recur are recorded as CUDA graphs and replayed. Weights that
+//! stream are copied by a second stream, inside the same graph: see `residence`.
 //!
 //! The engine is not trusted to name memory: see `resolve`. Its device code is trusted like a program: a kernel can
 //! write wherever the device lets it, so run engines of those you would run programs of.
@@ -13,10 +14,13 @@ mod backend;
 mod driver;
 #[allow(unsafe_code)]
 mod launch;
+#[allow(unsafe_code)]
+mod library;
 mod program;
 mod range;
 mod recent;
 mod report;
+mod residence;
 mod resolve;
 #[cfg(test)]
 mod testing;
@@ -26,6 +30,7 @@ mod transfer;
 mod upload;
 
 pub use driver::{DeviceInfo, RawStream};
+pub use library::Product;
 pub use report::{GraphReport, PoolReport, Survey, survey};
 pub use timing::{Bench, Timed, TimedBuffer, Timer, distance};
 

@@ -94,6 +94,17 @@ impl Program {
         resolved.actions.iter().map(|action| Ready::new(action, &self.functions, &self.entries)).collect()
     }
 
+    /// Prepares launches alone.
+    pub fn launches(&self, launches: &[Resolution]) -> Result<Vec<ReadyLaunch>> {
+        let missing = || forged("a launch names no kernel");
+        let one = |launch: &Resolution| {
+            let function = self.functions.get(launch.kernel).ok_or_else(missing)?;
+            let entry = self.entries.get(launch.kernel).map_or("", String::as_str);
+            ReadyLaunch::new(launch, function, entry)
+        };
+        launches.iter().map(one).collect()
+    }
+
     /// Whether the table has the argmax of rows.
     pub fn has_argmax(&self) -> bool {
         self.table.helpers.iter().any(|h| h.name == ARGMAX)

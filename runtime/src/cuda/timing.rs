@@ -12,10 +12,11 @@ use millrace_ir::launch::Bundle;
 use millrace_ir::{Bindings, DType, Error, Id, Kind, Operand, Result};
 
 use super::driver::{Block, Context, DeviceInfo, Event, Stream};
-use super::launch::{Graph, Ready};
+use super::launch::{Graph, ReadyLaunch};
+use super::library::{Library, Plan, Product, WORKSPACE};
 use super::program::Program;
 use super::range::Range;
-use super::resolve::{Action, Addresses, Limits, Resolved, resolve_step};
+use super::resolve::{Addresses, Limits, Ring, pack, parts, resolve_step};
 use super::transfer::{Landing, Staging};
 use crate::places::{Piece, Regions};
 
@@ -73,13 +74,41 @@ pub struct Bench<'a> {
     _memory: Block,
 }
 
-/// Launches that are ready to be timed.
+/// Work that is ready to be timed.
 pub struct Timed {
-    once: Vec<Ready>,
+    work: Work,
     graph: Graph,
-    launches: usize,
+    rounds: usize,
+    /// What the work writes: results of the step, or a buffer of its own.
+    results: Vec<(DType, Range)>,
     /// Holds the device code.
-    _program: Program,
+    _program: Option<Program>,
+    /// Holds memory of its own.
+    _memory: Option<Block>,
+}
+
+/// What is done for each copy of the weights.
+enum Work {
+    /// Launches by copy.
+    Launches(Vec<Vec<ReadyLaunch>>),
+    /// A product by copy of `w`, with `x`, `y` and scratch memory.
+    Product { plan: Plan, w: Vec<Range>, x: Range, y: Range, scratch: Range },
+}
+
+impl Work {
+    /// Enqueues the work for one copy; `overlap` tells whether a launch may begin before its predecessor has ended.
+    fn enqueue(&self, copy: usize, overlap: bool, stream: &Stream) -> Result<()> {
+        match self {
+            // The first follows whatever there was; the others a kernel.
+            Work::Launches(all) => all[copy % all.len()]
+                .iter()
+                .enumerate()
+                .try_for_each(|(at, launch)| launch.enqueue(stream, overlap || at > 0)),
+            Work::Product { plan, w, x, y, scratch } => {
+                plan.enqueue(stream, w[copy % w.len()], *x, *y, *scratch)
+            }
+        }
+    }
 }
 
 /// Elements of a type as bytes; uniform between minus and plus `most`.
@@ -181,14 +210,13 @@ impl Timer {
             let times = if is_weight(buffer) { copies } else { 1 };
             sizes.extend((0..times).map(|_| buffer.bytes));
         }
-        let (offsets, total) = super::resolve::pack(&sizes).ok_or_else(no_size)?;
+        let (offsets, total) = pack(&sizes).ok_or_else(no_size)?;
         let memory = Block::new(&self.context, total, "a measurement")?;
-        let mut parts =
-            super::resolve::parts(memory.range(), &offsets, &sizes).ok_or_else(no_size)?.into_iter();
+        let mut pieces = parts(memory.range(), &offsets, &sizes).ok_or_else(no_size)?.into_iter();
         let mut ranges = Vec::new();
         for buffer in buffers {
             let times = if is_weight(buffer) { copies as usize } else { 1 };
-            let own: Vec<Range> = parts.by_ref().take(times).collect();
+            let own: Vec<Range> = pieces.by_ref().take(times).collect();
             for range in &own {
                 match buffer.random {
                     Some(most) => self.fill(*range, buffer.dtype, most)?,
@@ -254,16 +282,8 @@ impl Bench<'_> {
                 Operand::State(id) => put(&mut regions.states, id.index(), range),
             }
         }
-        (Addresses { regions, workspace: Range::EMPTY, counters: Range::EMPTY }, values)
-    }
-
-    fn enqueue(list: &[Ready], stream: &Stream) -> Result<()> {
-        let mut overlap = false;
-        for ready in list {
-            ready.enqueue(stream, overlap)?;
-            overlap = ready.is_launch();
-        }
-        Ok(())
+        let (workspace, counters) = (Range::EMPTY, Range::EMPTY);
+        (Addresses { regions, workspace, counters, ring: Ring::default() }, values)
     }
 
     fn seconds(&self, work: impl FnOnce(&Stream) -> Result<()>) -> Result<f64> {
@@ -284,35 +304,65 @@ impl Bench<'_> {
         let program = Program::load(&self.timer.context, bundle)?;
         let limits = Limits::of(&self.timer.context.info);
         let mut all = Vec::new();
-        let mut once = Vec::new();
         for copy in 0..self.copies {
             let (addresses, values) = self.addresses(copy);
-            let actions: Vec<Action> =
-                resolve_step(&program.table, &addresses, &values, &self.bindings, limits)?
-                    .into_iter()
-                    .map(Action::Launch)
-                    .collect();
-            let resolved = Resolved { actions, steps: Vec::new() };
-            if copy == 0 {
-                once = program.ready(&resolved)?;
-            }
-            all.push(program.ready(&resolved)?);
+            let resolved = resolve_step(&program.table, &addresses, &values, &self.bindings, limits)?;
+            all.push(program.launches(&resolved)?);
         }
+        let results = self.buffers.iter().zip(&self.ranges);
+        let results = results.filter(|(b, _)| b.random.is_none()).map(|(b, r)| (b.dtype, r[0])).collect();
+        self.record(Work::Launches(all), results, Some(program), None)
+    }
+
+    /// Prepares the product `x w^T` by cuBLASLt's ways, at most `most` of them; none where the library is not there. It
+    /// takes the buffers of `x` and `w` as rows of numbers, whatever they are to the launches, and writes to memory of
+    /// its own.
+    ///
+    /// # Errors
+    /// `run/out-of-memory`, and what the library gives.
+    pub fn products(&mut self, product: Product, x: Operand, w: Operand, most: usize) -> Result<Vec<Timed>> {
+        let context = self.timer.context.clone();
+        context.enter()?;
+        let Some(library) = Library::open(&context)? else { return Ok(Vec::new()) };
+        let found = |operand: Operand| {
+            let at = self.buffers.iter().position(|b| b.operand == operand);
+            at.map(|at| self.ranges[at].clone())
+        };
+        let (Some(x), Some(w)) = (found(x).and_then(|r| r.first().copied()), found(w)) else {
+            return Ok(Vec::new());
+        };
+        let bytes = product.m * product.n * product.out.size_bytes().unwrap_or(0) as u64;
+        let mut all = Vec::new();
+        for plan in Plan::all(&library, product, most)? {
+            let (offsets, total) = pack(&[bytes, WORKSPACE]).unwrap_or_default();
+            let memory = Block::new(&context, total, "a product")?;
+            let [y, scratch] = parts(memory.range(), &offsets, &[bytes, WORKSPACE]).unwrap_or_default()[..]
+            else {
+                return Ok(all);
+            };
+            let work = Work::Product { plan, w: w.clone(), x, y, scratch };
+            all.push(self.record(work, vec![(product.out, y)], None, Some(memory))?);
+        }
+        Ok(all)
+    }
+
+    /// Records rounds through all copies of the weights.
+    fn record(
+        &mut self,
+        work: Work,
+        results: Vec<(DType, Range)>,
+        program: Option<Program>,
+        memory: Option<Block>,
+    ) -> Result<Timed> {
         // The first run loads what the driver loads late; the second tells how many make up a list.
-        self.seconds(|stream| Self::enqueue(&once, stream))?;
-        let each = self.seconds(|stream| Self::enqueue(&once, stream))?.max(1e-6);
+        self.seconds(|stream| work.enqueue(0, false, stream))?;
+        let each = self.seconds(|stream| work.enqueue(0, false, stream))?.max(1e-6);
         let rounds = ((LEAST / each / self.copies as f64).ceil() as usize)
             .clamp(1, (MOST_LAUNCHES / self.copies).max(1));
-        let flat = |stream: &Stream| {
-            let mut overlap = false;
-            for ready in (0..rounds).flat_map(|_| &all).flatten() {
-                ready.enqueue(stream, overlap)?;
-                overlap = ready.is_launch();
-            }
-            Ok(())
-        };
-        let graph = Graph::record(&self.timer.recording, flat)?;
-        let timed = Timed { once, graph, launches: rounds * self.copies, _program: program };
+        let runs = rounds * self.copies;
+        let list = |stream: &Stream| (0..runs).try_for_each(|at| work.enqueue(at, at > 0, stream));
+        let graph = Graph::record(&self.timer.recording, list)?;
+        let timed = Timed { work, graph, rounds: runs, results, _program: program, _memory: memory };
         self.time(&timed)?;
         Ok(timed)
     }
@@ -322,7 +372,7 @@ impl Bench<'_> {
     /// # Errors
     /// A failure of the device.
     pub fn time(&mut self, timed: &Timed) -> Result<f64> {
-        Ok(self.seconds(|stream| timed.graph.launch(stream))? / timed.launches as f64)
+        Ok(self.seconds(|stream| timed.graph.launch(stream))? / timed.rounds as f64)
     }
 
     /// Runs the step once from zeros, and gives what it writes: beginning, middle and end of each result.
@@ -331,20 +381,13 @@ impl Bench<'_> {
     /// A failure of the device.
     pub fn results(&mut self, timed: &Timed) -> Result<Vec<Vec<f32>>> {
         let stream = &self.timer.stream;
-        let results: Vec<(DType, Range)> = self
-            .buffers
-            .iter()
-            .zip(&self.ranges)
-            .filter(|(buffer, _)| buffer.random.is_none())
-            .map(|(buffer, ranges)| (buffer.dtype, ranges[0]))
-            .collect();
-        for (_, range) in &results {
+        for (_, range) in &timed.results {
             stream.zero(*range)?;
         }
-        Self::enqueue(&timed.once, stream)?;
+        timed.work.enqueue(0, false, stream)?;
         let mut landing = Landing::new(stream, SAMPLE as usize)?;
         let mut all = Vec::new();
-        for (dtype, range) in results {
+        for &(dtype, range) in &timed.results {
             let len = range.len.min(SAMPLE);
             let last = range.len - len;
             for at in [0, last / 2 / 4 * 4, last] {

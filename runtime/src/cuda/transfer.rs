@@ -11,10 +11,11 @@ use millrace_ir::{Error, Kind, Result};
 
 use super::driver::{Context, Event, Stream};
 use super::range::Range;
+use crate::places::Piece as _;
 
-/// Page-locked memory.
+/// Page-locked memory, which the device can read too.
 #[derive(Debug)]
-struct Pinned {
+pub(super) struct Pinned {
     pointer: NonNull<u8>,
     len: usize,
     context: Arc<Context>,
@@ -26,7 +27,8 @@ unsafe impl Send for Pinned {}
 unsafe impl Sync for Pinned {}
 
 impl Pinned {
-    fn new(context: &Arc<Context>, len: usize) -> Result<Pinned> {
+    /// `len` zero bytes.
+    pub fn new(context: &Arc<Context>, len: usize) -> Result<Pinned> {
         if len == 0 {
             return Ok(Pinned { pointer: NonNull::dangling(), len, context: context.clone() });
         }
@@ -55,9 +57,38 @@ impl Pinned {
         unsafe { std::slice::from_raw_parts(self.pointer.as_ptr(), self.len) }
     }
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
+    /// The bytes. No copy from here may be running.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len) }
+    }
+}
+
+impl Pinned {
+    /// Bytes of room.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The memory as the device sees it: addresses of the host are addresses of the device too.
+    pub fn range(&self) -> Range {
+        let base = if self.len == 0 { 0 } else { self.pointer.as_ptr() as u64 };
+        Range { base, len: self.len as u64 }
+    }
+
+    /// Enqueues a copy of the bytes from `at` on to the device. Whoever enqueues it waits for the stream before the memory is
+    /// written or dropped.
+    pub fn send(&self, stream: &Stream, at: u64, to: Range) -> Result<()> {
+        let Some(from) = self.range().part(at, to.len) else {
+            return Err(Error::new(Kind::Internal, "cuda/staging", "more is sent than host memory holds"));
+        };
+        if to.len == 0 {
+            return Ok(());
+        }
+        // SAFETY: source and target have this length and are live, as the caller promises.
+        let done =
+            unsafe { sys::cuMemcpyHtoDAsync_v2(to.base, from.base as *const _, to.len as usize, stream.raw) };
+        self.context.check(done, "copy to the device")
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use millrace_ir::launch::{Bundle, LaunchStep, LaunchTable, Variant};
 use millrace_ir::{Bindings, DType, Dim, Module, NodeId, Operand};
-use millrace_kernels::cuda::matmul::Problem;
 use millrace_kernels::cuda::matmul::choice::{RANGES, RowRange, candidates, key};
+use millrace_kernels::cuda::matmul::{Layout, Problem};
 use millrace_kernels::cuda::{Arch, Site, Source};
 
 use super::build::{Built, Order};
@@ -36,8 +36,25 @@ pub struct Trial {
     pub operations: f64,
     /// Candidates, the built-in one first.
     pub candidates: Vec<TrialCandidate>,
+    /// The product that they compute with whatever is fused to it.
+    pub product: TrialProduct,
     /// Architecture of all candidates.
     pub arch: Arch,
+}
+
+/// `x w^T`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TrialProduct {
+    /// Rows of `x` and `w`, and columns of both.
+    pub extents: [u64; 3],
+    /// `x`, after a norm in front.
+    pub x: Operand,
+    /// The weight.
+    pub w: Operand,
+    /// Element types of both and of the result.
+    pub dtypes: (DType, DType),
+    /// Whether the only result is the product, and `x` and the weight lie row by row.
+    pub alone: bool,
 }
 
 /// A buffer that launches read or write.
@@ -146,7 +163,8 @@ fn trial(problem: &Problem<'_>, node: NodeId, rows: RowRange, key: String) -> Op
         .into_iter()
         .filter_map(|w| Some((w.name(), w.launches(problem)?)))
         .collect();
-    if ways.len() < 2 {
+    // Where there is no choice, many rows are still worth a comparison with a library.
+    if ways.is_empty() || (ways.len() < 2 && rows.first <= 64) {
         return None;
     }
     let mut buffers: Vec<TrialBuffer> = Vec::new();
@@ -202,7 +220,15 @@ fn trial(problem: &Problem<'_>, node: NodeId, rows: RowRange, key: String) -> Op
         })
         .collect();
     let operations = 2.0 * at as f64 * problem.k as f64 * problem.n() as f64;
-    Some(Trial { key, node, sites: 1, rows, at, bindings, buffers, operations, candidates, arch })
+    let fused = problem.norm.is_some() || !problem.epilogue.is_empty() || problem.results.len() > 1;
+    let product = TrialProduct {
+        extents: [at, problem.n() as u64, problem.k as u64],
+        x: problem.x,
+        w: problem.weight,
+        dtypes: (problem.dtype, problem.out),
+        alone: !fused && problem.layout == Layout::Rows,
+    };
+    Some(Trial { key, node, sites: 1, rows, at, bindings, buffers, operations, candidates, product, arch })
 }
 
 /// The entries of a tuning that name candidates of the module's sites, by key. Remarks tell of entries for its sites that

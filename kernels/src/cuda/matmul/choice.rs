@@ -13,6 +13,7 @@ use millrace_ir::ops::fused_matmul::Epilogue;
 use super::large::{self, Tile};
 use super::norm;
 use super::problem::{Layout, Problem};
+use super::simple;
 use super::skinny::{self, Shape};
 use crate::cuda::plan::{SiteLaunch, SiteVariant, between};
 
@@ -86,6 +87,8 @@ pub enum Way {
     Skinny(Shape),
     /// By [`large`].
     Large(Tile),
+    /// By [`simple`].
+    Simple,
 }
 
 impl Way {
@@ -95,6 +98,7 @@ impl Way {
             Way::Skinny(s) => {
                 format!("skinny-t{}-n{}-k{}-c{}-w{}", s.tile, s.warps_n, s.warps_k, s.columns, s.whole)
             }
+            Way::Simple => "simple".to_string(),
             Way::Large(Tile::Wgmma { consumers, columns, stages, cluster, split, boxes, group }) => format!(
                 "wgmma-m{}-c{columns}-s{stages}-x{cluster}-p{split}-b{boxes}-g{group}",
                 64 * consumers
@@ -110,6 +114,7 @@ impl Way {
         let (launch, normed) = match self {
             Way::Skinny(shape) => (skinny::launch(problem, shape)?, shape.norm),
             Way::Large(tile) => (large::launch(problem, *tile)?, false),
+            Way::Simple => return simple::launches(problem),
         };
         let norm = norm::launch(problem).filter(|_| !normed);
         Some(norm.into_iter().chain([launch]).collect())
@@ -149,7 +154,7 @@ pub fn key(problem: &Problem<'_>, rows: RowRange) -> String {
 }
 
 /// Ways to run the problem for the rows of a range, the built-in one first, then from the cost models' best to worst
-/// within a family. Empty where there is nothing to choose.
+/// within a family. One is none to choose from.
 pub fn candidates(problem: &Problem<'_>, rows: RowRange) -> Vec<Way> {
     let mut ways = Vec::new();
     if rows.last <= skinny::MAX_ROWS {
@@ -158,6 +163,9 @@ pub fn candidates(problem: &Problem<'_>, rows: RowRange) -> Vec<Way> {
     // Below this a tile is mostly rows that are not there.
     if rows.last > 8 || ways.is_empty() {
         ways.extend(large::tiles(problem, rows.at).into_iter().map(Way::Large));
+    }
+    if ways.is_empty() {
+        ways.push(Way::Simple);
     }
     ways
 }
