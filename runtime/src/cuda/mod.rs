@@ -9,6 +9,7 @@
 //! write wherever the device lets it, so run engines of those you would run programs of.
 
 mod arch;
+mod argmax;
 mod backend;
 #[allow(unsafe_code)]
 mod driver;
@@ -34,4 +35,4 @@ pub use library::Product;
 pub use report::{GraphReport, PoolReport, Survey, survey};
 pub use timing::{Bench, Timed, TimedBuffer, Timer, distance};
 
-pub(crate) use backend::Cuda;
+pub(crate) use backend::{After, Cuda};
