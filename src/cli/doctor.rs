@@ -72,6 +72,7 @@ pub fn main(args: &Args) -> Result<()> {
                 "index": d.index,
                 "name": d.name,
                 "architecture": format!("sm_{}", d.capability),
+                "target": d.target().map(|t| format!("cuda:{t}")),
                 "multiprocessors": d.multiprocessors,
                 "memory_bytes": d.memory,
                 "read_gbs": m.as_ref().map(|m| m.rates.read_gbs),
@@ -89,10 +90,11 @@ pub fn main(args: &Args) -> Result<()> {
     }
     for (gpu, measured) in gpus.devices.iter().zip(&measured) {
         print(&format!(
-            "gpu {}: {}, sm_{}, {} multiprocessors, {}\n",
+            "gpu {}: {}, sm_{} ({}), {} multiprocessors, {}\n",
             gpu.index,
             gpu.name,
             gpu.capability,
+            gpu.target().map_or("too old".to_string(), |t| format!("--target cuda:{t}")),
             gpu.multiprocessors,
             size::show(gpu.memory)
         ))?;

@@ -19,6 +19,7 @@ mod passes;
 mod plan;
 mod run;
 mod size;
+mod tune;
 mod verify;
 
 use std::process::ExitCode;
@@ -45,6 +46,7 @@ enum Verb {
     Eval(eval::Args),
     Bench(bench::Args),
     Fit(fit::Args),
+    Tune(tune::Args),
     Opt(opt::Args),
     Passes(passes::Args),
     Explain(passes::Explain),
@@ -76,6 +78,7 @@ pub fn main() -> ExitCode {
         Verb::Eval(args) => eval::main(&args),
         Verb::Bench(args) => bench::main(&args),
         Verb::Fit(args) => fit::main(&args),
+        Verb::Tune(args) => tune::main(&args),
         Verb::Opt(args) => opt::main(&args),
         Verb::Passes(args) => passes::main(&args),
         Verb::Explain(args) => passes::explain(&args),

@@ -25,7 +25,7 @@ use super::range::Range;
 use super::recent::Recent;
 use super::report::{GraphReport, PoolReport};
 use super::residence::{Found, Residence};
-use super::resolve::{Addresses, Resolved, pack, parts, reads, resolve, workspace_bytes};
+use super::resolve::{Addresses, Limits, Resolved, pack, parts, reads, resolve, workspace_bytes};
 use super::transfer::{Landing, Staging};
 use super::upload::Sources;
 use crate::budget::Residency;
@@ -141,7 +141,7 @@ impl Cuda {
     /// Opens the device and loads the engine's code for it; allocates no memory of the session.
     pub fn new(engine: &Engine, index: u32, threads: usize, options: &SessionOptions) -> Result<Cuda> {
         let context = Context::retain(index)?;
-        let program = Program::load(&context, bundle(engine, context.info.capability)?)?;
+        let program = Program::load(&context, bundle(engine, Limits::of(&context.info))?)?;
         let stream = match options.stream {
             Some(raw) => Stream::borrowed(&context, raw),
             None => Stream::new(&context)?,
