@@ -640,7 +640,8 @@ impl<'e> Session<'e> {
                 cpu.run(supply, module, inputs, &sizes, &bindings, profile)
             }
             Backend::Cuda(cuda) => rows.transpose().and_then(|argmax| {
-                cuda.start(module, inputs, &sizes, &bindings, After { argmax, fed }, profile)
+                let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
+                cuda.start((self.engine, source), inputs, &sizes, &bindings, After { argmax, fed }, profile)
             }),
         };
         if let Some(profile) = &mut self.profile {
