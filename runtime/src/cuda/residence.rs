@@ -2,7 +2,7 @@
 //!
 //! Weights that never move share one block; each of the others has a block of its own for the slices that are resident, so
 //! that a change of budget touches only what changes. A weight that streams is in host memory as a whole, and its
-//! host copy stays when it becomes resident again. Tables whose rows are read from afar are read there.
+//! host copy stays until nothing streams any more. Tables whose rows are read from afar are read there.
 //!
 //! Host memory may be bounded too. Then what does not fit it comes from the engine file through a few pinned buffers, filled by the
 //! thread that enqueues the step, which therefore cannot be a graph.
@@ -229,6 +229,9 @@ impl Residence {
         let streams = |i: &usize| Self::moves(&items[*i]) && next.resident[*i] < items[*i].slices;
         let mut wanted: Vec<usize> = (0..items.len()).filter(streams).collect();
         let Some(cap) = self.host_cap else {
+            if wanted.is_empty() {
+                self.host.iter_mut().for_each(|host| *host = None);
+            }
             wanted.retain(|i| self.host[*i].is_none());
             return Ok(wanted);
         };
