@@ -31,3 +31,4 @@ pub use driver::{DeviceInfo, RawStream};
 pub use report::{GraphReport, PoolReport, Survey, survey};
 
 pub(crate) use backend::{After, Cuda};
+pub(crate) use resolve::reads;
