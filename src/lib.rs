@@ -27,6 +27,7 @@ pub mod diff;
 pub mod filetest;
 pub mod fit;
 pub mod page;
+pub mod tune;
 
 pub use millrace_compiler as compiler;
 pub use millrace_ir as ir;

@@ -1,6 +1,7 @@
 //! The command line: one file per verb. Results go to standard output, everything else to standard error.
 
 mod bench;
+mod ceilings;
 mod compare;
 mod compile;
 mod control;
@@ -18,6 +19,7 @@ mod passes;
 mod plan;
 mod run;
 mod size;
+mod tune;
 mod verify;
 
 use std::process::ExitCode;
@@ -44,6 +46,7 @@ enum Verb {
     Eval(eval::Args),
     Bench(bench::Args),
     Fit(fit::Args),
+    Tune(tune::Args),
     Opt(opt::Args),
     Passes(passes::Args),
     Explain(passes::Explain),
@@ -75,6 +78,7 @@ pub fn main() -> ExitCode {
         Verb::Eval(args) => eval::main(&args),
         Verb::Bench(args) => bench::main(&args),
         Verb::Fit(args) => fit::main(&args),
+        Verb::Tune(args) => tune::main(&args),
         Verb::Opt(args) => opt::main(&args),
         Verb::Passes(args) => passes::main(&args),
         Verb::Explain(args) => passes::explain(&args),
