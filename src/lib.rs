@@ -17,6 +17,12 @@
 //! ```
 #![forbid(unsafe_code)]
 
+/// The programs of `docs/streaming.md` and `docs/memory.md` compile.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/streaming.md")]
+#[doc = include_str!("../docs/memory.md")]
+pub struct Documentation;
+
 pub mod diff;
 pub mod filetest;
 pub mod fit;

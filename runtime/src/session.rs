@@ -338,7 +338,8 @@ impl<'e> Session<'e> {
         let required = self.required(bindings)?;
         let rest: u64 = required.iter().filter(|(c, _)| !weights(c)).map(|(_, b)| b).sum();
         let held = |c: &Class| self.ledger.now(*c);
-        let own: u64 = Class::ALL.iter().filter(|c| **c != Class::Staging).map(held).sum();
+        let pinned = |c: &Class| matches!(c, Class::Staging | Class::HostWeights);
+        let own: u64 = Class::ALL.iter().filter(|c| !pinned(c)).map(held).sum();
         let (free, _) = self.memory()?;
         Ok(free.saturating_add(own).min(self.cap.unwrap_or(u64::MAX)).saturating_sub(rest))
     }

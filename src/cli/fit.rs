@@ -8,6 +8,8 @@ use millrace::ir::Module;
 use millrace::ir::cost::Sustained;
 use millrace::ir::launch::{Bundle, LaunchTable};
 use millrace::ir::manifest::Manifest;
+use millrace::ir::plan::stream::schedule;
+use millrace::runtime::needs::demand;
 use millrace::{Engine, Result, compile};
 
 use super::compile::ModelOptions;
@@ -35,6 +37,9 @@ pub struct Args {
     memory: MemoryOptions,
     #[command(flatten)]
     model_options: ModelOptions,
+    /// Print what is resident of each weight and every copy of a step instead
+    #[arg(long, conflicts_with = "json")]
+    schedule: bool,
     /// Report as JSON
     #[arg(long)]
     json: bool,
@@ -88,5 +93,8 @@ pub fn main(args: &Args) -> Result<()> {
     };
     let Planned { module, manifest, table } = &planned;
     let fit = Fit::of(Subject { module, manifest, table: table.as_ref() }, &question)?;
+    if args.schedule {
+        return print(&schedule(module, &demand(module, table.as_ref())?, &fit.placement));
+    }
     if args.json { print_json(&fit.json()) } else { print(&fit.to_string()) }
 }

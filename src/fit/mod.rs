@@ -18,7 +18,7 @@ use millrace_ir::plan::stream::{Demand, Placement, minimum, resident};
 use millrace_ir::{Bindings, Error, Kind, Module, Result};
 use millrace_runtime::budget::typical_work;
 use millrace_runtime::generation::{KvCapacity, kv_capacity};
-use millrace_runtime::needs::{Squeeze, lower_bounds, page_bytes, required, upper_bounds};
+use millrace_runtime::needs::{Squeeze, demand, lower_bounds, page_bytes, required, upper_bounds};
 use millrace_runtime::{Allocation, Class, SessionOptions, WeightBudget};
 
 /// An engine, or one that could be written.
@@ -135,11 +135,11 @@ impl Fit {
     ///
     /// # Errors
     /// `run/bad-pages`, `run/weight-budget` and `run/not-streamable` for options that a session would refuse,
-    /// `fit/auto` for an automatic budget without a cap, `generation/kv-fraction`, `run/no-size`.
+    /// `usage/auto` for an automatic budget without a cap, `generation/kv-fraction`, `run/no-size`.
     pub fn of(subject: Subject<'_>, question: &Question) -> Result<Fit> {
         let Subject { module, manifest, table } = subject;
         let options = &question.session;
-        let demand = Demand::of(module)?;
+        let demand = demand(module, table)?;
         let work = typical_work(module, &demand);
         let block = manifest.model.as_ref().map_or(1, |m| m.tokens_per_block.max(1));
         let longest = manifest.model.as_ref().map_or(1, |m| m.max_seq_len);
@@ -160,7 +160,7 @@ impl Fit {
         };
         let placement = options.budget.place(&demand, &options.ring, &work, || {
             let cap = options.cap.ok_or_else(|| {
-                Error::new(Kind::Usage, "fit/auto", "an automatic weight budget depends on free memory")
+                Error::new(Kind::Usage, "usage/auto", "an automatic weight budget depends on free memory")
                     .hint("say how much there is with --memory-cap, or name a budget")
             })?;
             Ok(cap.saturating_sub(rest))
@@ -285,10 +285,10 @@ fn steps(manifest: &Manifest, (batch, sequence): (u64, u64)) -> (Option<Step>, S
     (decode, Step { batch, tokens, past: 0 })
 }
 
-/// Bytes of weights that are read from elsewhere.
+/// Bytes of weights that are not on the device as a whole: host memory holds all of each.
 fn not_resident(demand: &Demand, placement: &Placement) -> u64 {
-    let gone = demand.items.iter().zip(&placement.resident);
-    gone.map(|(item, resident)| item.bytes - (resident * item.slice_bytes).min(item.bytes)).sum()
+    let items = demand.items.iter().zip(&placement.resident);
+    items.filter(|(item, resident)| **resident < item.slices).map(|(item, _)| item.bytes).sum()
 }
 
 /// Values of the symbols as text.

@@ -13,8 +13,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use millrace_ir::checkpoint::TensorSource;
-use millrace_ir::launch::Tiles;
-use millrace_ir::plan::stream::{Cut, Demand};
+use millrace_ir::plan::stream::Demand;
 use millrace_ir::{Bindings, Error, Id, Kind, Module, Result};
 
 use super::argmax::{Argmax, Tail};
@@ -25,11 +24,12 @@ use super::range::Range;
 use super::recent::Recent;
 use super::report::{GraphReport, PoolReport};
 use super::residence::{Copier, Found, Residence};
-use super::resolve::{Addresses, Limits, Resolved, pack, parts, reads, resolve, workspace_bytes};
+use super::resolve::{Addresses, Limits, Resolved, pack, parts, resolve, workspace_bytes};
 use super::transfer::{Landing, Staging};
 use super::upload::Sources;
 use crate::budget::Residency;
 use crate::engine::Engine;
+use crate::needs;
 use crate::options::{Allocation, SessionOptions};
 use crate::places::{Piece, Regions};
 use crate::profile::Profile;
@@ -197,24 +197,7 @@ impl Cuda {
 
     /// What the weights of `module` can do on this device: tiles as the launch table has them.
     pub fn demand(&self, module: &Module) -> Result<Demand> {
-        let mut demand = Demand::of(module)?;
-        for step in &self.program.table.steps {
-            let first = demand.uses.partition_point(|u| u.node < step.first);
-            let uses = demand.uses[first..].iter().take_while(|u| u.node < step.first + step.nodes);
-            let items: Vec<usize> = uses.map(|u| u.item).collect();
-            for index in items {
-                let item = &mut demand.items[index];
-                let Some(Cut::Tiles { granule, .. }) = item.cut else { continue };
-                let launches =
-                    step.variants.iter().flat_map(|v| &v.launches).filter(|l| reads(l, item.weight));
-                let fits =
-                    |t: Tiles| t.weight == item.weight && t.slices == item.slices && granule % t.granule == 0;
-                if !launches.map(|l| l.tiles.is_some_and(fits)).all(|fits| fits) {
-                    (item.cut, item.slices, item.slice_bytes) = (Some(Cut::Whole), 1, item.bytes);
-                }
-            }
-        }
-        Ok(demand)
+        needs::demand(module, Some(&self.program.table))
     }
 
     /// Brings the weights to where `residency` has them, once all work is done.

@@ -38,3 +38,4 @@ pub use report::{GraphReport, PoolReport, Survey, survey};
 pub use timing::{Bench, Timed, TimedBuffer, Timer, distance};
 
 pub(crate) use backend::{After, Cuda};
+pub(crate) use resolve::reads;

@@ -276,7 +276,7 @@ struct Scope<'a> {
 }
 
 /// Whether a launch reads `weight`.
-pub(super) fn reads(launch: &Launch, weight: WeightId) -> bool {
+pub(crate) fn reads(launch: &Launch, weight: WeightId) -> bool {
     let wanted = Operand::Weight(weight);
     launch.args.iter().any(|arg| match arg {
         Arg::Address(operand) => *operand == wanted,
