@@ -32,7 +32,7 @@ pub struct LaunchTable {
     pub workspace: Dim,
     /// Bytes of counters: zero at load, and left zero by every step.
     pub counters: u64,
-    /// Kernels that are not part of the graph, such as `argmax`; their arguments are fixed by name.
+    /// Kernels that are not part of the graph, such as `argmax_split`; their arguments are fixed by name.
     pub helpers: Vec<Helper>,
 }
 
@@ -204,7 +204,8 @@ pub enum MapBase {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Helper {
-    /// What it does: `argmax` takes `(const float *rows, int *out, int width)`, one block a row.
+    /// What it does: `argmax_split` takes `(const float *rows, int *out, int width, u64 *best, u32 *arrived)` on a grid of
+    /// (parts, rows): 8 bytes of scratch a block and 4 bytes a row, zero before and after.
     pub name: String,
     /// Index into [`LaunchTable::kernels`].
     pub kernel: usize,
@@ -578,7 +579,7 @@ mod tests {
             steps: vec![LaunchStep { first: 0, nodes: 2, variants: vec![small, rest] }],
             workspace: Dim::from(4096u64),
             counters: 16,
-            helpers: vec![Helper { name: "argmax".into(), kernel: 0, threads: 256 }],
+            helpers: vec![Helper { name: "argmax_split".into(), kernel: 0, threads: 256 }],
         };
         Bundle { table, images: vec![vec![1; 70], vec![2; 3]] }
     }

@@ -19,6 +19,7 @@ mod mapping;
 #[allow(unsafe_code)]
 mod memory;
 pub mod models;
+pub mod needs;
 pub mod options;
 mod places;
 pub mod profile;
@@ -30,6 +31,6 @@ pub use budget::WeightBudget;
 pub use engine::Engine;
 pub use ledger::{Class, Ledger};
 pub use models::{Decoder, Encoder};
-pub use options::{Allocation, Device, SessionOptions};
+pub use options::{Allocation, Device, OnOutOfMemory, SessionOptions};
 pub use profile::Profile;
-pub use session::{AllocationGuard, Session, TensorRef, WeightBudgetGuard};
+pub use session::{AllocationGuard, Session, Shrink, TensorRef, WeightBudgetGuard};

@@ -210,10 +210,10 @@ impl Region {
     }
 }
 
-/// Bytes of host memory that are available, as far as the system tells.
-pub(crate) fn available_memory() -> u64 {
+/// A line of the system's account of host memory, in bytes; all there could be where it tells nothing.
+pub(crate) fn host_memory(name: &str) -> u64 {
     let line = |text: String| {
-        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?.trim().strip_suffix("kB")?;
+        let line = text.lines().find_map(|l| l.strip_prefix(name))?.trim().strip_suffix("kB")?;
         line.trim().parse::<u64>().ok()?.checked_mul(1024)
     };
     std::fs::read_to_string("/proc/meminfo").ok().and_then(line).unwrap_or(u64::MAX)

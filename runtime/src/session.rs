@@ -13,11 +13,12 @@ use millrace_ir::{Bindings, DType, Error, Kind, Module, Result, StateId, TensorT
 
 use crate::budget::{Residency, WeightBudget};
 use crate::cpu::Cpu;
-use crate::cuda::{Cuda, GraphReport, PoolReport};
+use crate::cuda::{After, Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger};
-use crate::memory::available_memory;
-use crate::options::{Allocation, Device, SessionOptions};
+use crate::memory::host_memory;
+use crate::needs::{self, PAGES, Squeeze};
+use crate::options::{Allocation, Device, OnOutOfMemory, SessionOptions};
 use crate::profile::{Profile, sequences};
 use crate::sizes::{StepSizes, no_size, state_bytes};
 use crate::weights::Supply;
@@ -58,16 +59,35 @@ pub struct Session<'e> {
     output_shapes: Vec<Vec<u64>>,
     allocation: Allocation,
     cap: Option<u64>,
+    /// Whether steps may be begun ahead.
+    ahead: bool,
     ledger: Ledger,
     profile: Option<Profile>,
     residency: Residency,
     /// Whether the weights are where `residency` says.
     placed: bool,
     source: Option<Checkpoint>,
+    on_out_of_memory: OnOutOfMemory,
+    shrinks: Vec<Shrink>,
 }
 
-/// The symbol that sizes caches.
-const PAGES: &str = "pages";
+/// A weight budget that the session lowered because memory did not suffice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shrink {
+    /// Bytes for weights and ring before.
+    pub before: u64,
+    /// Bytes since.
+    pub after: u64,
+    /// What did not fit.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Shrink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Shrink { before, after, reason } = self;
+        write!(f, "weights and their ring lowered from {before} to {after} bytes: {reason}")
+    }
+}
 
 fn open_backend(engine: &Engine, options: &SessionOptions) -> Result<Backend> {
     let target = engine.manifest().target.as_str();
@@ -105,21 +125,12 @@ impl<'e> Session<'e> {
     pub fn new(engine: &'e Engine, options: SessionOptions) -> Result<Session<'e>> {
         let module = engine.module();
         let backend = open_backend(engine, &options)?;
-        let mut maxima = Bindings::maxima(&module.dims);
-        if let (Some(pages), Some(decl)) =
-            (options.kv_pages, module.dims.iter().find(|d| d.sym.name() == PAGES))
-        {
-            if !(decl.min..=decl.max).contains(&pages) {
-                let message = format!("{pages} cache pages are outside {}..={}", decl.min, decl.max);
-                return Err(Error::new(Kind::Usage, "run/bad-pages", message));
-            }
-            maxima.set(decl.sym, pages);
-        }
+        let maxima = needs::upper_bounds(module, options.kv_pages)?;
         let demand = match &backend {
             Backend::Cpu(_) => Demand::of(module)?,
             Backend::Cuda(cuda) => cuda.demand(module)?,
         };
-        let residency = Residency::new(demand, options.ring)?;
+        let residency = Residency::new(module, demand, options.ring)?;
         let mut session = Session {
             engine,
             backend,
@@ -128,15 +139,22 @@ impl<'e> Session<'e> {
             output_shapes: Vec::new(),
             allocation: options.allocation,
             cap: options.cap,
+            ahead: options.ahead,
             ledger: Ledger::default(),
             profile: None,
             residency,
             placed: true,
             source: None,
+            on_out_of_memory: options.on_out_of_memory,
+            shrinks: Vec::new(),
         };
         let placement = session.placement_for(options.budget)?;
         (session.residency.placement, session.residency.budget) = (placement, options.budget);
-        session.check_memory()?;
+        if let Err(error) = session.check_memory() {
+            let placement = session.shrunk(error, &session.bounds_at_load())?;
+            session.residency.placement = placement;
+            session.check_memory()?;
+        }
         session.source = options.weights.as_deref().map(Checkpoint::open).transpose()?;
         let source = session.source.as_ref().map(|c| c as &dyn TensorSource);
         on_backend!(&mut session.backend, b => b.load(engine, source, &session.maxima, &session.residency)?);
@@ -162,32 +180,24 @@ impl<'e> Session<'e> {
     /// # Errors
     /// `run/no-size` if a size has no value.
     pub fn required(&self, bindings: &Bindings) -> Result<Vec<(Class, u64)>> {
-        let module = self.module();
-        let sizes = StepSizes::at(module, bindings)?;
-        let mut required = vec![
-            (Class::Weights, self.residency.placement.resident_bytes),
-            (Class::Ring, self.residency.placement.ring_bytes()),
-            (Class::Activations, sizes.activations()),
-            (Class::Io, sizes.io()),
-            (Class::Kv, state_bytes(module, bindings)?),
-        ];
+        let mut required = needs::required_but_scratch(self.module(), &self.residency.placement, bindings)?;
         if let Backend::Cuda(cuda) = &self.backend {
             required.push((Class::Workspace, cuda.workspace_bytes(bindings)?));
         }
         Ok(required)
     }
 
+    /// What a session is asked for at load: a dynamic one the smallest step, and each step's own shape later.
+    fn bounds_at_load(&self) -> Bindings {
+        match self.allocation {
+            Allocation::Static => self.maxima.clone(),
+            Allocation::Dynamic => needs::lower_bounds(self.module(), &self.maxima),
+        }
+    }
+
     /// Compares what is needed at load with the cap and with the free memory of a device.
     fn check_memory(&self) -> Result<()> {
-        // A dynamic session is asked for the smallest step at load and for each step's own shape later.
-        let bindings = match self.allocation {
-            Allocation::Static => self.maxima.clone(),
-            Allocation::Dynamic => {
-                let mut minima = Bindings::minima(&self.module().dims);
-                self.maxima.iter().filter(|(s, _)| s.name() == PAGES).for_each(|(s, v)| minima.set(s, v));
-                minima
-            }
-        };
+        let bindings = self.bounds_at_load();
         if let Some(cap) = self.cap {
             self.check_cap_at(cap, &bindings)?;
         }
@@ -199,9 +209,11 @@ impl<'e> Session<'e> {
                 let holders = holders(&required);
                 let message =
                     format!("{total} bytes are needed, {free} of the device's {all} are free ({holders})");
-                return Err(Error::new(Kind::OutOfMemory, "run/out-of-memory", message).hint(
-                    "free device memory, lower the batch or sequence limits, or use --memory dynamic",
-                ));
+                return Err(Error::new(Kind::OutOfMemory, "run/out-of-memory", message).hint(self.advice(
+                    &required,
+                    free,
+                    "free device memory",
+                )));
             }
         }
         Ok(())
@@ -214,25 +226,82 @@ impl<'e> Session<'e> {
             return Ok(());
         }
         let message = format!("{total} bytes are needed, the cap is {cap} ({})", holders(&required));
-        Err(Error::new(Kind::OutOfMemory, "run/cap", message)
-            .hint("raise --memory-cap, use --memory dynamic, or compile with smaller limits"))
+        Err(Error::new(Kind::OutOfMemory, "run/cap", message).hint(self.advice(
+            &required,
+            cap,
+            "raise --memory-cap",
+        )))
+    }
+
+    /// Which options would make `required` fit into `limit` bytes, with their values.
+    fn advice(&self, required: &[(Class, u64)], limit: u64, raise: &str) -> String {
+        let lower = needs::lower_bounds(self.module(), &self.maxima);
+        let smallest = || Some(self.required(&lower).ok()?.iter().map(|(_, bytes)| bytes).sum());
+        let squeeze = Squeeze {
+            module: self.module(),
+            demand: &self.residency.demand,
+            ring: &self.residency.ring,
+            required,
+            limit,
+            pages: self.kv_pages(),
+            dynamic: (self.allocation == Allocation::Static).then(smallest).flatten(),
+        };
+        squeeze.advice(raise)
+    }
+
+    /// The placement that fits at `bindings` after `error`, if the session may lower its budget and that helps.
+    ///
+    /// # Errors
+    /// `error` where it may not or cannot.
+    fn shrunk(&mut self, error: Error, bindings: &Bindings) -> Result<Placement> {
+        let before = self.residency.placement.device_bytes();
+        if self.on_out_of_memory == OnOutOfMemory::Fail || error.kind() != Kind::OutOfMemory {
+            return Err(error);
+        }
+        let room = self.room_for_weights(bindings)?;
+        match self.residency.place(WeightBudget::Bytes(room), || Ok(room)) {
+            Ok(placement) if placement.device_bytes() < before => {
+                let reason = error.message().to_string();
+                self.shrinks.push(Shrink { before, after: placement.device_bytes(), reason });
+                self.residency.budget = WeightBudget::Bytes(room);
+                Ok(placement)
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// How often the session lowered its weight budget, and why; see [`OnOutOfMemory::ShrinkWeights`].
+    pub fn shrinks(&self) -> &[Shrink] {
+        &self.shrinks
     }
 
     /// Allocates arena, inputs and outputs for `bindings`.
     fn allocate(&mut self, bindings: &Bindings) -> Result<()> {
         self.release();
-        if let Some(cap) = self.cap {
-            self.check_cap_at(cap, bindings)?;
+        if let Some(cap) = self.cap
+            && let Err(error) = self.check_cap_at(cap, bindings)
+        {
+            let placement = self.shrunk(error, bindings)?;
+            self.move_weights(placement)?;
         }
         let sizes = StepSizes::at(self.module(), bindings)?;
-        match &mut self.backend {
-            Backend::Cpu(cpu) => cpu.allocate(&sizes)?,
-            Backend::Cuda(cuda) => cuda.allocate(&sizes, bindings, self.allocation)?,
+        if let Err(error) = self.allocate_on_backend(&sizes, bindings) {
+            self.release();
+            let placement = self.shrunk(error, bindings)?;
+            self.move_weights(placement)?;
+            self.allocate_on_backend(&sizes, bindings)?;
         }
         self.ledger.set(Class::Activations, sizes.activations());
         self.ledger.set(Class::Io, sizes.io());
         self.note_device_memory();
         Ok(())
+    }
+
+    fn allocate_on_backend(&mut self, sizes: &StepSizes, bindings: &Bindings) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(cpu) => cpu.allocate(sizes),
+            Backend::Cuda(cuda) => cuda.allocate(sizes, bindings, self.allocation),
+        }
     }
 
     fn release(&mut self) {
@@ -259,22 +328,30 @@ impl<'e> Session<'e> {
 
     /// The placement of the weights under `budget`.
     fn placement_for(&self, budget: WeightBudget) -> Result<Placement> {
-        self.residency.place(budget, || self.room_for_weights())
+        self.residency.place(budget, || self.room_for_weights(&self.maxima))
     }
 
-    /// Bytes that weights could take: what is free now and under the cap, besides what the rest of the session takes at the
-    /// upper bounds and what its weights hold already.
-    fn room_for_weights(&self) -> Result<u64> {
+    /// Bytes that weights could take: what is free now and under the cap, besides what the rest of the session takes at
+    /// `bindings`.
+    fn room_for_weights(&self, bindings: &Bindings) -> Result<u64> {
         let weights = |c: &Class| matches!(c, Class::Weights | Class::Ring);
-        let required = self.required(&self.maxima)?;
+        let required = self.required(bindings)?;
         let rest: u64 = required.iter().filter(|(c, _)| !weights(c)).map(|(_, b)| b).sum();
         let held = |c: &Class| self.ledger.now(*c);
         let own: u64 = Class::ALL.iter().filter(|c| **c != Class::Staging).map(held).sum();
-        let free = match &self.backend {
-            Backend::Cpu(_) => available_memory(),
-            Backend::Cuda(cuda) => cuda.memory()?.0,
-        };
+        let (free, _) = self.memory()?;
         Ok(free.saturating_add(own).min(self.cap.unwrap_or(u64::MAX)).saturating_sub(rest))
+    }
+
+    /// Bytes that are free and bytes in all, of the device or of the host for a CPU session.
+    ///
+    /// # Errors
+    /// `cuda/poisoned` on a device that has failed.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok((host_memory("MemAvailable:"), host_memory("MemTotal:"))),
+            Backend::Cuda(cuda) => cuda.memory(),
+        }
     }
 
     /// Bytes of weights that may stream; 0 for an engine compiled without weight streaming.
@@ -321,40 +398,38 @@ impl<'e> Session<'e> {
     pub fn set_weight_budget(&mut self, budget: WeightBudget) -> Result<&Placement> {
         let placement = self.placement_for(budget)?;
         if placement != self.residency.placement || !self.placed {
-            let before = std::mem::replace(&mut self.residency.placement, placement);
-            if let Err(error) = self.check_cap() {
+            if let Some(cap) = self.cap {
+                let before = std::mem::replace(&mut self.residency.placement, placement.clone());
+                let fits = self.check_cap_at(cap, &self.bounds_at_load());
                 self.residency.placement = before;
-                return Err(error);
+                fits?;
             }
-            if let Err(error) = self.move_weights() {
-                // As it was, if that still fits.
-                self.residency.placement = before;
-                self.placed = self.move_weights().is_ok();
-                return Err(error);
-            }
-            self.placed = true;
+            self.move_weights(placement)?;
         }
         self.residency.budget = budget;
         Ok(&self.residency.placement)
     }
 
-    fn move_weights(&mut self) -> Result<()> {
+    /// Makes `placement` take effect, or leaves everything as it was if that is possible.
+    fn move_weights(&mut self, placement: Placement) -> Result<()> {
+        let before = std::mem::replace(&mut self.residency.placement, placement);
+        let moved = self.bring_weights();
+        if moved.is_err() {
+            self.residency.placement = before;
+            self.placed = self.bring_weights().is_ok();
+        } else {
+            self.placed = true;
+        }
+        moved
+    }
+
+    /// Brings the weights to where `residency` has them.
+    fn bring_weights(&mut self) -> Result<()> {
         let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
         let moved = on_backend!(&mut self.backend, b => b.place(self.engine, source, &self.residency));
         self.note_weights();
         self.note_device_memory();
         moved
-    }
-
-    /// Compares what is held at the current allocation with the cap.
-    fn check_cap(&self) -> Result<()> {
-        match (self.cap, self.allocation) {
-            (Some(cap), Allocation::Static) => self.check_cap_at(cap, &self.maxima),
-            (Some(cap), Allocation::Dynamic) => {
-                self.check_cap_at(cap, &Bindings::minima(&self.module().dims))
-            }
-            (None, _) => Ok(()),
-        }
     }
 
     /// [`Session::set_weight_budget`] until the guard is dropped.
@@ -437,7 +512,8 @@ impl<'e> Session<'e> {
     /// `run/out-of-memory` for dynamic sessions, `run/bad-index` for index values that point nowhere,
     /// `cuda/poisoned` on a device that has failed.
     pub fn run(&mut self, inputs: &[TensorRef<'_>]) -> Result<()> {
-        self.run_with(inputs, None).map(drop)
+        self.drop_ahead();
+        self.run_with(inputs, None, None)
     }
 
     /// [`Session::run`] and then [`Session::argmax`] of an output, on a device without a pause between them.
@@ -445,14 +521,76 @@ impl<'e> Session<'e> {
     /// # Errors
     /// As those two.
     pub fn run_argmax(&mut self, inputs: &[TensorRef<'_>], output: usize) -> Result<Vec<i32>> {
-        match self.run_with(inputs, Some(output))? {
-            Some(indices) => Ok(indices),
-            None => self.argmax(output),
+        self.drop_ahead();
+        self.run_with(inputs, Some(output), None)?;
+        let told = match &mut self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => cuda.take()?,
+        };
+        told.map_or_else(|| self.argmax(output), Ok)
+    }
+
+    /// Begins a step and the argmax of output `output`, and returns before they have ended; [`Session::take_argmax`]
+    /// waits for them. At most two steps are on their way at once. With `fed` that input of the step is the argmax of
+    /// the step begun before it, which nobody has taken yet, and what `inputs` holds there is not read: so a device goes
+    /// from step to step without waiting for the host. [`Session::run`] and [`Session::run_argmax`] forget steps that
+    /// were not taken.
+    ///
+    /// Returns false, and has done nothing, where steps cannot be begun ahead: on the CPU, with dynamic allocation, and
+    /// where the engine has no kernel for the argmax.
+    ///
+    /// # Errors
+    /// As [`Session::run`] and [`Session::argmax`]; `run/bad-order` if two steps are on their way, if no step is that
+    /// could feed, or if the input has not an i32 a row.
+    pub fn start_argmax(
+        &mut self,
+        inputs: &[TensorRef<'_>],
+        output: usize,
+        fed: Option<usize>,
+    ) -> Result<bool> {
+        if !self.runs_ahead() {
+            return Ok(false);
+        }
+        if fed.is_none() {
+            self.drop_ahead();
+        }
+        self.run_with(inputs, Some(output), fed).map(|()| true)
+    }
+
+    /// The argmax of the first step begun by [`Session::start_argmax`] and not taken, as [`Session::argmax`] tells it;
+    /// -2 if the largest element of a row is not finite.
+    ///
+    /// # Errors
+    /// `run/bad-order` if there is none, `cuda/poisoned` on a device that has failed.
+    pub fn take_argmax(&mut self) -> Result<Vec<i32>> {
+        let told = match &mut self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => cuda.take()?,
+        };
+        told.ok_or_else(|| Error::new(Kind::Usage, "run/bad-order", "no step is on its way"))
+    }
+
+    /// Whether [`Session::start_argmax`] begins steps.
+    pub fn runs_ahead(&self) -> bool {
+        match &self.backend {
+            Backend::Cpu(_) => false,
+            Backend::Cuda(cuda) => self.ahead && cuda.runs_ahead(),
         }
     }
 
-    /// Runs a step; a device may answer with the argmax of output `argmax` as well.
-    fn run_with(&mut self, inputs: &[TensorRef<'_>], argmax: Option<usize>) -> Result<Option<Vec<i32>>> {
+    fn drop_ahead(&mut self) {
+        if let Backend::Cuda(cuda) = &mut self.backend {
+            cuda.drop_ahead();
+        }
+    }
+
+    /// Runs a step; a device may begin the argmax of output `argmax` as well.
+    fn run_with(
+        &mut self,
+        inputs: &[TensorRef<'_>],
+        argmax: Option<usize>,
+        fed: Option<usize>,
+    ) -> Result<()> {
         let module = self.module();
         let declared = module.input_types();
         if declared.len() != inputs.len() {
@@ -498,12 +636,11 @@ impl<'e> Session<'e> {
         let result = match &mut self.backend {
             Backend::Cpu(cpu) => {
                 let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
-                let supply = Supply::new(self.engine, source);
-                cpu.run(supply, module, inputs, &sizes, &bindings, profile).map(|()| None)
+                cpu.run(Supply::new(self.engine, source), module, inputs, &sizes, &bindings, profile)
             }
-            Backend::Cuda(cuda) => {
-                rows.transpose().and_then(|rows| cuda.run(module, inputs, &sizes, &bindings, rows, profile))
-            }
+            Backend::Cuda(cuda) => rows.transpose().and_then(|argmax| {
+                cuda.start(module, inputs, &sizes, &bindings, After { argmax, fed }, profile)
+            }),
         };
         if let Some(profile) = &mut self.profile {
             profile.end();

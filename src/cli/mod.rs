@@ -10,6 +10,7 @@ mod doctor;
 mod eval;
 mod hunt;
 mod inspect;
+mod memory;
 mod npy;
 mod opt;
 mod passes;

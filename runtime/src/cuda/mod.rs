@@ -9,6 +9,7 @@
 //! write wherever the device lets it, so run engines of those you would run programs of.
 
 mod arch;
+mod argmax;
 mod backend;
 #[allow(unsafe_code)]
 mod driver;
@@ -29,4 +30,4 @@ mod upload;
 pub use driver::{DeviceInfo, RawStream};
 pub use report::{GraphReport, PoolReport, Survey, survey};
 
-pub(crate) use backend::Cuda;
+pub(crate) use backend::{After, Cuda};

@@ -1,7 +1,7 @@
 //! Pinned host memory: what goes to the device passes through [`Staging`], what comes back through [`Landing`].
 //!
-//! Invariant: nobody on the host touches the bytes while a copy that was enqueued may still use them. [`Staging`] waits
-//! for its event before it hands out its bytes, [`Landing`] waits for the stream.
+//! Invariant: nobody on the host touches the bytes while a copy that was enqueued may still use them. Both wait for an
+//! event that follows the copy before they hand out their bytes.
 
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
@@ -180,13 +180,30 @@ impl Drop for Staging {
 pub(super) struct Landing {
     pinned: Pinned,
     stream: Arc<Stream>,
-    in_flight: bool,
+    arrived: Event,
+    flight: Flight,
+}
+
+/// What is known of a copy on its way back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flight {
+    /// There is none.
+    Landed,
+    /// The event follows it.
+    Marked,
+    /// Some work of the stream is it.
+    Unmarked,
 }
 
 impl Landing {
     /// Room for `len` bytes that arrive in `stream`.
     pub fn new(stream: &Arc<Stream>, len: usize) -> Result<Landing> {
-        Ok(Landing { pinned: Pinned::new(&stream.context, len)?, stream: stream.clone(), in_flight: false })
+        Ok(Landing {
+            pinned: Pinned::new(&stream.context, len)?,
+            stream: stream.clone(),
+            arrived: Event::new(&stream.context, false)?,
+            flight: Flight::Landed,
+        })
     }
 
     /// Bytes of room.
@@ -195,13 +212,13 @@ impl Landing {
     }
 
     /// Enqueues a copy from the device into the first bytes, in `stream`: that of this landing, or one that is
-    /// captured for a graph launched there, each launch followed by [`Landing::expect`].
+    /// captured for a graph launched there. To be followed by [`Landing::expect`], once for each time the copy runs.
     pub fn receive(&mut self, stream: &Stream, from: Range) -> Result<()> {
         let len = from.len as usize;
         if len > self.pinned.len {
             return Err(Error::new(Kind::Internal, "cuda/staging", "more arrives than landing memory holds"));
         }
-        self.in_flight = true;
+        self.flight = Flight::Unmarked;
         if len == 0 {
             return Ok(());
         }
@@ -211,23 +228,28 @@ impl Landing {
         self.pinned.context.check(done, "copy from the device")
     }
 
-    /// Notes that a graph which copies here was launched in this landing's stream.
-    pub fn expect(&mut self) {
-        self.in_flight = true;
+    /// Notes that a copy to here has been enqueued in this landing's stream.
+    pub fn expect(&mut self) -> Result<()> {
+        self.flight = Flight::Unmarked;
+        self.arrived.record(&self.stream)?;
+        self.flight = Flight::Marked;
+        Ok(())
     }
 
-    /// Waits for copies.
+    /// Waits for copies, and for nothing that was enqueued after them.
     pub fn wait(&mut self) -> Result<()> {
-        if self.in_flight {
-            self.stream.synchronize()?;
-            self.in_flight = false;
+        match self.flight {
+            Flight::Landed => {}
+            Flight::Marked => self.arrived.synchronize()?,
+            Flight::Unmarked => self.stream.synchronize()?,
         }
+        self.flight = Flight::Landed;
         Ok(())
     }
 
     /// The bytes; empty while a copy may be running.
     pub fn bytes(&self) -> &[u8] {
-        if self.in_flight { &[] } else { self.pinned.bytes() }
+        if self.flight == Flight::Landed { self.pinned.bytes() } else { &[] }
     }
 }
 
