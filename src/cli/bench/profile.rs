@@ -10,7 +10,7 @@ use millrace::ir::cost::Cost;
 use millrace::ir::step_cost::step_cost;
 use millrace::ir::{Module, NodeId};
 use millrace::kernels::cpu::{Pool, ceilings};
-use millrace::runtime::profile::Step;
+use millrace::runtime::profile::{Span, Step};
 use millrace::{Error, Profile, Result};
 use serde_json::{Value, json};
 
@@ -40,13 +40,19 @@ struct Family {
     kernel: String,
     calls: usize,
     time: Duration,
+    /// How much of that was waiting for streamed weights.
+    stall: Duration,
+    /// Bytes of weights that were brought in meanwhile.
+    streamed: u64,
     cost: Cost,
 }
 
 impl Family {
-    fn add(&mut self, time: Duration, cost: Cost) {
+    fn add(&mut self, span: &Span, cost: Cost) {
         self.calls += 1;
-        self.time += time;
+        self.time += span.duration;
+        self.stall += span.stall;
+        self.streamed += span.streamed;
         self.cost = self.cost.plus(cost);
     }
 
@@ -119,7 +125,9 @@ pub fn summarise(module: &Module, profile: &Profile, ceilings: Ceilings) -> Summ
                 phase.families.push(Family { kernel: kernel.to_string(), ..Family::default() });
                 phase.families.len() - 1
             });
-            phase.families[index].add(span.duration, cost);
+            phase.families[index].add(span, cost);
+            phase.total.stall += span.stall;
+            phase.total.streamed += span.streamed;
             phase.total.cost = phase.total.cost.plus(cost);
             phase.total.calls += 1;
         }
@@ -151,7 +159,8 @@ impl Summary {
         )
     }
 
-    /// Cells below [`COLUMNS`], the last two for the time between kernels and for the whole.
+    /// Cells below [`COLUMNS`], the last ones for the time between kernels, for waiting inside kernels with the rate at which
+    /// weights streamed, if any did, and for the whole.
     fn cells(&self, phase: &Phase) -> Vec<[String; 8]> {
         let share = |time: Duration| format!("{:.1}", percent(ms(time), ms(phase.total.time)));
         let line = |name: &str, f: &Family| {
@@ -174,6 +183,15 @@ impl Summary {
         between[2] = format!("{:.3}", ms(outside));
         between[3] = share(outside);
         lines.push(between);
+        if phase.total.streamed > 0 {
+            let Family { stall, streamed, .. } = phase.total;
+            let mut waiting = [const { String::new() }; 8];
+            waiting[0] = "waiting for weights".to_string();
+            waiting[2] = format!("{:.3}", ms(stall));
+            waiting[3] = share(stall);
+            waiting[6] = format!("{:.1}", phase.total.rate(streamed));
+            lines.push(waiting);
+        }
         lines.push(line("total", &phase.total));
         lines
     }
@@ -217,6 +235,8 @@ impl Summary {
             json!({
                 "calls": f.calls,
                 "ms": ms(f.time),
+                "stall_ms": ms(f.stall),
+                "streamed_bytes": f.streamed,
                 "share": percent(ms(f.time), ms(phase.total.time)) / 100.0,
                 "flops": f.cost.flops,
                 "read_bytes": f.cost.read,
@@ -287,6 +307,8 @@ impl Trace {
                         "flops": cost.flops,
                         "read_bytes": cost.read,
                         "written_bytes": cost.written,
+                        "stall_us": us(span.stall),
+                        "streamed_bytes": span.streamed,
                     },
                 }));
             }
