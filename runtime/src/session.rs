@@ -637,8 +637,7 @@ impl<'e> Session<'e> {
         let result = match &mut self.backend {
             Backend::Cpu(cpu) => {
                 let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
-                let supply = Supply::new(self.engine, source);
-                cpu.run(supply, module, inputs, &sizes, &bindings, profile)
+                cpu.run(Supply::new(self.engine, source), module, inputs, &sizes, &bindings, profile)
             }
             Backend::Cuda(cuda) => rows.transpose().and_then(|argmax| {
                 let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
