@@ -32,7 +32,7 @@ fn nvrtc(test: &str) -> bool {
 
 fn options(target: &str, cache: Option<PathBuf>) -> CompileOptions {
     let target = TargetChoice::parse(target).unwrap();
-    let builder = Builder { cache, threads: None };
+    let builder = Builder { cache, ..Builder::default() };
     let mut options =
         CompileOptions { pipeline: target.level(2), target, builder, ..CompileOptions::default() };
     options.import.dummy_weights = true;

@@ -21,7 +21,7 @@ fn root(path: &str) -> PathBuf {
 
 fn options() -> CompileOptions {
     let target = TargetChoice::parse("cuda:sm_90a").unwrap();
-    let builder = Builder { cache: Some(root("target/kernel-cache")), threads: None };
+    let builder = Builder { cache: Some(root("target/kernel-cache")), threads: None, plan_only: false };
     let mut options =
         CompileOptions { pipeline: target.level(2), target, builder, ..CompileOptions::default() };
     options.import.dummy_weights = true;

@@ -9,6 +9,12 @@ use millrace_ir::cost::Sustained;
 use millrace_ir::plan::stream::{self, Demand, Placement, Ring};
 use millrace_ir::{Bindings, Error, Kind, Module, Result};
 
+/// Most slots of a ring.
+const SLOTS: usize = 1024;
+
+/// Least alignment of weights: that of all buffers.
+const ALIGN: u64 = 64;
+
 /// How much device memory the weights may take; for a CPU session, how much host memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum WeightBudget {
@@ -99,6 +105,8 @@ pub(crate) struct Residency {
 impl Residency {
     /// All weights of `module` resident.
     pub fn new(module: &Module, demand: Demand, ring: Ring) -> Result<Residency> {
+        let align = ring.align.max(ALIGN).checked_next_power_of_two().unwrap_or(ALIGN);
+        let ring = Ring { slots: ring.slots.clamp(2, SLOTS), align, ..ring };
         let work = typical_work(module, &demand);
         let placement = stream::place(&demand, u64::MAX, &ring, &work)?;
         Ok(Residency { demand, ring, budget: WeightBudget::Resident, placement, work })

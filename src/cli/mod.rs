@@ -1,6 +1,7 @@
 //! The command line: one file per verb. Results go to standard output, everything else to standard error.
 
 mod bench;
+mod ceilings;
 mod compare;
 mod compile;
 mod control;
@@ -8,6 +9,7 @@ mod demo;
 mod diff;
 mod doctor;
 mod eval;
+mod fit;
 mod hunt;
 mod inspect;
 mod memory;
@@ -43,6 +45,7 @@ enum Verb {
     Inspect(inspect::Args),
     Eval(eval::Args),
     Bench(bench::Args),
+    Fit(fit::Args),
     Tune(tune::Args),
     Opt(opt::Args),
     Passes(passes::Args),
@@ -74,6 +77,7 @@ pub fn main() -> ExitCode {
         Verb::Inspect(args) => inspect::main(&args),
         Verb::Eval(args) => eval::main(&args),
         Verb::Bench(args) => bench::main(&args),
+        Verb::Fit(args) => fit::main(&args),
         Verb::Tune(args) => tune::main(&args),
         Verb::Opt(args) => opt::main(&args),
         Verb::Passes(args) => passes::main(&args),

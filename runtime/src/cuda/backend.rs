@@ -440,9 +440,7 @@ impl Cuda {
             Some(profile) => self.run_timed(module, &prepared, turn, arrival, profile),
             None => self.run_fast(&mut prepared, turn, arrival),
         };
-        if result.is_ok() {
-            self.residence.end();
-        }
+        let result = result.and_then(|()| self.residence.end());
         let told = prepared.tail.is_some();
         self.prepared.put(key, prepared);
         result?;
@@ -573,7 +571,6 @@ impl Cuda {
             landing.receive(&self.stream, tail.indices)?;
             landing.expect()?;
         }
-        self.residence.join(&self.stream, false)?;
         staging.sent(&self.stream)?;
         self.report.last_launches = prepared.launches();
         self.report.plain += 1;
@@ -658,7 +655,7 @@ fn enqueue(
         tail.launch.enqueue(stream, overlap)?;
         landing.receive(stream, tail.indices)?;
     }
-    residence.join(stream, recorded)
+    Ok(())
 }
 
 impl Drop for Cuda {

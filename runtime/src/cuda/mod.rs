@@ -19,6 +19,7 @@ mod launch;
 mod library;
 mod program;
 mod range;
+mod rates;
 mod recent;
 mod report;
 mod residence;
@@ -32,6 +33,7 @@ mod upload;
 
 pub use driver::{DeviceInfo, RawStream};
 pub use library::Product;
+pub use rates::{Rates, rates};
 pub use report::{GraphReport, PoolReport, Survey, survey};
 pub use timing::{Bench, Timed, TimedBuffer, Timer, distance};
 

@@ -46,6 +46,8 @@ pub struct Builder {
     pub cache: Option<PathBuf>,
     /// Threads; one for each processor by default.
     pub threads: Option<usize>,
+    /// Build nothing: kernels get names and no images. For plans of engines that are not written.
+    pub plan_only: bool,
 }
 
 /// A kernel and whether the cache had it, or why there is none.
@@ -62,7 +64,7 @@ impl Builder {
             let base = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|h| h.join(".cache")))?;
             Some(base.join("millrace").join("kernels"))
         });
-        Builder { cache, threads: None }
+        Builder { cache, ..Builder::default() }
     }
 
     /// Builds all of `orders`; results are in their order.
@@ -129,6 +131,12 @@ impl Builder {
         let options = options(order.arch);
         let hash = key(order.source, &options);
         let entry = format!("{}_{}", order.source.family.replace(['.', '-'], "_"), &hash[..12]);
+        if self.plan_only {
+            let family = order.source.family.to_string();
+            let kernel =
+                DeviceKernel { entry, family, source: hash, image: 0, registers: 0, shared: 0, local: 0 };
+            return Ok((Built { kernel, image: Vec::new() }, false));
+        }
         // The version is part of the key where a compiler is at hand; without one, any version's image serves.
         let version = nvrtc::version().ok();
         let file = self.cache.as_ref().map(|c| c.join(format!("{hash}.{}.kernel", order.arch)));
