@@ -2,7 +2,7 @@
 //!
 //! `cargo bench --bench cpu_streaming -- ENGINE BUDGET_MIB [STEPS]`; a budget of 0 maps the whole file. Prints what is resident and
 //! what moves, the times of decode steps of one token, the peak resident set, and how fast threads that do nothing else
-//! read the weights, past the page cache and through it. The reading comes last and first, around the steps.
+//! read the same file, past the page cache: after every step, since a shared disk changes its rate from minute to minute.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -67,14 +67,16 @@ fn status(key: &str) -> f64 {
     line.trim_start_matches(':').trim().trim_end_matches("kB").trim().parse::<f64>().unwrap_or(0.0) / 1024.0
 }
 
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
 fn run(path: &str, budget: u64, steps: usize) -> Result<()> {
     let engine = Engine::open(path)?;
     let (start, len) = engine.file().weights_range().unwrap_or_default();
     println!("{:.3} GB of weights; resident set {:.0} MiB after opening", len as f64 / 1e9, status("VmRSS"));
     let rate = |flags: i32| read_rate(path, start, len, flags).map_err(io);
-    if budget > 0 {
-        println!("reading alone, direct: {:.3} GB/s", rate(DIRECT)?);
-    }
     let options = SessionOptions {
         allocation: Allocation::Dynamic,
         budget: if budget > 0 { WeightBudget::Bytes(budget << 20) } else { WeightBudget::Resident },
@@ -85,6 +87,7 @@ fn run(path: &str, budget: u64, steps: usize) -> Result<()> {
     println!("session in {:.3} s; {}", begin.elapsed().as_secs_f64(), session.ledger());
     let moved = session.placement().1.moved();
     println!("a step moves {:.3} GB in {} tiles", moved as f64 / 1e9, session.placement().1.copies.len());
+    let (mut times, mut rates) = (Vec::new(), Vec::new());
     for step in 0..steps {
         session.attach_profile(Profile::new());
         let mut model = Decoder::new(&mut session)?;
@@ -111,12 +114,16 @@ fn run(path: &str, budget: u64, steps: usize) -> Result<()> {
             bytes as f64 / 1e9,
             bytes as f64 / time / 1e9
         );
+        times.push(bytes as f64 / time / 1e9);
+        if budget > 0 {
+            rates.push(rate(DIRECT)?);
+            println!("    reading alone: {:.3} GB/s", rates[step]);
+        }
     }
     println!("peak resident set {:.0} MiB", status("VmHWM"));
-    drop(session);
     if budget > 0 {
-        println!("reading alone, direct: {:.3} GB/s", rate(DIRECT)?);
-        println!("reading alone, through the cache: {:.3} GB/s", rate(0)?);
+        let (step, alone) = (median(&mut times), median(&mut rates));
+        println!("medians: {step:.3} GB/s in steps, {alone:.3} GB/s alone: {:.1} %", step / alone * 100.0);
     }
     Ok(())
 }

@@ -103,7 +103,7 @@ pub(crate) struct Residency {
 }
 
 impl Residency {
-    /// All weights of `module` resident.
+    /// All weights of `module` resident. A ring has two slots or more, and what is in it is aligned for every kernel.
     pub fn new(module: &Module, demand: Demand, ring: Ring) -> Result<Residency> {
         let align = ring.align.max(ALIGN).checked_next_power_of_two().unwrap_or(ALIGN);
         let ring = Ring { slots: ring.slots.clamp(2, SLOTS), align, ..ring };

@@ -218,8 +218,3 @@ pub(crate) fn host_memory(name: &str) -> u64 {
     };
     std::fs::read_to_string("/proc/meminfo").ok().and_then(line).unwrap_or(u64::MAX)
 }
-
-/// Bytes of host memory that are available, as far as the system tells.
-pub(crate) fn available_memory() -> u64 {
-    host_memory("MemAvailable:")
-}

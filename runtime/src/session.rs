@@ -637,11 +637,11 @@ impl<'e> Session<'e> {
         let result = match &mut self.backend {
             Backend::Cpu(cpu) => {
                 let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
-                let supply = Supply::new(self.engine, source);
-                cpu.run(supply, module, inputs, &sizes, &bindings, profile)
+                cpu.run(Supply::new(self.engine, source), module, inputs, &sizes, &bindings, profile)
             }
             Backend::Cuda(cuda) => rows.transpose().and_then(|argmax| {
-                cuda.start(module, inputs, &sizes, &bindings, After { argmax, fed }, profile)
+                let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
+                cuda.start((self.engine, source), inputs, &sizes, &bindings, After { argmax, fed }, profile)
             }),
         };
         if let Some(profile) = &mut self.profile {

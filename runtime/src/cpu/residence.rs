@@ -21,7 +21,7 @@ use crate::budget::Residency;
 use crate::direct::DirectFile;
 use crate::engine::Engine;
 use crate::mapping::Pages;
-use crate::memory::{Region, available_memory};
+use crate::memory::{Region, host_memory};
 use crate::weights::{Origin, Supply, Weights};
 
 /// Rows of a table that the calling thread reads by itself; for more the readers are faster.
@@ -227,7 +227,7 @@ impl Streamed {
             None => Pages::new(fixed_len, "weights")?,
         };
         // The page cache helps if it keeps all of what is read step by step.
-        let direct = placement.moved() > available_memory() / 2;
+        let direct = placement.moved() > host_memory("MemAvailable:") / 2;
         let readers = match supply.file() {
             Some((file, path)) => {
                 Some(Readers::new(DirectFile::new(file, path, direct)?, placement.slots + 1)?)

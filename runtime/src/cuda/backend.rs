@@ -23,7 +23,7 @@ use super::program::{Program, bundle};
 use super::range::Range;
 use super::recent::Recent;
 use super::report::{GraphReport, PoolReport};
-use super::residence::{Found, Residence};
+use super::residence::{Copier, Found, Residence};
 use super::resolve::{Addresses, Limits, Resolved, pack, parts, resolve, workspace_bytes};
 use super::transfer::{Landing, Staging};
 use super::upload::Sources;
@@ -123,7 +123,6 @@ pub(crate) struct Cuda {
     /// Whether activations, inputs and outputs stay where they are.
     fixed: bool,
     report: GraphReport,
-    threads: usize,
     stream: Arc<Stream>,
     recording: Arc<Stream>,
     context: Arc<Context>,
@@ -159,11 +158,10 @@ impl Cuda {
             workspace: None,
             counters: None,
             states: Vec::new(),
-            residence: Residence::new(&context),
+            residence: Residence::new(&context, options.host_cap, threads),
             program,
             fixed: false,
             report: GraphReport { enabled: options.graphs, ..GraphReport::default() },
-            threads,
             stream,
             recording: Stream::new(&context)?,
             context,
@@ -214,7 +212,7 @@ impl Cuda {
         // Launches and graphs name memory that may go.
         self.prepared.clear();
         let sources = Sources::of(engine, source)?;
-        self.residence.place(&sources, residency, self.threads)
+        self.residence.place(&sources, residency)
     }
 
     /// Bytes of resident weights and of the ring on the device.
@@ -384,15 +382,17 @@ impl Cuda {
     /// asked for and the device can tell it, [`Cuda::take`] does.
     pub fn start(
         &mut self,
-        module: &Module,
+        (engine, source): (&Engine, Option<&dyn TensorSource>),
         inputs: &[TensorRef<'_>],
         sizes: &StepSizes,
         bindings: &Bindings,
         after: After,
         profile: Option<&mut Profile>,
     ) -> Result<()> {
+        let module = engine.module();
         self.context.enter()?;
-        self.residence.heal()?;
+        let sources = if self.residence.is_fed() { Some(Sources::of(engine, source)?) } else { None };
+        self.residence.heal(sources.as_ref())?;
         self.retire_outputs();
         if self.ahead.len() >= TURNS || (after.fed.is_some() && self.ahead.is_empty()) {
             let message = "steps ahead are taken one by one, and the first is not fed";
@@ -420,10 +420,10 @@ impl Cuda {
         prepared.uses += 1;
         self.residence.begin();
         let result = match profile {
-            Some(profile) => self.run_timed(module, &prepared, turn, arrival, profile),
-            None => self.run_fast(&mut prepared, turn, arrival),
+            Some(profile) => self.run_timed(module, &prepared, turn, arrival, sources.as_ref(), profile),
+            None => self.run_fast(&mut prepared, turn, arrival, sources.as_ref()),
         };
-        let result = result.and_then(|()| self.residence.end());
+        let result = result.and_then(|()| self.residence.end(sources.as_ref()));
         let told = prepared.tail.is_some();
         self.prepared.put(key, prepared);
         result?;
@@ -478,16 +478,22 @@ impl Cuda {
     }
 
     /// Replays or launches one by one.
-    fn run_fast(&mut self, prepared: &mut Prepared, turn: usize, arrival: Range) -> Result<()> {
+    fn run_fast(
+        &mut self,
+        prepared: &mut Prepared,
+        turn: usize,
+        arrival: Range,
+        sources: Option<&Sources<'_>>,
+    ) -> Result<()> {
         let Turn { staging, landing } = &mut self.turns[turn];
         let staging = staging.as_mut().ok_or_else(no_memory)?;
         let mut landing = landing.as_mut();
-        let residence = &self.residence;
+        let copier = Copier { residence: &self.residence, sources };
         self.report.last_launches = prepared.launches();
-        let recurs = self.report.enabled && self.fixed && prepared.uses > 1;
+        let recurs = self.report.enabled && self.fixed && prepared.uses > 1 && sources.is_none();
         if recurs && prepared.graphs[turn].is_none() && !prepared.graph_failed {
             let recorded = Graph::record(&self.recording, |stream| {
-                enqueue(prepared, arrival, staging, landing.as_deref_mut(), residence, stream, true)
+                enqueue(prepared, arrival, staging, landing.as_deref_mut(), copier, stream, true)
             });
             match recorded {
                 Ok(graph) => {
@@ -507,7 +513,7 @@ impl Cuda {
                 self.report.replayed += 1;
             }
             None => {
-                enqueue(prepared, arrival, staging, landing.as_deref_mut(), residence, &self.stream, false)?;
+                enqueue(prepared, arrival, staging, landing.as_deref_mut(), copier, &self.stream, false)?;
                 self.report.plain += 1;
             }
         }
@@ -524,8 +530,10 @@ impl Cuda {
         prepared: &Prepared,
         turn: usize,
         arrival: Range,
+        sources: Option<&Sources<'_>>,
         profile: &mut Profile,
     ) -> Result<()> {
+        let copier = Copier { residence: &self.residence, sources };
         while self.events.len() <= prepared.resolved.steps.len() {
             self.events.push(Event::new(&self.context, true)?);
         }
@@ -533,21 +541,21 @@ impl Cuda {
         let staging = staging.as_mut().ok_or_else(no_memory)?;
         staging.send(&self.stream, arrival)?;
         if let Some(feed) = &prepared.feed {
-            feed.enqueue(&self.stream, &self.residence, false, false)?;
+            feed.enqueue(&self.stream, copier, false, false)?;
         }
         self.events[0].record(&self.stream)?;
         let mut done = 0;
         for ((_, actions), event) in prepared.resolved.steps.iter().zip(&self.events[1..]) {
             let mut overlap = false;
             for ready in &prepared.ready[actions.clone()] {
-                ready.enqueue(&self.stream, &self.residence, overlap, false)?;
+                ready.enqueue(&self.stream, copier, overlap, false)?;
                 overlap = ready.is_launch();
             }
             event.record(&self.stream)?;
             done = actions.end;
         }
         for ready in &prepared.ready[done..] {
-            ready.enqueue(&self.stream, &self.residence, false, false)?;
+            ready.enqueue(&self.stream, copier, false, false)?;
         }
         if let (Some(tail), Some(landing)) = (&prepared.tail, landing) {
             tail.launch.enqueue(&self.stream, false)?;
@@ -620,18 +628,18 @@ fn enqueue(
     arrival: Range,
     staging: &mut Staging,
     landing: Option<&mut Landing>,
-    residence: &Residence,
+    copier: Copier<'_>,
     stream: &Stream,
     recorded: bool,
 ) -> Result<()> {
     staging.send(stream, arrival)?;
     if let Some(feed) = &prepared.feed {
-        feed.enqueue(stream, residence, false, recorded)?;
+        feed.enqueue(stream, copier, false, recorded)?;
     }
     // The first kernel follows a copy: there is nothing it could overlap.
     let mut overlap = false;
     for ready in &prepared.ready {
-        ready.enqueue(stream, residence, overlap, recorded)?;
+        ready.enqueue(stream, copier, overlap, recorded)?;
         overlap = ready.is_launch();
     }
     if let (Some(tail), Some(landing)) = (&prepared.tail, landing) {

@@ -2,7 +2,10 @@
 //!
 //! Weights that never move share one block; each of the others has a block of its own for the slices that are resident, so
 //! that a change of budget touches only what changes. A weight that streams is in host memory as a whole, and its
-//! host copy stays when it becomes resident again. Tables whose rows are read from afar are read there.
+//! host copy stays until nothing streams any more. Tables whose rows are read from afar are read there.
+//!
+//! Host memory may be bounded too. Then what does not fit it comes from the engine file through a few pinned buffers, filled by the
+//! thread that enqueues the step, which therefore cannot be a graph.
 //!
 //! A step's copies are enqueued with its kernels, into the same graph if there is one. The first copies of the next step follow
 //! outside of the graph, so that the link is busy while one step ends and another begins.
@@ -18,8 +21,8 @@ use millrace_ir::{Error, Id, Kind, Result};
 use super::driver::{Block, Context, Event, Stream};
 use super::range::Range;
 use super::resolve::{Ring, Tile};
-use super::transfer::Pinned;
-use super::upload::{Load, Sources, share, upload};
+use super::transfer::{Pinned, Staging};
+use super::upload::{Load, Piece, Sources, share, upload};
 use crate::budget::Residency;
 use crate::places::Piece as _;
 
@@ -66,8 +69,14 @@ pub(super) struct Residence {
     /// By item.
     held: Vec<Held>,
     ring: Option<Block>,
-    /// By item.
+    /// By item: its copy in host memory.
     host: Vec<Option<Pinned>>,
+    /// Most bytes of pinned memory for weights.
+    host_cap: Option<u64>,
+    /// Buffers for copies whose weight is not in host memory.
+    feeders: Mutex<Feeders>,
+    /// Threads that fill.
+    threads: usize,
     demand: Demand,
     placement: Option<Placement>,
     running: Option<Lanes>,
@@ -76,6 +85,24 @@ pub(super) struct Residence {
     /// Whether the ring holds what a step expects.
     intact: bool,
     context: Arc<Context>,
+}
+
+/// Buffers that take turns between the file and the ring.
+#[derive(Default)]
+struct Feeders {
+    buffers: Vec<Staging>,
+    next: usize,
+}
+
+/// Fewest and most buffers of [`Feeders`]: one is filled while others are copied.
+const FEEDERS: (u64, u64) = (2, 4);
+
+/// What enqueues the copies of a step.
+#[derive(Clone, Copy)]
+pub(super) struct Copier<'a> {
+    pub residence: &'a Residence,
+    /// Where weights come from that are not in host memory; not needed if all are.
+    pub sources: Option<&'a Sources<'a>>,
 }
 
 /// Where a step finds a weight.
@@ -98,13 +125,16 @@ fn not_placed() -> Error {
 
 impl Residence {
     /// No weight is anywhere.
-    pub fn new(context: &Arc<Context>) -> Residence {
+    pub fn new(context: &Arc<Context>, host_cap: Option<u64>, threads: usize) -> Residence {
         Residence {
             fixed: None,
             fixed_at: Vec::new(),
             held: Vec::new(),
             ring: None,
             host: Vec::new(),
+            host_cap,
+            feeders: Mutex::default(),
+            threads,
             demand: Demand::default(),
             placement: None,
             running: None,
@@ -121,7 +151,8 @@ impl Residence {
     }
 
     /// Brings the weights to where `residency` has them. No work that uses weights may be running.
-    pub fn place(&mut self, sources: &Sources<'_>, residency: &Residency, threads: usize) -> Result<()> {
+    pub fn place(&mut self, sources: &Sources<'_>, residency: &Residency) -> Result<()> {
+        let threads = self.threads;
         self.settle()?;
         self.intact = false;
         let next = residency.placement.clone();
@@ -143,10 +174,7 @@ impl Residence {
         if self.ring.as_ref().map_or(0, |b| b.range().len) != next.ring_bytes() {
             self.ring = None;
         }
-        let streams =
-            |i: &usize| Self::moves(&self.demand.items[*i]) && slices[*i] < self.demand.items[*i].slices;
-        let wanted: Vec<usize> =
-            (0..slices.len()).filter(|i| streams(i) && self.host[*i].is_none()).collect();
+        let wanted = self.share_host(&next)?;
         self.bring_to_host(sources, &wanted, threads)?;
         let mut loads: Vec<(Range, Load)> = Vec::new();
         if first {
@@ -191,7 +219,62 @@ impl Residence {
             self.turnover = Some(Turnover { arrived, left });
         }
         self.placement = Some(next);
-        self.heal()
+        self.heal(Some(sources))
+    }
+
+    /// Decides which weights are in host memory, within its bound: those are returned that are not there yet. Tables come
+    /// first, since rows are read there; what does not fit is left to [`Feeders`], which are made here.
+    fn share_host(&mut self, next: &Placement) -> Result<Vec<usize>> {
+        let items = &self.demand.items;
+        let streams = |i: &usize| Self::moves(&items[*i]) && next.resident[*i] < items[*i].slices;
+        let mut wanted: Vec<usize> = (0..items.len()).filter(streams).collect();
+        let Some(cap) = self.host_cap else {
+            if wanted.is_empty() {
+                self.host.iter_mut().for_each(|host| *host = None);
+            }
+            wanted.retain(|i| self.host[*i].is_none());
+            return Ok(wanted);
+        };
+        let table = |i: &usize| items[*i].cut == Some(Cut::Rows);
+        wanted.sort_by_key(|i| !table(i));
+        let all: u64 = wanted.iter().map(|i| items[*i].bytes).sum();
+        let tables: u64 = wanted.iter().filter(|i| table(i)).map(|i| items[*i].bytes).sum();
+        let slot = next.slot_bytes.max(1);
+        let feeders = if all <= cap { 0 } else { (cap.saturating_sub(tables) / slot).min(FEEDERS.1) };
+        if all > cap && (feeders < FEEDERS.0 || next.copies.is_empty()) {
+            let least = tables + if next.copies.is_empty() { 0 } else { FEEDERS.0 * next.slot_bytes };
+            let message = format!("weights need {least} bytes of host memory at least, the cap is {cap}");
+            return Err(Error::new(Kind::OutOfMemory, "run/host-cap", message)
+                .hint(format!("raise --host-cap to {least} bytes, or keep more weights on the device")));
+        }
+        let mut room = cap - feeders * next.slot_bytes;
+        wanted.retain(|i| {
+            let fits = items[*i].bytes <= room;
+            room -= if fits { items[*i].bytes } else { 0 };
+            fits
+        });
+        // What is in host memory without need goes first.
+        for (index, host) in self.host.iter_mut().enumerate() {
+            if !wanted.contains(&index) {
+                *host = None;
+            }
+        }
+        let held = self.feeders.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if held.buffers.len() as u64 != feeders
+            || held.buffers.iter().any(|b| b.len() as u64 != next.slot_bytes)
+        {
+            held.buffers.clear();
+            for _ in 0..feeders {
+                held.buffers.push(Staging::new(&self.context, next.slot_bytes as usize)?);
+            }
+        }
+        wanted.retain(|i| self.host[*i].is_none());
+        Ok(wanted)
+    }
+
+    /// Whether copies of a step come from elsewhere than host memory, so that no graph can make them.
+    pub fn is_fed(&self) -> bool {
+        self.placement.as_ref().is_some_and(|p| p.copies.iter().any(|c| self.host[c.item].is_none()))
     }
 
     /// Pins and fills host memory for items.
@@ -221,7 +304,9 @@ impl Residence {
 
     /// Bytes of pinned host memory.
     pub fn host_bytes(&self) -> u64 {
-        self.host.iter().flatten().map(|p| p.len() as u64).sum()
+        let feeders = self.feeders.lock().unwrap_or_else(PoisonError::into_inner);
+        let buffers = feeders.buffers.iter().map(|b| b.len() as u64);
+        self.host.iter().flatten().map(|p| p.len() as u64).chain(buffers).sum()
     }
 
     /// Bytes of blocks: residents and ring.
@@ -283,12 +368,25 @@ impl Residence {
     }
 
     /// Enqueues a copy into its slot in `stream`.
-    fn send(&self, copy: usize, stream: &Stream) -> Result<()> {
+    fn send(&self, copy: usize, stream: &Stream, sources: Option<&Sources<'_>>) -> Result<()> {
         let target = self.target(copy)?;
-        let placement = self.placement()?;
-        let part = &placement.copies[copy];
-        let host = self.host[part.item].as_ref().ok_or_else(not_placed)?;
-        host.send(stream, part.first * self.demand.items[part.item].slice_bytes, target)
+        let part = &self.placement()?.copies[copy];
+        let from = part.first * self.demand.items[part.item].slice_bytes;
+        if let Some(host) = &self.host[part.item] {
+            return host.send(stream, from, target);
+        }
+        let sources = sources.ok_or_else(not_placed)?;
+        let mut feeders = self.feeders.lock().unwrap_or_else(PoisonError::into_inner);
+        let Feeders { buffers, next } = &mut *feeders;
+        let turn = *next % buffers.len().max(1);
+        *next = next.wrapping_add(1);
+        let buffer = buffers.get_mut(turn).ok_or_else(not_placed)?;
+        let piece = Piece { index: part.item, from, len: part.bytes, to: 0 };
+        let load = Load { pieces: vec![piece], bytes: part.bytes };
+        let room = buffer.fill()?.get_mut(..part.bytes as usize).ok_or_else(not_placed)?;
+        sources.read(vec![(&load, room)], self.threads)?;
+        buffer.send(stream, target)?;
+        buffer.sent(stream)
     }
 
     fn lanes(&self, recorded: bool) -> Result<&Lanes> {
@@ -306,13 +404,13 @@ impl Residence {
     }
 
     /// Brings the first copies of a step into their slots if a step may have failed since.
-    pub fn heal(&mut self) -> Result<()> {
+    pub fn heal(&mut self, sources: Option<&Sources<'_>>) -> Result<()> {
         let placement = self.placement()?;
         if !self.intact && !placement.copies.is_empty() {
             let (lanes, turnover) = (self.lanes(false)?, self.turnover()?);
             lanes.copies.synchronize()?;
             for copy in 0..placement.copies.len().min(placement.slots) {
-                self.send(copy, &lanes.copies)?;
+                self.send(copy, &lanes.copies, sources)?;
                 turnover.arrived[copy].record(&lanes.copies)?;
             }
             lanes.copies.synchronize()?;
@@ -331,8 +429,7 @@ impl Residence {
         self.placement.as_ref().map_or(0, Placement::moved)
     }
 
-    /// Lets `stream` wait for a copy. `recorded` tells whether the stream records.
-    pub fn arrive(&self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
+    fn arrive(&self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
         let placement = self.placement()?;
         let slot = placement.copies[copy].slot;
         // A copy that has its slot to itself is there.
@@ -344,8 +441,13 @@ impl Residence {
         }
     }
 
-    /// After the kernels that use a copy: enqueues the next into its slot if that belongs to the same step.
-    pub fn leave(&self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
+    fn leave(
+        &self,
+        copy: usize,
+        stream: &Stream,
+        recorded: bool,
+        sources: Option<&Sources<'_>>,
+    ) -> Result<()> {
         let placement = self.placement()?;
         let Some(next) = placement.next(copy) else { return Ok(()) };
         let slot = placement.copies[copy].slot;
@@ -356,12 +458,12 @@ impl Residence {
         let lanes = self.lanes(recorded)?;
         lanes.left[slot].record(stream)?;
         lanes.copies.wait(&lanes.left[slot])?;
-        self.send(next, &lanes.copies)?;
+        self.send(next, &lanes.copies, sources)?;
         lanes.arrived[slot].record(&lanes.copies)
     }
 
     /// A step has been enqueued, in whatever way: enqueues the first copies of the next behind it.
-    pub fn end(&mut self) -> Result<()> {
+    pub fn end(&mut self, sources: Option<&Sources<'_>>) -> Result<()> {
         let placement = self.placement()?;
         let (count, slots) = (placement.copies.len(), placement.slots);
         if placement.moved() > 0 {
@@ -370,12 +472,24 @@ impl Residence {
             for copy in count.saturating_sub(slots)..count {
                 let Some(next) = placement.next(copy).filter(|next| *next <= copy) else { continue };
                 lanes.copies.wait(&turnover.left[next])?;
-                self.send(next, &lanes.copies)?;
+                self.send(next, &lanes.copies, sources)?;
                 turnover.arrived[next].record(&lanes.copies)?;
             }
         }
         self.intact = true;
         Ok(())
+    }
+}
+
+impl Copier<'_> {
+    /// Lets `stream` wait for a copy. `recorded` tells whether the stream records.
+    pub fn arrive(self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
+        self.residence.arrive(copy, stream, recorded)
+    }
+
+    /// After the kernels that use a copy: enqueues the next into its slot if that belongs to the same step.
+    pub fn leave(self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
+        self.residence.leave(copy, stream, recorded, self.sources)
     }
 }
 
