@@ -251,14 +251,11 @@ pub fn report(session: &Session<'_>, built: bool) -> Result<String> {
     ));
     if let Some(model) = engine.manifest().model.as_ref().filter(|_| session.kv_pages() > 0) {
         let pages = session.kv_pages();
-        let tokens = pages.saturating_mul(model.tokens_per_block as u64);
+        let tokens = pages.saturating_mul(model.tokens_per_block);
         line(format!("Number of blocks in KV cache primary pool: {pages}"));
         line("Number of blocks in KV cache secondary pool: 0".to_string());
         line(format!("Number of tokens per block: {}", model.tokens_per_block));
-        let most = millrace::generation::blocks_per_sequence(
-            model.max_seq_len as u64,
-            model.tokens_per_block as u64,
-        );
+        let most = millrace::generation::blocks_per_sequence(model.max_seq_len, model.tokens_per_block);
         line(format!("Max KV cache blocks per sequence: {most}"));
         let bytes = size::show(ledger.now(Class::Kv));
         line(format!("Allocated {bytes} for max tokens in paged KV cache ({tokens})."));
