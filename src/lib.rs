@@ -29,6 +29,6 @@ pub use millrace_runtime as runtime;
 pub use millrace_compiler::{CompileOptions, Compiled, compile};
 pub use millrace_ir::{Error, Kind, Result};
 pub use millrace_runtime::{
-    Allocation, AllocationGuard, Class, Decoder, Device, Encoder, Engine, Ledger, Profile, Session,
-    SessionOptions, TensorRef, generation,
+    Allocation, AllocationGuard, Arena, Class, Decoder, Device, Encoder, Engine, Ledger, Lent, Profile,
+    ProfileChoice, Session, SessionOptions, TensorRef, generation,
 };

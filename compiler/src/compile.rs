@@ -8,6 +8,7 @@ use millrace_ir::engine::{SectionKind, WrittenEngine};
 use millrace_ir::kernel_sources::KernelSources;
 use millrace_ir::launch::Bundle;
 use millrace_ir::manifest::{LanguageModel, Manifest, ModelKind};
+use millrace_ir::shape_profile::{ShapeProfile, restrict};
 use millrace_ir::verify::check;
 use millrace_ir::{Bindings, DType, Error, Kind, Module, Phase, Result, text};
 use millrace_kernels::cuda::Source;
@@ -39,6 +40,8 @@ pub struct CompileOptions {
     pub target: TargetChoice,
     /// How device kernels are built.
     pub builder: Builder,
+    /// Shapes the engine is for; all that the limits allow if there are none.
+    pub profiles: Vec<ShapeProfile>,
 }
 
 impl Default for CompileOptions {
@@ -52,6 +55,7 @@ impl Default for CompileOptions {
             controls: Controls::default(),
             target: TargetChoice::default(),
             builder: Builder::usual(),
+            profiles: Vec::new(),
         }
     }
 }
@@ -168,6 +172,8 @@ pub fn compile_with<'a>(
 ) -> Result<Compiled> {
     let SourceModel { mut module, folder, limits, hash: source_hash } =
         SourceModel::read(path, &options.import)?;
+    restrict(&mut module, &options.profiles)?;
+    let limits = limits.map(|l| l.within(&module)).transpose()?;
     if let Some(observer) = &mut observer {
         observer("import", &module, true);
     }
@@ -245,6 +251,7 @@ fn manifest(
         pipeline: options.pipeline.to_string(),
         weight_streaming: options.weight_streaming,
         model,
+        profiles: options.profiles.clone(),
     }
 }
 

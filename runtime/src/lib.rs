@@ -12,6 +12,7 @@ pub mod cuda;
 pub mod engine;
 pub mod generation;
 pub mod ledger;
+pub mod lent;
 #[allow(unsafe_code)]
 mod mapping;
 #[allow(unsafe_code)]
@@ -27,7 +28,8 @@ mod weights;
 pub use budget::WeightBudget;
 pub use engine::Engine;
 pub use ledger::{Class, Ledger};
+pub use lent::{Arena, Lent};
 pub use models::{Decoder, Encoder};
-pub use options::{Allocation, Device, SessionOptions};
+pub use options::{Allocation, Device, ProfileChoice, SessionOptions};
 pub use profile::Profile;
 pub use session::{AllocationGuard, Session, TensorRef, WeightBudgetGuard};

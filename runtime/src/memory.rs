@@ -62,6 +62,13 @@ impl Buffer {
     }
 }
 
+impl Region {
+    /// A region over borrowed bytes that may be written; the borrow must live as long as the region is used.
+    pub fn of(bytes: &mut [u8]) -> Region {
+        Region { pointer: bytes.as_mut_ptr(), len: bytes.len(), writable: true }
+    }
+}
+
 #[repr(align(64))]
 struct Aligned;
 

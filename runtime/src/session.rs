@@ -1,8 +1,12 @@
-//! A session: an engine with memory. Runs one step at a time, with static or dynamic allocation.
+//! A session: an engine with memory. Runs one step at a time.
 //!
-//! Static: arena, inputs and outputs are allocated once at the upper bounds of the symbols; no step allocates.
+//! Static: arena, inputs and outputs are allocated once, for the largest step of any profile; no step allocates.
+//! On profile change: for the largest step of one profile, which a shape or the caller selects.
 //! Dynamic: a step allocates its arena for its own shape and gives it back; inputs and outputs have their own size too.
-//! Both evaluate the same symbolic plan.
+//! User managed: the caller lends memory for the arena, to this session or to several in turns.
+//! All evaluate the same symbolic plan.
+
+mod allocation;
 
 use std::ops::{Deref, DerefMut};
 
@@ -16,9 +20,12 @@ use crate::cpu::Cpu;
 use crate::cuda::{Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger};
+use crate::lent::Lent;
 use crate::options::{Allocation, Device, SessionOptions};
 use crate::profile::{Profile, sequences};
 use crate::sizes::{StepSizes, no_size, state_bytes};
+
+use allocation::{Bounds, Held, Need};
 
 /// A tensor of the caller or of a session, dense and row-major, little-endian.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +62,9 @@ pub struct Session<'e> {
     maxima: Bindings,
     output_shapes: Vec<Vec<u64>>,
     allocation: Allocation,
+    bounds: Vec<Bounds>,
+    choice: Option<usize>,
+    held: Held,
     cap: Option<u64>,
     ledger: Ledger,
     profile: Option<Profile>,
@@ -114,6 +124,9 @@ impl<'e> Session<'e> {
         let mut session = Session {
             engine,
             backend,
+            bounds: Bounds::of(engine, &maxima),
+            choice: None,
+            held: Held::Nothing,
             state_shapes: Vec::new(),
             maxima,
             output_shapes: Vec::new(),
@@ -124,6 +137,7 @@ impl<'e> Session<'e> {
             residency: Residency::new(module, options.ring)?,
             source: None,
         };
+        session.choose(&options.profile)?;
         let placement = session.placement_for(options.budget)?;
         (session.residency.placement, session.residency.budget) = (placement, options.budget);
         session.check_memory()?;
@@ -136,9 +150,7 @@ impl<'e> Session<'e> {
             let shape = state.ty.shape_at(&session.maxima).ok_or_else(|| no_size(&state.name))?;
             session.state_shapes.push((id, shape));
         }
-        if session.allocation == Allocation::Static {
-            session.allocate(&session.maxima.clone())?;
-        }
+        session.hold_standing()?;
         session.note_device_memory();
         Ok(session)
     }
@@ -147,42 +159,38 @@ impl<'e> Session<'e> {
         self.engine.module()
     }
 
-    /// Bytes the session will hold in each class at `bindings`, staging memory left out.
+    /// Bytes the session will hold in each class with memory for a step at `bindings`, staging memory left out. Cache pages need
+    /// no value.
     ///
     /// # Errors
     /// `run/no-size` if a size has no value.
     pub fn required(&self, bindings: &Bindings) -> Result<Vec<(Class, u64)>> {
-        let module = self.module();
-        let sizes = StepSizes::at(module, bindings)?;
+        self.required_with(&self.need_at(bindings)?)
+    }
+
+    /// Bytes by class if steps allocate `need`.
+    fn required_with(&self, need: &Need) -> Result<Vec<(Class, u64)>> {
         let mut required = vec![
             (Class::Weights, self.residency.placement.resident_bytes),
             (Class::Ring, self.residency.placement.ring_bytes()),
-            (Class::Activations, sizes.activations()),
-            (Class::Io, sizes.io()),
-            (Class::Kv, state_bytes(module, bindings)?),
+            (Class::Activations, need.sizes.activations()),
+            (Class::Io, need.sizes.io()),
+            (Class::Kv, state_bytes(self.module(), &self.maxima)?),
         ];
         if let Backend::Cuda(cuda) = &self.backend {
-            required.push((Class::Workspace, cuda.workspace_bytes(bindings)?));
+            required.push((Class::Workspace, need.scratch.saturating_add(cuda.counter_bytes())));
         }
         Ok(required)
     }
 
     /// Compares what is needed at load with the cap and with the free memory of a device.
     fn check_memory(&self) -> Result<()> {
-        // A dynamic session is asked for the smallest step at load and for each step's own shape later.
-        let bindings = match self.allocation {
-            Allocation::Static => self.maxima.clone(),
-            Allocation::Dynamic => {
-                let mut minima = Bindings::minima(&self.module().dims);
-                self.maxima.iter().filter(|(s, _)| s.name() == PAGES).for_each(|(s, v)| minima.set(s, v));
-                minima
-            }
-        };
+        let need = self.standing_need()?;
         if let Some(cap) = self.cap {
-            self.check_cap_at(cap, &bindings)?;
+            self.check_cap_at(cap, &need)?;
         }
         if let Backend::Cuda(cuda) = &self.backend {
-            let required = self.required(&bindings)?;
+            let required = self.required_with(&need)?;
             let total: u64 = required.iter().map(|(_, b)| b).sum();
             let (free, all) = cuda.memory()?;
             if total > free {
@@ -197,8 +205,8 @@ impl<'e> Session<'e> {
         Ok(())
     }
 
-    fn check_cap_at(&self, cap: u64, bindings: &Bindings) -> Result<()> {
-        let required = self.required(bindings)?;
+    fn check_cap_at(&self, cap: u64, need: &Need) -> Result<()> {
+        let required = self.required_with(need)?;
         let total: u64 = required.iter().map(|(_, b)| b).sum();
         if total <= cap {
             return Ok(());
@@ -208,25 +216,30 @@ impl<'e> Session<'e> {
             .hint("raise --memory-cap, use --memory dynamic, or compile with smaller limits"))
     }
 
-    /// Allocates arena, inputs and outputs for `bindings`.
-    fn allocate(&mut self, bindings: &Bindings) -> Result<()> {
-        self.release();
+    /// Allocates `need`; what is held goes first, unless the cap does not take `need`.
+    fn allocate(&mut self, need: &Need, fixed: bool) -> Result<()> {
         if let Some(cap) = self.cap {
-            self.check_cap_at(cap, bindings)?;
+            self.check_cap_at(cap, need)?;
         }
-        let sizes = StepSizes::at(self.module(), bindings)?;
-        match &mut self.backend {
-            Backend::Cpu(cpu) => cpu.allocate(&sizes)?,
-            Backend::Cuda(cuda) => cuda.allocate(&sizes, bindings, self.allocation)?,
+        self.release();
+        let done = match &mut self.backend {
+            Backend::Cpu(cpu) => cpu.allocate(&need.sizes),
+            Backend::Cuda(cuda) => cuda.allocate(&need.sizes, need.scratch, fixed),
+        };
+        if let Err(error) = done {
+            // Some of it may be there.
+            self.release();
+            return Err(error);
         }
-        self.ledger.set(Class::Activations, sizes.activations());
-        self.ledger.set(Class::Io, sizes.io());
+        self.ledger.set(Class::Activations, need.sizes.activations());
+        self.ledger.set(Class::Io, need.sizes.io());
         self.note_device_memory();
         Ok(())
     }
 
     fn release(&mut self) {
         on_backend!(&mut self.backend, b => b.release());
+        self.held = Held::Nothing;
         self.ledger.set(Class::Activations, 0);
         self.ledger.set(Class::Io, 0);
         self.note_device_memory();
@@ -248,7 +261,7 @@ impl<'e> Session<'e> {
     /// upper bounds and what its weights hold already.
     fn room_for_weights(&self) -> Result<u64> {
         let weights = |c: &Class| matches!(c, Class::Weights | Class::Ring);
-        let required = self.required(&self.maxima)?;
+        let required = self.required_with(&self.need_of_all()?)?;
         let rest: u64 = required.iter().filter(|(c, _)| !weights(c)).map(|(_, b)| b).sum();
         let held = |c: &Class| self.ledger.now(*c);
         let own: u64 = Class::ALL.iter().filter(|c| **c != Class::Staging).map(held).sum();
@@ -319,12 +332,9 @@ impl<'e> Session<'e> {
 
     /// Compares what is held at the current allocation with the cap.
     fn check_cap(&self) -> Result<()> {
-        match (self.cap, self.allocation) {
-            (Some(cap), Allocation::Static) => self.check_cap_at(cap, &self.maxima),
-            (Some(cap), Allocation::Dynamic) => {
-                self.check_cap_at(cap, &Bindings::minima(&self.module().dims))
-            }
-            (None, _) => Ok(()),
+        match self.cap {
+            Some(cap) => self.check_cap_at(cap, &self.standing_need()?),
+            None => Ok(()),
         }
     }
 
@@ -366,31 +376,30 @@ impl<'e> Session<'e> {
         self.maxima.iter().find(|(s, _)| s.name() == PAGES).map_or(0, |(_, v)| v)
     }
 
-    /// Changes the allocation until the guard is dropped; works in both directions.
+    /// Changes the allocation until the guard is dropped; works in every direction and any nesting.
     ///
     /// # Errors
-    /// `run/cap` or `run/out-of-memory` when changing to static; the session then stays as it was.
+    /// `run/cap` or `run/out-of-memory` if the new allocation holds memory that is not there; the session then stays as it was.
     pub fn allocation(&mut self, allocation: Allocation) -> Result<AllocationGuard<'_, 'e>> {
         let before = self.allocation;
         self.set_allocation(allocation)?;
         Ok(AllocationGuard { session: self, before })
     }
 
-    fn set_allocation(&mut self, allocation: Allocation) -> Result<()> {
+    /// Changes the allocation.
+    ///
+    /// # Errors
+    /// As [`Session::allocation`].
+    pub fn set_allocation(&mut self, allocation: Allocation) -> Result<()> {
         if allocation == self.allocation {
             return Ok(());
         }
         let before = std::mem::replace(&mut self.allocation, allocation);
-        match allocation {
-            Allocation::Static => {
-                let maxima = self.maxima.clone();
-                if let Err(error) = self.allocate(&maxima) {
-                    self.release();
-                    self.allocation = before;
-                    return Err(error);
-                }
-            }
-            Allocation::Dynamic => self.release(),
+        if let Err(error) = self.hold_standing() {
+            self.allocation = before;
+            // Fails if there is no memory for that any more either; the next step tries again, and tells.
+            let _ = self.hold_standing();
+            return Err(error);
         }
         Ok(())
     }
@@ -408,7 +417,40 @@ impl<'e> Session<'e> {
     /// `run/out-of-memory` for dynamic sessions, `run/bad-index` for index values that point nowhere,
     /// `cuda/poisoned` on a device that has failed.
     pub fn run(&mut self, inputs: &[TensorRef<'_>]) -> Result<()> {
-        self.run_with(inputs, None).map(drop)
+        self.run_with(inputs, None, None).map(drop)
+    }
+
+    /// [`Session::run`] with activations in memory that the caller lends for this step; for [`Allocation::UserManaged`].
+    ///
+    /// ```no_run
+    /// # use millrace_runtime::{Arena, Engine, Session, TensorRef};
+    /// # fn turns(large: &mut Session<'_>, small: &mut Session<'_>, inputs: &[TensorRef<'_>]) -> millrace_ir::Result<()> {
+    /// let bytes = large.most_lent_bytes()?.max(small.most_lent_bytes()?);
+    /// let mut arena = Arena::on(large.device(), bytes)?;
+    /// large.run_in(&mut arena.lend(), inputs)?;
+    /// small.run_in(&mut arena.lend(), inputs)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Session::run`], `run/lent-too-small` with the bytes that are needed, `run/lent-elsewhere` for memory of another
+    /// device, `run/not-user-managed` under other allocations.
+    pub fn run_in(&mut self, lent: &mut Lent<'_>, inputs: &[TensorRef<'_>]) -> Result<()> {
+        self.run_with(inputs, None, Some(lent)).map(drop)
+    }
+
+    /// [`Session::run_argmax`] in memory that the caller lends, if there is any.
+    pub(crate) fn run_argmax_with(
+        &mut self,
+        inputs: &[TensorRef<'_>],
+        output: usize,
+        lent: Option<&mut Lent<'_>>,
+    ) -> Result<Vec<i32>> {
+        match self.run_with(inputs, Some(output), lent)? {
+            Some(indices) => Ok(indices),
+            None => self.argmax(output),
+        }
     }
 
     /// [`Session::run`] and then [`Session::argmax`] of an output, on a device without a pause between them.
@@ -416,14 +458,16 @@ impl<'e> Session<'e> {
     /// # Errors
     /// As those two.
     pub fn run_argmax(&mut self, inputs: &[TensorRef<'_>], output: usize) -> Result<Vec<i32>> {
-        match self.run_with(inputs, Some(output))? {
-            Some(indices) => Ok(indices),
-            None => self.argmax(output),
-        }
+        self.run_argmax_with(inputs, output, None)
     }
 
     /// Runs a step; a device may answer with the argmax of output `argmax` as well.
-    fn run_with(&mut self, inputs: &[TensorRef<'_>], argmax: Option<usize>) -> Result<Option<Vec<i32>>> {
+    pub(crate) fn run_with(
+        &mut self,
+        inputs: &[TensorRef<'_>],
+        argmax: Option<usize>,
+        lent: Option<&mut Lent<'_>>,
+    ) -> Result<Option<Vec<i32>>> {
         let module = self.module();
         let declared = module.input_types();
         if declared.len() != inputs.len() {
@@ -451,14 +495,16 @@ impl<'e> Session<'e> {
             tensors.push((&state.name, &state.ty, shape));
         }
         let bindings = bind(&module.dims, &tensors)?;
+        self.check_lent(lent.as_ref().map(|l| l.len()), &bindings)?;
+        self.hold_for(&bindings)?;
         if let Some(profile) = &mut self.profile {
             let names: Vec<&str> = declared.iter().map(|(n, _)| *n).collect();
             profile.begin(bindings.clone(), sequences(&names, inputs), module.graph.order.len());
         }
-        if self.allocation == Allocation::Dynamic {
-            self.allocate(&bindings)?;
-        }
         let sizes = StepSizes::at(module, &bindings)?;
+        if lent.is_some() {
+            self.ledger.set(Class::Activations, sizes.activations());
+        }
         self.output_shapes = module
             .output_types()
             .into_iter()
@@ -467,18 +513,20 @@ impl<'e> Session<'e> {
         let rows = argmax.map(|output| self.rows(output).map(|(rows, width)| (output, rows, width)));
         let profile = self.profile.as_mut();
         let result = match &mut self.backend {
-            Backend::Cpu(cpu) => cpu.run(module, inputs, &sizes, &bindings, profile).map(|()| None),
+            Backend::Cpu(cpu) => lent
+                .map(Lent::host)
+                .transpose()
+                .and_then(|lent| cpu.run(module, inputs, &sizes, &bindings, lent, profile).map(|()| None)),
             Backend::Cuda(cuda) => {
-                rows.transpose().and_then(|rows| cuda.run(module, inputs, &sizes, &bindings, rows, profile))
+                let lent = lent.map(|l| l.device(cuda.index())).transpose();
+                rows.transpose()
+                    .and_then(|rows| cuda.run(module, inputs, &sizes, &bindings, rows, lent?, profile))
             }
         };
         if let Some(profile) = &mut self.profile {
             profile.end();
         }
-        if self.allocation == Allocation::Dynamic {
-            on_backend!(&mut self.backend, b => b.release_arenas());
-            self.ledger.set(Class::Activations, 0);
-        }
+        self.after_step();
         self.note_device_memory();
         result
     }
@@ -697,7 +745,7 @@ impl DerefMut for AllocationGuard<'_, '_> {
 
 impl Drop for AllocationGuard<'_, '_> {
     fn drop(&mut self) {
-        // Going back to static can fail for lack of memory; the session then stays dynamic and usable.
+        // Going back can fail for lack of memory; the session then stays as it is and usable.
         let _ = self.session.set_allocation(self.before);
     }
 }

@@ -10,7 +10,8 @@ use millrace::compiler::import::{Options, Precision};
 use millrace::compiler::pass::Context;
 use millrace::compiler::pipeline::{Manager, Pipeline};
 use millrace::compiler::target::TargetChoice;
-use millrace::ir::{DType, Module, text};
+use millrace::ir::shape_profile::restrict;
+use millrace::ir::{DType, Module, ShapeProfile, text};
 use millrace::page::{Facts, Recorder, page};
 use millrace::{CompileOptions, Compiled, Error, Result};
 use serde_json::json;
@@ -28,6 +29,10 @@ pub struct Args {
     output: Option<PathBuf>,
     #[command(flatten)]
     pub model_options: ModelOptions,
+    /// Shapes the engine is for, such as decode:t=1..64/8,b=1..64/8; repeat for several. Symbols without a range keep that of
+    /// the limits
+    #[arg(long, value_name = "NAME:SYMBOL=MIN..MAX/OPT,..")]
+    profile: Vec<String>,
     /// Leave weights out; loading binds them to the model folder by name and hash
     #[arg(long)]
     strip_weights: bool,
@@ -143,6 +148,12 @@ pub fn plan_line(compiled: &Compiled) -> String {
     }
 }
 
+/// Activations of the largest step of each profile.
+pub fn profiles(module: &Module, profiles: &[ShapeProfile]) -> serde_json::Value {
+    let report = |p: &ShapeProfile| json!({"name": p.name, "bytes": p.activation_bytes(module)});
+    profiles.iter().map(report).collect()
+}
+
 /// Bytes of all weights that nodes read.
 pub fn weight_bytes(module: &Module) -> u64 {
     let reader = millrace::ir::weights::WeightReader::new(module);
@@ -179,6 +190,7 @@ fn stop(
     observer: &mut dyn FnMut(&'static str, &Module, bool),
 ) -> Result<()> {
     let mut module = SourceModel::read(&args.model, &options.import)?.module;
+    restrict(&mut module, &options.profiles)?;
     observer("import", &module, true);
     let mut context = Context::of(&options.target.target);
     let mut observer = |pass: &'static str, module: &Module, changed: bool| observer(pass, module, changed);
@@ -206,6 +218,7 @@ pub fn main(args: &Args) -> Result<()> {
     args.control.insert(&mut options.pipeline, &registry)?;
     options.verify_each = args.control.verify_each;
     options.controls = args.control.controls(&registry)?;
+    options.profiles = args.profile.iter().map(|p| ShapeProfile::parse(p)).collect::<Result<_>>()?;
     if args.strip_weights {
         options.weights = WeightMode::Stripped;
     }
@@ -254,6 +267,7 @@ pub fn main(args: &Args) -> Result<()> {
                 "activations": plan.map(|p| json!({
                     "peak_bytes": p.peak_bytes,
                     "lower_bound_bytes": p.lower_bound_bytes,
+                    "profiles": profiles(&compiled.module, &compiled.manifest.profiles),
                 })),
                 "weights": { "total_bytes": weight_bytes(&compiled.module) },
             },
@@ -262,6 +276,10 @@ pub fn main(args: &Args) -> Result<()> {
         }));
     }
     print(&format!("plan: {}\n", plan_line(&compiled)))?;
+    for profile in &compiled.manifest.profiles {
+        let bytes = profile.activation_bytes(&compiled.module).unwrap_or(0);
+        print(&format!("profile {profile}: activations {}\n", size::show(bytes)))?;
+    }
     if let Some(path) = &args.html {
         print(&format!("wrote {}\n", path.display()))?;
     }

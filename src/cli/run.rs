@@ -6,7 +6,8 @@ use std::time::Instant;
 use millrace::generation::{Generator, Message, Request, SamplingParams, embed_texts};
 use millrace::ir::manifest::ModelKind;
 use millrace::{
-    Allocation, Decoder, Encoder, Engine, Error, Kind, Result, SessionOptions, TensorRef, compile,
+    Allocation, Decoder, Encoder, Engine, Error, Kind, ProfileChoice, Result, SessionOptions, TensorRef,
+    compile,
 };
 use serde_json::json;
 
@@ -69,9 +70,12 @@ pub struct Args {
 /// Options of sessions.
 #[derive(clap::Args, Clone)]
 pub struct MemoryOptions {
-    /// When activation memory is allocated: static or dynamic
+    /// When activation memory is allocated: static, on-profile-change or dynamic
     #[arg(long, default_value = "static")]
     memory: String,
+    /// Profile of the engine that steps run under [default: for each step the smallest that takes it]
+    #[arg(long, value_name = "NAME")]
+    shape_profile: Option<String>,
     /// Bound on all memory of the session, with a unit
     #[arg(long, value_name = "SIZE")]
     memory_cap: Option<String>,
@@ -94,14 +98,17 @@ impl MemoryOptions {
     pub fn resolve(&self) -> Result<SessionOptions> {
         let allocation = match self.memory.as_str() {
             "static" => Allocation::Static,
+            "on-profile-change" => Allocation::OnProfileChange,
             "dynamic" => Allocation::Dynamic,
             other => {
                 return Err(usage("usage/memory", format!("`{other}` is no allocation"))
-                    .hint("use static or dynamic"));
+                    .hint("use static, on-profile-change or dynamic"));
             }
         };
+        let profile = self.shape_profile.as_deref().map_or(ProfileChoice::Automatic, ProfileChoice::from);
         Ok(SessionOptions {
             allocation,
+            profile,
             threads: self.threads,
             cap: self.memory_cap.as_deref().map(size::parse).transpose()?,
             weights: self.weights.clone(),

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use millrace_ir::checkpoint::TensorSource;
 use millrace_ir::{Bindings, DType, Error, Id, Kind, Module, Result};
 
+use super::device_arena::DeviceArena;
 use super::driver::{Block, Context, Event, Stream};
 use super::launch::{Graph, Ready, ReadyLaunch};
 use super::program::{Program, bundle};
@@ -21,7 +22,7 @@ use super::transfer::{Landing, Staging};
 use super::upload::{Layout, upload};
 use crate::budget::Residency;
 use crate::engine::Engine;
-use crate::options::{Allocation, SessionOptions};
+use crate::options::SessionOptions;
 use crate::places::{Piece, Regions};
 use crate::profile::Profile;
 use crate::session::TensorRef;
@@ -154,10 +155,14 @@ impl Cuda {
         self.context.memory()
     }
 
-    /// Bytes of scratch memory and counters at `bindings`.
-    pub fn workspace_bytes(&self, bindings: &Bindings) -> Result<u64> {
-        let scratch = workspace_bytes(&self.program.table, bindings)?;
-        scratch.checked_add(self.program.table.counters).ok_or_else(|| no_size("scratch memory"))
+    /// Bytes of scratch memory at `bindings`.
+    pub fn scratch_bytes(&self, bindings: &Bindings) -> Result<u64> {
+        workspace_bytes(&self.program.table, bindings)
+    }
+
+    /// Bytes of counters.
+    pub fn counter_bytes(&self) -> u64 {
+        self.program.table.counters
     }
 
     /// Bytes of scratch memory and counters held now, those of an argmax included.
@@ -244,9 +249,9 @@ impl Cuda {
         self.stream.synchronize()
     }
 
-    /// Allocates what a step needs; an earlier allocation must have been released.
-    pub fn allocate(&mut self, sizes: &StepSizes, bindings: &Bindings, allocation: Allocation) -> Result<()> {
-        let fixed = allocation == Allocation::Static;
+    /// Allocates what a step needs, with `scratch` bytes of scratch memory: to stay where it is if `fixed`, else from the
+    /// pool. An earlier allocation must have been released.
+    pub fn allocate(&mut self, sizes: &StepSizes, scratch: u64, fixed: bool) -> Result<()> {
         let block = |len: u64, what: &str| match fixed {
             true => Block::new(&self.context, len, what),
             false => Block::from_pool(&self.stream, len, what),
@@ -256,7 +261,7 @@ impl Cuda {
         let arenas = blocks(&sizes.arenas, "activations")?;
         let inputs = block(input_bytes, "inputs")?;
         let outputs = blocks(&sizes.outputs, "outputs")?;
-        let workspace = block(workspace_bytes(&self.program.table, bindings)?, "scratch memory")?;
+        let workspace = block(scratch, "scratch memory")?;
         if self.staging.as_ref().is_none_or(|s| (s.len() as u64) < input_bytes) {
             // Graphs name the staging memory that goes.
             self.prepared.clear();
@@ -306,14 +311,24 @@ impl Cuda {
         }
     }
 
-    /// Where the values of a step whose sizes are `sizes` lie, inputs at `offsets` of their block.
-    fn moving(&self, offsets: &[u64], sizes: &StepSizes) -> Option<Moving> {
+    /// Where the values of a step whose sizes are `sizes` lie, inputs at `offsets` of their block. Arenas and so many bytes of
+    /// scratch memory lie side by side in `lent` if something was.
+    fn moving(&self, offsets: &[u64], sizes: &StepSizes, lent: Option<(Range, u64)>) -> Option<Moving> {
+        let (arenas, workspace) = match lent {
+            Some((lent, scratch)) => {
+                let sizes: Vec<u64> = sizes.arenas.iter().copied().chain([scratch]).collect();
+                let mut arenas = parts(lent, &pack(&sizes)?.0, &sizes)?;
+                let workspace = arenas.pop()?;
+                (arenas, workspace)
+            }
+            None => (self.arenas.iter().map(Block::range).collect(), self.workspace.as_ref()?.range()),
+        };
         let outputs = self.outputs.iter().zip(&sizes.outputs).map(|(o, len)| o.range().part(0, *len));
         Some(Moving {
             inputs: parts(self.inputs.as_ref()?.range(), offsets, &sizes.inputs)?,
             outputs: outputs.collect::<Option<_>>()?,
-            arenas: self.arenas.iter().map(Block::range).collect(),
-            workspace: self.workspace.as_ref()?.range(),
+            arenas,
+            workspace,
         })
     }
 
@@ -327,7 +342,8 @@ impl Cuda {
     }
 
     /// Runs one step whose sizes are `sizes`; returns before it has ended, unless `argmax` names an output with its
-    /// rows and their width whose argmax the device can tell.
+    /// rows and their width whose argmax the device can tell. Arenas and scratch memory are in `lent` if something was.
+    #[allow(clippy::too_many_arguments)]
     pub fn run(
         &mut self,
         module: &Module,
@@ -335,9 +351,13 @@ impl Cuda {
         sizes: &StepSizes,
         bindings: &Bindings,
         argmax: Option<(usize, u64, u64)>,
+        mut lent: Option<&mut DeviceArena>,
         profile: Option<&mut Profile>,
     ) -> Result<Option<Vec<i32>>> {
         self.context.enter()?;
+        if let Some(lent) = &mut lent {
+            lent.begin(&self.stream)?;
+        }
         self.retire_outputs();
         let (offsets, bytes) = pack(&sizes.inputs).ok_or_else(|| no_size("inputs"))?;
         let room = self.staging.as_mut().ok_or_else(no_memory)?.fill()?;
@@ -347,7 +367,11 @@ impl Cuda {
         }
         let block = self.inputs.as_ref().ok_or_else(no_memory)?.range();
         let arrival = block.part(0, bytes).ok_or_else(no_memory)?;
-        let moving = self.moving(&offsets, sizes).ok_or_else(no_memory)?;
+        let lent_range = match &lent {
+            Some(lent) => Some((lent.range(), self.scratch_bytes(bindings)?)),
+            None => None,
+        };
+        let moving = self.moving(&offsets, sizes, lent_range).ok_or_else(no_memory)?;
         let key = (bindings.clone(), argmax.map(|(output, ..)| output));
         let mut prepared = match self.prepared.take(&key) {
             Some(found) if found.moving == moving => found,
@@ -360,6 +384,9 @@ impl Cuda {
         };
         let told = prepared.tail.is_some();
         self.prepared.put(key, prepared);
+        if let Some(lent) = lent {
+            lent.end(&self.stream)?;
+        }
         result?;
         match (argmax, &mut self.indices) {
             (Some((_, rows, _)), Some((_, landing))) if told => {

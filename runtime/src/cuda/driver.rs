@@ -299,6 +299,8 @@ impl Context {
         Ok(PoolReport {
             reserved: get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
             used: get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+            most_reserved: get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)?,
+            most_used: get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
         })
     }
 
@@ -381,6 +383,12 @@ impl Stream {
         self.context.enter()?;
         // SAFETY: the stream is live.
         self.context.check(unsafe { sys::cuStreamSynchronize(self.raw) }, "run a step")
+    }
+
+    /// What is enqueued from here on waits for the point that `event` marks.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        // SAFETY: both are live and of one context.
+        self.context.check(unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) }, "wait for an event")
     }
 
     /// Fills device memory with zeros.

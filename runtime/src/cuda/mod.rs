@@ -9,6 +9,7 @@
 
 mod arch;
 mod backend;
+mod device_arena;
 #[allow(unsafe_code)]
 mod driver;
 #[allow(unsafe_code)]
@@ -28,3 +29,4 @@ pub use driver::{DeviceInfo, RawStream};
 pub use report::{GraphReport, PoolReport, Survey, survey};
 
 pub(crate) use backend::Cuda;
+pub(crate) use device_arena::DeviceArena;
