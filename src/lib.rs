@@ -30,5 +30,5 @@ pub use millrace_compiler::{CompileOptions, Compiled, compile};
 pub use millrace_ir::{Error, Kind, Result};
 pub use millrace_runtime::{
     Allocation, AllocationGuard, Arena, Class, Decoder, Device, Encoder, Engine, Ledger, Lent, Profile,
-    ProfileChoice, Session, SessionOptions, TensorRef, generation,
+    ProfileChoice, Session, SessionOptions, TensorRef, WeightBudget, WeightBudgetGuard, generation,
 };

@@ -6,7 +6,7 @@
 use std::fmt;
 
 use millrace_ir::plan::stream::{self, Demand, Placement, Ring};
-use millrace_ir::{Error, Kind, Module, Result};
+use millrace_ir::{Error, Kind, Result};
 
 /// How much device memory the weights may take; for a CPU session, how much host memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -47,9 +47,8 @@ pub(crate) struct Residency {
 }
 
 impl Residency {
-    /// All weights of `module` resident.
-    pub fn new(module: &Module, ring: Ring) -> Result<Residency> {
-        let demand = Demand::of(module)?;
+    /// All weights resident.
+    pub fn new(demand: Demand, ring: Ring) -> Result<Residency> {
         let placement = stream::place(&demand, u64::MAX, &ring, &[])?;
         Ok(Residency { demand, ring, budget: WeightBudget::Resident, placement })
     }

@@ -9,6 +9,8 @@ pub enum Class {
     Weights,
     /// The ring that weights stream through.
     Ring,
+    /// Weights in pinned host memory, from which a device's ring is filled.
+    HostWeights,
     /// The activation arena.
     Activations,
     /// Inputs and outputs.
@@ -21,13 +23,14 @@ pub enum Class {
     Staging,
 }
 
-const CLASSES: usize = 7;
+const CLASSES: usize = 8;
 
 impl Class {
     /// All classes.
     pub const ALL: [Class; CLASSES] = [
         Class::Weights,
         Class::Ring,
+        Class::HostWeights,
         Class::Activations,
         Class::Io,
         Class::Kv,
@@ -40,6 +43,7 @@ impl Class {
         match self {
             Class::Weights => "weights",
             Class::Ring => "weight ring",
+            Class::HostWeights => "host weights",
             Class::Activations => "activations",
             Class::Io => "io",
             Class::Kv => "kv",
@@ -50,7 +54,7 @@ impl Class {
 
     /// Whether only some sessions hold such memory.
     pub fn is_optional(self) -> bool {
-        matches!(self, Class::Ring | Class::Workspace | Class::Staging)
+        matches!(self, Class::Ring | Class::HostWeights | Class::Workspace | Class::Staging)
     }
 }
 

@@ -54,6 +54,9 @@ pub struct Decoder<'s, 'e> {
     widest_table: Option<usize>,
 }
 
+/// Input number of the token ids of decoders.
+const TOKEN_IDS: usize = 0;
+
 /// Input number of the block table of decoders.
 const BLOCK_TABLE: usize = 4;
 
@@ -119,7 +122,7 @@ impl StepModel for Decoder<'_, '_> {
     }
 
     fn step(&mut self, inputs: &StepInputs, logits: &mut Vec<f32>) -> Result<()> {
-        self.run(inputs, |session, tensors, lent| session.run_with(tensors, None, lent))?;
+        self.run(inputs, |session, tensors, lent| session.run_lent(tensors, lent))?;
         *logits = f32_output(self.session)?;
         Ok(())
     }
@@ -133,6 +136,18 @@ impl StepModel for Decoder<'_, '_> {
         }
         // A row has no largest logit: the logits tell why.
         argmax_rows(&f32_output(self.session)?, self.limits.vocab_size, tokens)
+    }
+
+    fn start_argmax(&mut self, inputs: &StepInputs, fed: bool) -> Result<bool> {
+        if !self.session.runs_ahead() {
+            return Ok(false);
+        }
+        let input = fed.then_some(TOKEN_IDS);
+        self.run(inputs, |session, tensors, _| session.start_argmax(tensors, 0, input))
+    }
+
+    fn take_argmax(&mut self) -> Result<Vec<i32>> {
+        self.session.take_argmax()
     }
 }
 
@@ -234,7 +249,7 @@ impl EmbedModel for Encoder<'_, '_> {
         let (t, b) = (tokens.len() as u64, ids.len() as u64);
         let tensors: [(&[i32], Vec<u64>); 4] =
             [(&tokens, vec![t]), (&positions, vec![t]), (&types, vec![t]), (&starts, vec![b + 1])];
-        with_i32(&tensors, |tensors| self.session.run_with(tensors, None, self.lent.as_mut()))?;
+        with_i32(&tensors, |tensors| self.session.run_lent(tensors, self.lent.as_mut()))?;
         let all = f32_output(self.session)?;
         let width = all.len().checked_div(ids.len()).unwrap_or(0);
         Ok(all.chunks_exact(width.max(1)).map(<[f32]>::to_vec).collect())

@@ -96,6 +96,8 @@ pub struct SessionOptions {
     pub stream: Option<RawStream>,
     /// Whether steps of static sessions that recur are replayed as CUDA graphs.
     pub graphs: bool,
+    /// Whether [`crate::Session::start_argmax`] begins steps before the one before them has ended.
+    pub ahead: bool,
 }
 
 impl Default for SessionOptions {
@@ -112,6 +114,7 @@ impl Default for SessionOptions {
             weights: None,
             stream: None,
             graphs: true,
+            ahead: true,
         }
     }
 }

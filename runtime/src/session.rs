@@ -17,7 +17,7 @@ use millrace_ir::{Bindings, DType, Error, Kind, Module, Result, StateId, TensorT
 
 use crate::budget::{Residency, WeightBudget};
 use crate::cpu::Cpu;
-use crate::cuda::{Cuda, GraphReport, PoolReport};
+use crate::cuda::{After, Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger};
 use crate::lent::Lent;
@@ -66,9 +66,13 @@ pub struct Session<'e> {
     choice: Option<usize>,
     held: Held,
     cap: Option<u64>,
+    /// Whether steps may be begun ahead.
+    ahead: bool,
     ledger: Ledger,
     profile: Option<Profile>,
     residency: Residency,
+    /// Whether the weights are where `residency` says.
+    placed: bool,
     source: Option<Checkpoint>,
 }
 
@@ -121,6 +125,11 @@ impl<'e> Session<'e> {
             }
             maxima.set(decl.sym, pages);
         }
+        let demand = match &backend {
+            Backend::Cpu(_) => Demand::of(module)?,
+            Backend::Cuda(cuda) => cuda.demand(module)?,
+        };
+        let residency = Residency::new(demand, options.ring)?;
         let mut session = Session {
             engine,
             backend,
@@ -132,9 +141,11 @@ impl<'e> Session<'e> {
             output_shapes: Vec::new(),
             allocation: options.allocation,
             cap: options.cap,
+            ahead: options.ahead,
             ledger: Ledger::default(),
             profile: None,
-            residency: Residency::new(module, options.ring)?,
+            residency,
+            placed: true,
             source: None,
         };
         session.choose(&options.profile)?;
@@ -248,8 +259,13 @@ impl<'e> Session<'e> {
     /// Enters the weights into the ledger.
     fn note_weights(&mut self) {
         let placement = &self.residency.placement;
-        self.ledger.set(Class::Weights, placement.resident_bytes);
-        self.ledger.set(Class::Ring, placement.ring_bytes());
+        let (mut resident, mut ring) = (placement.resident_bytes, placement.ring_bytes());
+        if let Backend::Cuda(cuda) = &self.backend {
+            (resident, ring) = cuda.weight_bytes();
+            self.ledger.set(Class::HostWeights, cuda.host_weight_bytes());
+        }
+        self.ledger.set(Class::Weights, resident);
+        self.ledger.set(Class::Ring, ring);
     }
 
     /// The placement of the weights under `budget`.
@@ -310,24 +326,35 @@ impl<'e> Session<'e> {
     /// that took effect.
     ///
     /// # Errors
-    /// `run/weight-budget` under the minimum, `run/not-streamable` for engines without streamable weights; the session then
-    /// stays as it was. `run/out-of-memory` or `cuda/..` if weights cannot be moved: the session then cannot run steps until a
-    /// budget takes effect.
+    /// `run/weight-budget` under the minimum, `run/not-streamable` for engines without streamable weights, `run/cap` and
+    /// `run/out-of-memory`; the session then stays as it was. If weights could not even go back to where they were, steps
+    /// answer `run/not-placed` until a budget takes effect.
     pub fn set_weight_budget(&mut self, budget: WeightBudget) -> Result<&Placement> {
         let placement = self.placement_for(budget)?;
-        if placement != self.residency.placement {
+        if placement != self.residency.placement || !self.placed {
             let before = std::mem::replace(&mut self.residency.placement, placement);
-            if let (Some(cap), Err(error)) = (self.cap, self.check_cap()) {
+            if let Err(error) = self.check_cap() {
                 self.residency.placement = before;
-                return Err(error.at(format!("memory cap {cap}")));
+                return Err(error);
             }
-            let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
-            on_backend!(&mut self.backend, b => b.place(self.engine, source, &self.residency)?);
-            self.note_weights();
-            self.note_device_memory();
+            if let Err(error) = self.move_weights() {
+                // As it was, if that still fits.
+                self.residency.placement = before;
+                self.placed = self.move_weights().is_ok();
+                return Err(error);
+            }
+            self.placed = true;
         }
         self.residency.budget = budget;
         Ok(&self.residency.placement)
+    }
+
+    fn move_weights(&mut self) -> Result<()> {
+        let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
+        let moved = on_backend!(&mut self.backend, b => b.place(self.engine, source, &self.residency));
+        self.note_weights();
+        self.note_device_memory();
+        moved
     }
 
     /// Compares what is held at the current allocation with the cap.
@@ -417,7 +444,7 @@ impl<'e> Session<'e> {
     /// `run/out-of-memory` for dynamic sessions, `run/bad-index` for index values that point nowhere,
     /// `cuda/poisoned` on a device that has failed.
     pub fn run(&mut self, inputs: &[TensorRef<'_>]) -> Result<()> {
-        self.run_with(inputs, None, None).map(drop)
+        self.run_lent(inputs, None)
     }
 
     /// [`Session::run`] with activations in memory that the caller lends for this step; for [`Allocation::UserManaged`].
@@ -437,7 +464,13 @@ impl<'e> Session<'e> {
     /// As [`Session::run`], `run/lent-too-small` with the bytes that are needed, `run/lent-elsewhere` for memory of another
     /// device, `run/not-user-managed` under other allocations.
     pub fn run_in(&mut self, lent: &mut Lent<'_>, inputs: &[TensorRef<'_>]) -> Result<()> {
-        self.run_with(inputs, None, Some(lent)).map(drop)
+        self.run_lent(inputs, Some(lent))
+    }
+
+    /// Runs a step in memory that the caller lends, if there is any.
+    pub(crate) fn run_lent(&mut self, inputs: &[TensorRef<'_>], lent: Option<&mut Lent<'_>>) -> Result<()> {
+        self.drop_ahead();
+        self.run_with(inputs, None, None, lent)
     }
 
     /// [`Session::run_argmax`] in memory that the caller lends, if there is any.
@@ -447,10 +480,13 @@ impl<'e> Session<'e> {
         output: usize,
         lent: Option<&mut Lent<'_>>,
     ) -> Result<Vec<i32>> {
-        match self.run_with(inputs, Some(output), lent)? {
-            Some(indices) => Ok(indices),
-            None => self.argmax(output),
-        }
+        self.drop_ahead();
+        self.run_with(inputs, Some(output), None, lent)?;
+        let told = match &mut self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => cuda.take()?,
+        };
+        told.map_or_else(|| self.argmax(output), Ok)
     }
 
     /// [`Session::run`] and then [`Session::argmax`] of an output, on a device without a pause between them.
@@ -461,13 +497,68 @@ impl<'e> Session<'e> {
         self.run_argmax_with(inputs, output, None)
     }
 
-    /// Runs a step; a device may answer with the argmax of output `argmax` as well.
-    pub(crate) fn run_with(
+    /// Begins a step and the argmax of output `output`, and returns before they have ended; [`Session::take_argmax`]
+    /// waits for them. At most two steps are on their way at once. With `fed` that input of the step is the argmax of
+    /// the step begun before it, which nobody has taken yet, and what `inputs` holds there is not read: so a device goes
+    /// from step to step without waiting for the host. [`Session::run`] and [`Session::run_argmax`] forget steps that
+    /// were not taken.
+    ///
+    /// Returns false, and has done nothing, where steps cannot be begun ahead: on the CPU, where memory for steps
+    /// moves or is lent, and where the engine has no kernel for the argmax.
+    ///
+    /// # Errors
+    /// As [`Session::run`] and [`Session::argmax`]; `run/bad-order` if two steps are on their way, if no step is that
+    /// could feed, or if the input has not an i32 a row.
+    pub fn start_argmax(
+        &mut self,
+        inputs: &[TensorRef<'_>],
+        output: usize,
+        fed: Option<usize>,
+    ) -> Result<bool> {
+        if !self.runs_ahead() {
+            return Ok(false);
+        }
+        if fed.is_none() {
+            self.drop_ahead();
+        }
+        self.run_with(inputs, Some(output), fed, None).map(|()| true)
+    }
+
+    /// The argmax of the first step begun by [`Session::start_argmax`] and not taken, as [`Session::argmax`] tells it;
+    /// -2 if the largest element of a row is not finite.
+    ///
+    /// # Errors
+    /// `run/bad-order` if there is none, `cuda/poisoned` on a device that has failed.
+    pub fn take_argmax(&mut self) -> Result<Vec<i32>> {
+        let told = match &mut self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => cuda.take()?,
+        };
+        told.ok_or_else(|| Error::new(Kind::Usage, "run/bad-order", "no step is on its way"))
+    }
+
+    /// Whether [`Session::start_argmax`] begins steps.
+    pub fn runs_ahead(&self) -> bool {
+        match &self.backend {
+            Backend::Cpu(_) => false,
+            Backend::Cuda(cuda) => self.ahead && self.stays() && cuda.runs_ahead(),
+        }
+    }
+
+    fn drop_ahead(&mut self) {
+        if let Backend::Cuda(cuda) = &mut self.backend {
+            cuda.drop_ahead();
+        }
+    }
+
+    /// Runs a step; a device may begin the argmax of output `argmax` as well.
+    fn run_with(
         &mut self,
         inputs: &[TensorRef<'_>],
         argmax: Option<usize>,
+        fed: Option<usize>,
         lent: Option<&mut Lent<'_>>,
-    ) -> Result<Option<Vec<i32>>> {
+    ) -> Result<()> {
         let module = self.module();
         let declared = module.input_types();
         if declared.len() != inputs.len() {
@@ -516,11 +607,12 @@ impl<'e> Session<'e> {
             Backend::Cpu(cpu) => lent
                 .map(Lent::host)
                 .transpose()
-                .and_then(|lent| cpu.run(module, inputs, &sizes, &bindings, lent, profile).map(|()| None)),
+                .and_then(|lent| cpu.run(module, inputs, &sizes, &bindings, lent, profile)),
             Backend::Cuda(cuda) => {
                 let lent = lent.map(|l| l.device(cuda.index())).transpose();
-                rows.transpose()
-                    .and_then(|rows| cuda.run(module, inputs, &sizes, &bindings, rows, lent?, profile))
+                rows.transpose().and_then(|argmax| {
+                    cuda.start(module, inputs, &sizes, &bindings, After { argmax, fed }, lent?, profile)
+                })
             }
         };
         if let Some(profile) = &mut self.profile {

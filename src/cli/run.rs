@@ -85,6 +85,9 @@ pub struct MemoryOptions {
     /// On a GPU, launch kernels one by one instead of replaying CUDA graphs
     #[arg(long)]
     no_graphs: bool,
+    /// On a GPU, begin each step of greedy decoding when the host has seen the tokens of the one before
+    #[arg(long)]
+    no_ahead: bool,
     /// Model folder for an engine built with --strip-weights
     #[arg(long, value_name = "DIR")]
     weights: Option<PathBuf>,
@@ -113,6 +116,7 @@ impl MemoryOptions {
             cap: self.memory_cap.as_deref().map(size::parse).transpose()?,
             weights: self.weights.clone(),
             graphs: !self.no_graphs,
+            ahead: !self.no_ahead,
             ..SessionOptions::default()
         })
     }

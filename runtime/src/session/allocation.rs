@@ -293,6 +293,15 @@ impl<'e> Session<'e> {
         }
     }
 
+    /// Whether memory for steps stays where it is, whatever their shapes.
+    pub(super) fn stays(&self) -> bool {
+        match self.allocation {
+            Allocation::Static => true,
+            Allocation::OnProfileChange => self.choice.is_some() || self.bounds.len() == 1,
+            Allocation::Dynamic | Allocation::UserManaged => false,
+        }
+    }
+
     /// Gives back what a dynamic step took, but for its outputs.
     pub(super) fn after_step(&mut self) {
         if self.allocation == Allocation::Dynamic {

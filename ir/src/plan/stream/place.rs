@@ -52,9 +52,10 @@ impl Placement {
         self.resident_bytes + self.ring_bytes()
     }
 
-    /// Bytes copied in each step of the steady state; 0 where every tile has a slot to itself.
+    /// Bytes copied in each step of the steady state: a tile that has its slot to itself stays there.
     pub fn moved(&self) -> u64 {
-        if self.copies.len() <= self.slots { 0 } else { self.copies.iter().map(|c| c.bytes).sum() }
+        let moving = |(index, copy): (usize, &Copy)| self.next(index).map(|_| copy.bytes);
+        self.copies.iter().enumerate().filter_map(moving).sum()
     }
 
     /// The copy that goes into the slot of copy `index` once its kernel has been enqueued; of the next step if its
