@@ -318,6 +318,19 @@ fn a_cap_holds_for_every_profile() {
     assert_eq!(logits(&mut session, 4), first);
 }
 
+/// On a CPU the resident set of the process grows by no more than the ledger counts, roughly: mapped and zeroed pages come with use.
+#[test]
+fn the_ledger_covers_what_the_process_grows_by() {
+    let engine = with_profiles("examples/models/baker-street-6m", &[]);
+    let mut session = open(&engine, Allocation::Static);
+    logits(&mut session, 64);
+    let found = session.reconcile().unwrap();
+    assert_eq!(found.counted, session.ledger().total());
+    assert!(found.counted > 24 << 20, "{found:?}");
+    // Tests beside this one allocate too.
+    assert!(found.reported <= found.counted + (256 << 20), "{found:?}");
+}
+
 #[test]
 fn the_command_line_takes_and_reports_profiles() {
     let folder = tempfile::tempdir().unwrap();

@@ -502,6 +502,42 @@ fn dynamic_sessions_take_what_a_step_needs() {
     assert!(session.pool_report().unwrap().unwrap().reserved <= pool.reserved);
 }
 
+/// The ledger against what the driver reports, in a process of its own: sums agree within 3 %, and are never below.
+#[test]
+fn the_ledger_is_what_the_driver_reports() {
+    let Some(device) = gpu("reconciling") else { return };
+    if std::env::var_os("MILLRACE_TEST_LEDGER").is_none() {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_ledger_is_what_the_driver_reports", "--nocapture"])
+            .env("MILLRACE_TEST_LEDGER", "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stdout));
+        eprintln!("{text}");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("large.engine");
+    large_engine(&device, &path, 1, false);
+    let engine = Engine::open_with(&path, Verify::Metadata).unwrap();
+    let mut session = engine.session(SessionOptions::default()).unwrap();
+    let found = session.reconcile().unwrap();
+    eprintln!("{found:?} {:+.4}, {}", found.relative(), session.ledger());
+    assert!(found.reported > 1 << 30 && found.relative().abs() <= 0.03, "{found:?}");
+    drop(session);
+    let engine = plain_engine(&device);
+    let mut session = engine.session(SessionOptions::default()).unwrap();
+    for allocation in Allocation::ALL.into_iter().filter(|a| *a != Allocation::UserManaged) {
+        let mut session = session.allocation(allocation).unwrap();
+        (0..6).for_each(|call| step(&mut session, 40, call, call % 2 == 0));
+        let found = session.reconcile().unwrap();
+        eprintln!("{allocation:?}: {found:?} {:+.4}, {}", found.relative(), session.ledger());
+        assert!(found.relative().abs() <= 0.03, "{found:?}");
+        assert!(session.ledger().on_device() >= found.reported, "what came late is counted from here on");
+    }
+}
+
 /// Every allocation in turn, in both directions: the same results, graphs wherever memory stays.
 #[test]
 fn allocations_change_in_every_direction() {

@@ -3,7 +3,7 @@
 //! An [`Engine`] is a checked file; a [`Session`] holds memory and runs steps. [`generation`] stands above sessions and
 //! knows nothing of them. `unsafe` is confined to `memory` (aligned buffers and typed views), `mapping` (the mapped
 //! weights of an engine file), `cpu::execute` (typed views of one node) and, under [`cuda`], `driver` (handles and device
-//! memory), `transfer` (pinned memory) and `launch` (launches and graphs).
+//! memory), `transfer` (pinned memory), `management` (what the management library tells) and `launch` (launches and graphs).
 #![deny(unsafe_code)]
 
 pub mod budget;
@@ -27,7 +27,7 @@ mod weights;
 
 pub use budget::WeightBudget;
 pub use engine::Engine;
-pub use ledger::{Class, Ledger};
+pub use ledger::{Class, Ledger, Reconciliation};
 pub use lent::{Arena, Lent};
 pub use models::{Decoder, Encoder};
 pub use options::{Allocation, Device, ProfileChoice, SessionOptions};

@@ -19,7 +19,7 @@ use crate::budget::{Residency, WeightBudget};
 use crate::cpu::Cpu;
 use crate::cuda::{After, Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
-use crate::ledger::{Class, Ledger};
+use crate::ledger::{Class, Ledger, Reconciliation};
 use crate::lent::Lent;
 use crate::options::{Allocation, Device, SessionOptions};
 use crate::profile::{Profile, sequences};
@@ -65,6 +65,8 @@ pub struct Session<'e> {
     bounds: Vec<Bounds>,
     choice: Option<usize>,
     held: Held,
+    /// The process's resident set before the session.
+    resident_before: u64,
     cap: Option<u64>,
     /// Whether steps may be begun ahead.
     ahead: bool,
@@ -114,6 +116,7 @@ impl<'e> Session<'e> {
     /// device; `cuda/..` if there is no such device or the engine has no kernels for it.
     pub fn new(engine: &'e Engine, options: SessionOptions) -> Result<Session<'e>> {
         let module = engine.module();
+        let resident_before = resident_set();
         let backend = open_backend(engine, &options)?;
         let mut maxima = Bindings::maxima(&module.dims);
         if let (Some(pages), Some(decl)) =
@@ -136,6 +139,7 @@ impl<'e> Session<'e> {
             bounds: Bounds::of(engine, &maxima),
             choice: None,
             held: Held::Nothing,
+            resident_before,
             state_shapes: Vec::new(),
             maxima,
             output_shapes: Vec::new(),
@@ -163,6 +167,9 @@ impl<'e> Session<'e> {
         }
         session.hold_standing()?;
         session.note_device_memory();
+        if let Backend::Cuda(cuda) = &session.backend {
+            session.ledger.set(Class::Context, cuda.driver_bytes());
+        }
         Ok(session)
     }
 
@@ -280,7 +287,8 @@ impl<'e> Session<'e> {
         let required = self.required_with(&self.need_of_all()?)?;
         let rest: u64 = required.iter().filter(|(c, _)| !weights(c)).map(|(_, b)| b).sum();
         let held = |c: &Class| self.ledger.now(*c);
-        let own: u64 = Class::ALL.iter().filter(|c| **c != Class::Staging).map(held).sum();
+        let own = |c: &&Class| c.is_own() && !c.is_on_host();
+        let own: u64 = Class::ALL.iter().filter(own).map(held).sum();
         let free = match &self.backend {
             Backend::Cpu(_) => available_memory(),
             Backend::Cuda(cuda) => cuda.memory()?.0,
@@ -380,7 +388,33 @@ impl<'e> Session<'e> {
         if let Backend::Cuda(cuda) = &self.backend {
             self.ledger.set(Class::Workspace, cuda.workspace_held());
             self.ledger.set(Class::Staging, cuda.staging_held());
+            self.ledger.set(Class::Slack, cuda.slack_bytes());
         }
+    }
+
+    /// Compares the ledger with what the system reports. What a driver has taken for itself since the session was opened, such as
+    /// for graphs or code that it loads late, is entered under [`Class::Context`].
+    ///
+    /// The system does not tell who took memory: the comparison is of use while no other session or process allocates or frees on
+    /// the device. Without the driver's management library the context is neither counted nor reported. A CPU session
+    /// compares with the growth of the process: pages that were never touched are counted and not reported.
+    ///
+    /// # Errors
+    /// `cuda/poisoned` on a device that has failed.
+    pub fn reconcile(&mut self) -> Result<Reconciliation> {
+        let (counted, reported) = match &self.backend {
+            Backend::Cpu(_) => (self.ledger.total(), resident_set().saturating_sub(self.resident_before)),
+            Backend::Cuda(cuda) => {
+                cuda.synchronize()?;
+                (self.ledger.on_device(), cuda.taken()?)
+            }
+        };
+        let found = Reconciliation { counted, reported };
+        if matches!(self.backend, Backend::Cuda(_)) && found.difference() < 0 {
+            let late = found.difference().unsigned_abs();
+            self.ledger.set(Class::Context, self.ledger.now(Class::Context) + late);
+        }
+        Ok(found)
     }
 
     /// Bytes by class.
@@ -788,6 +822,15 @@ fn available_memory() -> u64 {
         line.trim().parse::<u64>().ok()?.checked_mul(1024)
     };
     std::fs::read_to_string("/proc/meminfo").ok().and_then(line).unwrap_or(u64::MAX)
+}
+
+/// Bytes of this process in memory; 0 where the system does not tell.
+fn resident_set() -> u64 {
+    let line = |text: String| {
+        let line = text.lines().find_map(|l| l.strip_prefix("VmRSS:"))?.trim().strip_suffix("kB")?;
+        line.trim().parse::<u64>().ok()?.checked_mul(1024)
+    };
+    std::fs::read_to_string("/proc/self/status").ok().and_then(line).unwrap_or(0)
 }
 
 /// Restores a session's weight budget when dropped.

@@ -7,6 +7,7 @@ use millrace::compiler::Registry;
 use millrace::compiler::codegen::WeightMode;
 use millrace::compiler::compile::{Progress, SourceModel, compile_with};
 use millrace::compiler::import::{Options, Precision};
+use millrace::compiler::memory::PhasePeak;
 use millrace::compiler::pass::Context;
 use millrace::compiler::pipeline::{Manager, Pipeline};
 use millrace::compiler::target::TargetChoice;
@@ -44,6 +45,9 @@ pub struct Args {
     /// Plan everything, write no engine
     #[arg(long)]
     dry_run: bool,
+    /// Bound on the compiler's own memory, with a unit: buffers and kernel threads shrink to stay under it
+    #[arg(long, value_name = "SIZE")]
+    host_mem_limit: Option<String>,
     /// Report as JSON
     #[arg(long)]
     json: bool,
@@ -154,6 +158,18 @@ pub fn profiles(module: &Module, profiles: &[ShapeProfile]) -> serde_json::Value
     profiles.iter().map(report).collect()
 }
 
+/// The compiler's own peak, in all and by phase.
+fn build_memory(compiled: &Compiled) -> serde_json::Value {
+    let phases = compiled.meter.phases();
+    json!({
+        "peak_bytes": phases.iter().map(|p| p.bytes).max(),
+        "phases": phases
+            .iter()
+            .map(|p| json!({"phase": p.phase, "peak_bytes": p.bytes, "exact": p.exact}))
+            .collect::<Vec<_>>(),
+    })
+}
+
 /// Bytes of all weights that nodes read.
 pub fn weight_bytes(module: &Module) -> u64 {
     let reader = millrace::ir::weights::WeightReader::new(module);
@@ -219,6 +235,8 @@ pub fn main(args: &Args) -> Result<()> {
     options.verify_each = args.control.verify_each;
     options.controls = args.control.controls(&registry)?;
     options.profiles = args.profile.iter().map(|p| ShapeProfile::parse(p)).collect::<Result<_>>()?;
+    options.memory.measure = args.json || args.control.wants_stats();
+    options.memory.limit = args.host_mem_limit.as_deref().map(size::parse).transpose()?;
     if args.strip_weights {
         options.weights = WeightMode::Stripped;
     }
@@ -254,6 +272,11 @@ pub fn main(args: &Args) -> Result<()> {
         write_page(path, &page(&compiled.module, &facts, Some(&history)))?;
     }
     let seconds = start.elapsed().as_secs_f64();
+    if args.control.wants_stats() {
+        for PhasePeak { phase, bytes, exact } in compiled.meter.phases() {
+            eprintln!("peak of {phase}: {}{}", size::show(bytes), if exact { "" } else { " at its end" });
+        }
+    }
     if args.json {
         let plan = compiled.plan();
         return print_json(&json!({
@@ -270,6 +293,7 @@ pub fn main(args: &Args) -> Result<()> {
                     "profiles": profiles(&compiled.module, &compiled.manifest.profiles),
                 })),
                 "weights": { "total_bytes": weight_bytes(&compiled.module) },
+                "build": build_memory(&compiled),
             },
             "remarks": compiled.context.remarks.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "stats": compiled.context.stats.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),

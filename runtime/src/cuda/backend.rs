@@ -124,6 +124,8 @@ pub(crate) struct Cuda {
     /// Whether activations, inputs and outputs stay where they are.
     fixed: bool,
     report: GraphReport,
+    /// Bytes that context and code took.
+    driver_bytes: u64,
     threads: usize,
     stream: Arc<Stream>,
     recording: Arc<Stream>,
@@ -147,6 +149,8 @@ impl Cuda {
             Some(raw) => Stream::borrowed(&context, raw),
             None => Stream::new(&context)?,
         };
+        let recording = Stream::new(&context)?;
+        let driver_bytes = context.taken()?;
         Ok(Cuda {
             prepared: Recent::new(PREPARED),
             slots: engine.module().graph.outputs.iter().map(|_| Slot::default()).collect(),
@@ -164,9 +168,10 @@ impl Cuda {
             program,
             fixed: false,
             report: GraphReport { enabled: options.graphs, ..GraphReport::default() },
+            driver_bytes,
             threads,
             stream,
-            recording: Stream::new(&context)?,
+            recording,
             context,
         })
     }
@@ -252,6 +257,21 @@ impl Cuda {
     /// Allocations of device memory so far.
     pub fn allocations(&self) -> u64 {
         self.context.allocations()
+    }
+
+    /// Bytes that context and code took when the session was opened.
+    pub fn driver_bytes(&self) -> u64 {
+        self.driver_bytes
+    }
+
+    /// Bytes that allocations hold beyond what was asked for.
+    pub fn slack_bytes(&self) -> u64 {
+        self.context.slack()
+    }
+
+    /// Bytes that the device has less of than before the session.
+    pub fn taken(&self) -> Result<u64> {
+        self.context.taken()
     }
 
     /// What has become of graphs.

@@ -14,8 +14,11 @@ mod backend;
 mod device_arena;
 #[allow(unsafe_code)]
 mod driver;
+mod granules;
 #[allow(unsafe_code)]
 mod launch;
+#[allow(unsafe_code)]
+mod management;
 mod program;
 mod range;
 mod recent;
