@@ -1,9 +1,9 @@
 //! A mixed soak: budgets, allocations, profiles, shapes and cancelled requests at random, for a given time. Nothing grows, and every
 //! result is that of a fresh session.
 //!
-//! `cargo test --test soak -- --ignored` runs for a minute; `MILLRACE_SOAK_SECONDS` sets the time, `MILLRACE_SOAK_SEED` the seed
-//! and `MILLRACE_SOAK_TARGET` the target (`cuda:sm_90a` needs NVRTC and a GPU). The few rounds that always run keep the test itself
-//! working.
+//! `cargo test --test soak -- --ignored` runs for a minute; `MILLRACE_SOAK_SECONDS` sets the time, `MILLRACE_SOAK_SEED` the seed,
+//! `MILLRACE_SOAK_TARGET` the target (`cuda:sm_90a` needs its kernels in the cache or NVRTC, and a GPU) and `MILLRACE_SOAK_MODEL` a
+//! folder. The few rounds that always run keep the test itself working.
 #![allow(clippy::print_stderr)]
 
 #[path = "common/models.rs"]
@@ -152,7 +152,9 @@ fn settled(session: &mut Session<'_>) -> Vec<(Class, u64)> {
 }
 
 fn model(target: &str) -> Engine {
-    engine("tests/data/tiny-random/qwen3", DType::F32, |o| {
+    let folder =
+        std::env::var("MILLRACE_SOAK_MODEL").unwrap_or_else(|_| "tests/data/tiny-random/qwen3".into());
+    engine(&folder, DType::F32, |o| {
         o.target = TargetChoice::parse(target).unwrap();
         o.pipeline = o.target.level(2);
         o.weight_streaming = true;
