@@ -19,7 +19,9 @@
 
 pub mod diff;
 pub mod filetest;
+pub mod fit;
 pub mod page;
+pub mod tune;
 
 pub use millrace_compiler as compiler;
 pub use millrace_ir as ir;
@@ -29,6 +31,7 @@ pub use millrace_runtime as runtime;
 pub use millrace_compiler::{CompileOptions, Compiled, compile};
 pub use millrace_ir::{Error, Kind, Result};
 pub use millrace_runtime::{
-    Allocation, AllocationGuard, Arena, Class, Decoder, Device, Encoder, Engine, Ledger, Lent, Profile,
-    ProfileChoice, Session, SessionOptions, TensorRef, WeightBudget, WeightBudgetGuard, generation,
+    Allocation, AllocationGuard, Arena, Class, Decoder, Device, Encoder, Engine, Ledger, Lent, OnOutOfMemory,
+    Profile, ProfileChoice, Session, SessionOptions, Shrink, TensorRef, WeightBudget, WeightBudgetGuard,
+    generation,
 };

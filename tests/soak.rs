@@ -146,8 +146,9 @@ fn settled(session: &mut Session<'_>) -> Vec<(Class, u64)> {
     session.select_profile(ProfileChoice::Automatic).unwrap();
     session.set_allocation(Allocation::Static).unwrap();
     session.trim_pool().unwrap();
-    // Pinned memory grows to the largest output that was read, and no further.
-    let steady = |c: &Class| !matches!(c, Class::Staging | Class::Context);
+    // Pinned memory grows to the largest output that was read and to the weights that once streamed, the pool to what a step
+    // took, and no further: the resident set would show it.
+    let steady = |c: &Class| c.is_own() && !c.is_on_host();
     Class::ALL.iter().filter(|c| steady(c)).map(|c| (*c, session.ledger().now(*c))).collect()
 }
 

@@ -1,5 +1,6 @@
 //! `compile`: the whole way from a folder or an IR file to an engine.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,11 +17,12 @@ use millrace_kernels::cuda::Source;
 use crate::codegen::cuda::{self, BuildCounts, Builder};
 use crate::codegen::{EngineParts, WeightMode, lower, write_engine};
 use crate::import::{Family, Limits, Options, SourceFolder, import};
-use crate::memory::{Buffers, Estimate, MemoryOptions, Meter, resident_set};
+use crate::memory::{Buffers, Estimate, MemoryOptions, Meter, Shares, resident_set};
 use crate::pass::Context;
 use crate::passes::{PlanReport, plan_report};
 use crate::pipeline::{Controls, Manager, Observer, PassRun, Pipeline};
 use crate::target::TargetChoice;
+use crate::tuning::Tuning;
 
 /// How to compile.
 #[derive(Clone, Debug)]
@@ -45,6 +47,8 @@ pub struct CompileOptions {
     pub profiles: Vec<ShapeProfile>,
     /// Memory of the compiler itself.
     pub memory: MemoryOptions,
+    /// What measurements chose for sites of a GPU engine.
+    pub tuning: Tuning,
 }
 
 impl Default for CompileOptions {
@@ -60,6 +64,7 @@ impl Default for CompileOptions {
             builder: Builder::usual(),
             profiles: Vec::new(),
             memory: MemoryOptions::default(),
+            tuning: Tuning::default(),
         }
     }
 }
@@ -91,6 +96,8 @@ pub struct Compiled {
     pub meter: Meter,
     buffers: Buffers,
     weights: WeightMode,
+    /// Candidates of the tuning that code generation took, by key.
+    tuned: BTreeMap<String, String>,
     source_hash: [u8; 32],
 }
 
@@ -174,9 +181,33 @@ pub fn compile<'a>(
 pub fn compile_with<'a>(
     path: &Path,
     options: &CompileOptions,
-    mut observer: Option<&'a mut Observer<'a>>,
+    observer: Option<&'a mut Observer<'a>>,
     progress: &mut Progress,
 ) -> Result<Compiled> {
+    finish(prepare_with(path, options, observer, progress)?, options, progress)
+}
+
+/// A planned module, ready for code generation.
+pub struct Prepared {
+    /// The module.
+    pub module: Module,
+    folder: Option<SourceFolder>,
+    limits: Option<Limits>,
+    meter: Meter,
+    shares: Shares,
+    source_hash: [u8; 32],
+}
+
+/// The first part of [`compile_with`]: reads the model and runs the pipeline. Architectures and tuning do not matter yet.
+///
+/// # Errors
+/// As [`compile`].
+pub fn prepare_with<'a>(
+    path: &Path,
+    options: &CompileOptions,
+    mut observer: Option<&'a mut Observer<'a>>,
+    progress: &mut Progress,
+) -> Result<Prepared> {
     let shares = estimate(path, options).shares(options.memory.limit)?;
     let meter = Meter::start(options.memory);
     let SourceModel { mut module, folder, limits, hash: source_hash } =
@@ -206,18 +237,30 @@ pub fn compile_with<'a>(
         module.weights.iter_mut().for_each(|(_, w)| w.stream = None);
     }
     module.compact();
+    Ok(Prepared { module, folder, limits, meter, shares, source_hash })
+}
+
+/// The second part of [`compile_with`]: chooses and builds kernels. The options are those of the first part.
+///
+/// # Errors
+/// As [`compile`].
+pub fn finish(prepared: Prepared, options: &CompileOptions, progress: &mut Progress) -> Result<Compiled> {
+    let Prepared { module, folder, limits, meter, shares, source_hash } = prepared;
     let mut device = DeviceCode::default();
     // What follows the last pass up to here is part of planning.
     meter.lap("plan");
+    let mut tuned = BTreeMap::new();
     let module = if options.target.archs.is_empty() {
         lower(module)?
     } else {
+        let choices = options.tuning.choices();
+        tuned = cuda::tuned(&module, &options.target.archs, &options.tuning, &mut progress.context);
         let mut builder = options.builder.clone();
         if let Some(most) = shares.threads {
             let processors = std::thread::available_parallelism().map_or(1, usize::from);
             builder.threads = Some(builder.threads.unwrap_or(processors).min(most));
         }
-        let lowered = cuda::lower(check(&module)?, &options.target.archs, &builder)?;
+        let lowered = cuda::lower(check(&module)?, &options.target.archs, &builder, &choices)?;
         device = DeviceCode { bundles: lowered.bundles, counts: lowered.counts, sources: lowered.sources };
         lowered.module
     };
@@ -226,7 +269,19 @@ pub fn compile_with<'a>(
     let manifest = manifest(&module, folder.as_ref(), limits, options);
     let Progress { runs, context } = std::mem::take(progress);
     let (weights, buffers) = (options.weights, shares.buffers);
-    Ok(Compiled { module, manifest, runs, context, folder, device, meter, buffers, weights, source_hash })
+    Ok(Compiled {
+        module,
+        manifest,
+        runs,
+        context,
+        folder,
+        device,
+        meter,
+        buffers,
+        weights,
+        tuned,
+        source_hash,
+    })
 }
 
 /// What compiling the model at `path` will take, from what is cheap to know.
@@ -324,13 +379,16 @@ impl Compiled {
             files.extend(optional.into_iter().filter_map(|(k, b)| b.as_deref().map(|b| (k, b))));
             files.push((SectionKind::Config, &f.config_bytes));
         }
-        let provenance = serde_json::json!({
+        let mut provenance = serde_json::json!({
             "producer": format!("millrace {}", env!("CARGO_PKG_VERSION")),
             "source_hash": hex(&self.source_hash),
             "pipeline": self.manifest.pipeline,
             "weights": if self.weights == WeightMode::Stored { "stored" } else { "stripped" },
             "passes": self.runs.iter().map(|r| r.name).collect::<Vec<_>>(),
         });
+        if !self.tuned.is_empty() {
+            provenance["tuning"] = serde_json::json!(self.tuned);
+        }
         let provenance = serde_json::to_vec_pretty(&provenance).unwrap_or_default();
         let parts = EngineParts {
             manifest: &self.manifest,

@@ -62,6 +62,17 @@ impl From<&str> for ProfileChoice {
     }
 }
 
+/// What a session does when memory does not suffice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum OnOutOfMemory {
+    /// It fails, and says what would fit.
+    #[default]
+    Fail,
+    /// It lowers its weight budget to what is left beside the rest; see [`crate::Session::shrinks`]. It fails if the minimum
+    /// does not fit either.
+    ShrinkWeights,
+}
+
 /// Where a session runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
@@ -86,6 +97,8 @@ pub struct SessionOptions {
     pub budget: WeightBudget,
     /// The ring that weights stream through.
     pub ring: Ring,
+    /// What to do when memory does not suffice.
+    pub on_out_of_memory: OnOutOfMemory,
     /// Bound on all bytes the session holds, but for staging memory.
     pub cap: Option<u64>,
     /// Cache pages; the engine's maximum by default.
@@ -107,6 +120,7 @@ impl Default for SessionOptions {
             profile: ProfileChoice::default(),
             budget: WeightBudget::default(),
             ring: Ring::DEFAULT,
+            on_out_of_memory: OnOutOfMemory::default(),
             device: None,
             threads: None,
             cap: None,

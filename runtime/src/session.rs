@@ -21,9 +21,12 @@ use crate::cuda::{After, Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger, Reconciliation};
 use crate::lent::Lent;
-use crate::options::{Allocation, Device, SessionOptions};
+use crate::memory::{host_memory, resident_set};
+use crate::needs::{self, PAGES, Squeeze};
+use crate::options::{Allocation, Device, OnOutOfMemory, SessionOptions};
 use crate::profile::{Profile, sequences};
 use crate::sizes::{StepSizes, no_size, state_bytes};
+use crate::weights::Supply;
 
 use allocation::{Bounds, Held, Need};
 
@@ -76,10 +79,27 @@ pub struct Session<'e> {
     /// Whether the weights are where `residency` says.
     placed: bool,
     source: Option<Checkpoint>,
+    on_out_of_memory: OnOutOfMemory,
+    shrinks: Vec<Shrink>,
 }
 
-/// The symbol that sizes caches.
-const PAGES: &str = "pages";
+/// A weight budget that the session lowered because memory did not suffice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shrink {
+    /// Bytes for weights and ring before.
+    pub before: u64,
+    /// Bytes since.
+    pub after: u64,
+    /// What did not fit.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Shrink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Shrink { before, after, reason } = self;
+        write!(f, "weights and their ring lowered from {before} to {after} bytes: {reason}")
+    }
+}
 
 fn open_backend(engine: &Engine, options: &SessionOptions) -> Result<Backend> {
     let target = engine.manifest().target.as_str();
@@ -118,21 +138,12 @@ impl<'e> Session<'e> {
         let module = engine.module();
         let resident_before = resident_set();
         let backend = open_backend(engine, &options)?;
-        let mut maxima = Bindings::maxima(&module.dims);
-        if let (Some(pages), Some(decl)) =
-            (options.kv_pages, module.dims.iter().find(|d| d.sym.name() == PAGES))
-        {
-            if !(decl.min..=decl.max).contains(&pages) {
-                let message = format!("{pages} cache pages are outside {}..={}", decl.min, decl.max);
-                return Err(Error::new(Kind::Usage, "run/bad-pages", message));
-            }
-            maxima.set(decl.sym, pages);
-        }
+        let maxima = needs::upper_bounds(module, options.kv_pages)?;
         let demand = match &backend {
             Backend::Cpu(_) => Demand::of(module)?,
             Backend::Cuda(cuda) => cuda.demand(module)?,
         };
-        let residency = Residency::new(demand, options.ring)?;
+        let residency = Residency::new(module, demand, options.ring)?;
         let mut session = Session {
             engine,
             backend,
@@ -151,11 +162,17 @@ impl<'e> Session<'e> {
             residency,
             placed: true,
             source: None,
+            on_out_of_memory: options.on_out_of_memory,
+            shrinks: Vec::new(),
         };
         session.choose(&options.profile)?;
         let placement = session.placement_for(options.budget)?;
         (session.residency.placement, session.residency.budget) = (placement, options.budget);
-        session.check_memory()?;
+        if let Err(error) = session.check_memory() {
+            let placement = session.shrunk(error, &session.standing_need()?)?;
+            session.residency.placement = placement;
+            session.check_memory()?;
+        }
         session.source = options.weights.as_deref().map(Checkpoint::open).transpose()?;
         let source = session.source.as_ref().map(|c| c as &dyn TensorSource);
         on_backend!(&mut session.backend, b => b.load(engine, source, &session.maxima, &session.residency)?);
@@ -215,9 +232,11 @@ impl<'e> Session<'e> {
                 let holders = holders(&required);
                 let message =
                     format!("{total} bytes are needed, {free} of the device's {all} are free ({holders})");
-                return Err(Error::new(Kind::OutOfMemory, "run/out-of-memory", message).hint(
-                    "free device memory, lower the batch or sequence limits, or use --memory dynamic",
-                ));
+                return Err(Error::new(Kind::OutOfMemory, "run/out-of-memory", message).hint(self.advice(
+                    &required,
+                    free,
+                    "free device memory",
+                )));
             }
         }
         Ok(())
@@ -230,29 +249,83 @@ impl<'e> Session<'e> {
             return Ok(());
         }
         let message = format!("{total} bytes are needed, the cap is {cap} ({})", holders(&required));
-        Err(Error::new(Kind::OutOfMemory, "run/cap", message)
-            .hint("raise --memory-cap, use --memory dynamic, or compile with smaller limits"))
+        Err(Error::new(Kind::OutOfMemory, "run/cap", message).hint(self.advice(
+            &required,
+            cap,
+            "raise --memory-cap",
+        )))
+    }
+
+    /// Which options would make `required` fit into `limit` bytes, with their values.
+    fn advice(&self, required: &[(Class, u64)], limit: u64, raise: &str) -> String {
+        let lower = needs::lower_bounds(self.module(), &self.maxima);
+        let smallest = || Some(self.required(&lower).ok()?.iter().map(|(_, bytes)| bytes).sum());
+        let squeeze = Squeeze {
+            module: self.module(),
+            demand: &self.residency.demand,
+            ring: &self.residency.ring,
+            required,
+            limit,
+            pages: self.kv_pages(),
+            dynamic: (self.allocation == Allocation::Static).then(smallest).flatten(),
+        };
+        squeeze.advice(raise)
+    }
+
+    /// The placement that fits beside `need` after `error`, if the session may lower its budget and that helps.
+    ///
+    /// # Errors
+    /// `error` where it may not or cannot.
+    fn shrunk(&mut self, error: Error, need: &Need) -> Result<Placement> {
+        let before = self.residency.placement.device_bytes();
+        if self.on_out_of_memory == OnOutOfMemory::Fail || error.kind() != Kind::OutOfMemory {
+            return Err(error);
+        }
+        let room = self.room_for_weights(need)?;
+        match self.residency.place(WeightBudget::Bytes(room), || Ok(room)) {
+            Ok(placement) if placement.device_bytes() < before => {
+                let reason = error.message().to_string();
+                self.shrinks.push(Shrink { before, after: placement.device_bytes(), reason });
+                self.residency.budget = WeightBudget::Bytes(room);
+                Ok(placement)
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// How often the session lowered its weight budget, and why; see [`OnOutOfMemory::ShrinkWeights`].
+    pub fn shrinks(&self) -> &[Shrink] {
+        &self.shrinks
     }
 
     /// Allocates `need`; what is held goes first, unless the cap does not take `need`.
     fn allocate(&mut self, need: &Need, fixed: bool) -> Result<()> {
-        if let Some(cap) = self.cap {
-            self.check_cap_at(cap, need)?;
+        if let Some(cap) = self.cap
+            && let Err(error) = self.check_cap_at(cap, need)
+        {
+            let placement = self.shrunk(error, need)?;
+            self.release();
+            self.move_weights(placement)?;
         }
         self.release();
-        let done = match &mut self.backend {
-            Backend::Cpu(cpu) => cpu.allocate(&need.sizes),
-            Backend::Cuda(cuda) => cuda.allocate(&need.sizes, need.scratch, fixed),
-        };
-        if let Err(error) = done {
+        if let Err(error) = self.allocate_on_backend(need, fixed) {
             // Some of it may be there.
             self.release();
-            return Err(error);
+            let placement = self.shrunk(error, need)?;
+            self.move_weights(placement)?;
+            self.allocate_on_backend(need, fixed).inspect_err(|_| self.release())?;
         }
         self.ledger.set(Class::Activations, need.sizes.activations());
         self.ledger.set(Class::Io, need.sizes.io());
         self.note_device_memory();
         Ok(())
+    }
+
+    fn allocate_on_backend(&mut self, need: &Need, fixed: bool) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(cpu) => cpu.allocate(&need.sizes),
+            Backend::Cuda(cuda) => cuda.allocate(&need.sizes, need.scratch, fixed),
+        }
     }
 
     fn release(&mut self) {
@@ -267,9 +340,12 @@ impl<'e> Session<'e> {
     fn note_weights(&mut self) {
         let placement = &self.residency.placement;
         let (mut resident, mut ring) = (placement.resident_bytes, placement.ring_bytes());
-        if let Backend::Cuda(cuda) = &self.backend {
-            (resident, ring) = cuda.weight_bytes();
-            self.ledger.set(Class::HostWeights, cuda.host_weight_bytes());
+        match &self.backend {
+            Backend::Cpu(cpu) => (resident, ring) = cpu.weight_bytes().unwrap_or((resident, ring)),
+            Backend::Cuda(cuda) => {
+                (resident, ring) = cuda.weight_bytes();
+                self.ledger.set(Class::HostWeights, cuda.host_weight_bytes());
+            }
         }
         self.ledger.set(Class::Weights, resident);
         self.ledger.set(Class::Ring, ring);
@@ -277,23 +353,31 @@ impl<'e> Session<'e> {
 
     /// The placement of the weights under `budget`.
     fn placement_for(&self, budget: WeightBudget) -> Result<Placement> {
-        self.residency.place(budget, || self.room_for_weights())
+        self.residency.place(budget, || self.room_for_weights(&self.need_of_all()?))
     }
 
-    /// Bytes that weights could take: what is free now and under the cap, besides what the rest of the session takes at the
-    /// upper bounds and what its weights hold already.
-    fn room_for_weights(&self) -> Result<u64> {
+    /// Bytes that weights could take: what is free now and under the cap, besides what the rest of the session takes with
+    /// `need`.
+    fn room_for_weights(&self, need: &Need) -> Result<u64> {
         let weights = |c: &Class| matches!(c, Class::Weights | Class::Ring);
-        let required = self.required_with(&self.need_of_all()?)?;
+        let required = self.required_with(need)?;
         let rest: u64 = required.iter().filter(|(c, _)| !weights(c)).map(|(_, b)| b).sum();
         let held = |c: &Class| self.ledger.now(*c);
         let own = |c: &&Class| c.is_own() && !c.is_on_host();
         let own: u64 = Class::ALL.iter().filter(own).map(held).sum();
-        let free = match &self.backend {
-            Backend::Cpu(_) => available_memory(),
-            Backend::Cuda(cuda) => cuda.memory()?.0,
-        };
+        let (free, _) = self.memory()?;
         Ok(free.saturating_add(own).min(self.cap.unwrap_or(u64::MAX)).saturating_sub(rest))
+    }
+
+    /// Bytes that are free and bytes in all, of the device or of the host for a CPU session.
+    ///
+    /// # Errors
+    /// `cuda/poisoned` on a device that has failed.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok((host_memory("MemAvailable:"), host_memory("MemTotal:"))),
+            Backend::Cuda(cuda) => cuda.memory(),
+        }
     }
 
     /// Bytes of weights that may stream; 0 for an engine compiled without weight streaming.
@@ -340,37 +424,38 @@ impl<'e> Session<'e> {
     pub fn set_weight_budget(&mut self, budget: WeightBudget) -> Result<&Placement> {
         let placement = self.placement_for(budget)?;
         if placement != self.residency.placement || !self.placed {
-            let before = std::mem::replace(&mut self.residency.placement, placement);
-            if let Err(error) = self.check_cap() {
+            if let Some(cap) = self.cap {
+                let before = std::mem::replace(&mut self.residency.placement, placement.clone());
+                let fits = self.check_cap_at(cap, &self.standing_need()?);
                 self.residency.placement = before;
-                return Err(error);
+                fits?;
             }
-            if let Err(error) = self.move_weights() {
-                // As it was, if that still fits.
-                self.residency.placement = before;
-                self.placed = self.move_weights().is_ok();
-                return Err(error);
-            }
-            self.placed = true;
+            self.move_weights(placement)?;
         }
         self.residency.budget = budget;
         Ok(&self.residency.placement)
     }
 
-    fn move_weights(&mut self) -> Result<()> {
+    /// Makes `placement` take effect, or leaves everything as it was if that is possible.
+    fn move_weights(&mut self, placement: Placement) -> Result<()> {
+        let before = std::mem::replace(&mut self.residency.placement, placement);
+        let moved = self.bring_weights();
+        if moved.is_err() {
+            self.residency.placement = before;
+            self.placed = self.bring_weights().is_ok();
+        } else {
+            self.placed = true;
+        }
+        moved
+    }
+
+    /// Brings the weights to where `residency` has them.
+    fn bring_weights(&mut self) -> Result<()> {
         let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
         let moved = on_backend!(&mut self.backend, b => b.place(self.engine, source, &self.residency));
         self.note_weights();
         self.note_device_memory();
         moved
-    }
-
-    /// Compares what is held at the current allocation with the cap.
-    fn check_cap(&self) -> Result<()> {
-        match self.cap {
-            Some(cap) => self.check_cap_at(cap, &self.standing_need()?),
-            None => Ok(()),
-        }
     }
 
     /// [`Session::set_weight_budget`] until the guard is dropped.
@@ -638,10 +723,12 @@ impl<'e> Session<'e> {
         let rows = argmax.map(|output| self.rows(output).map(|(rows, width)| (output, rows, width)));
         let profile = self.profile.as_mut();
         let result = match &mut self.backend {
-            Backend::Cpu(cpu) => lent
-                .map(Lent::host)
-                .transpose()
-                .and_then(|lent| cpu.run(module, inputs, &sizes, &bindings, lent, profile)),
+            Backend::Cpu(cpu) => {
+                let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
+                let supply = Supply::new(self.engine, source);
+                let lent = lent.map(Lent::host).transpose();
+                lent.and_then(|lent| cpu.run(supply, module, inputs, &sizes, &bindings, lent, profile))
+            }
             Backend::Cuda(cuda) => {
                 let lent = lent.map(|l| l.device(cuda.index())).transpose();
                 rows.transpose().and_then(|argmax| {
@@ -813,24 +900,6 @@ fn argmax_row(row: &[f32]) -> i32 {
 
 fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// Bytes of host memory that are available, as far as the system tells.
-fn available_memory() -> u64 {
-    let line = |text: String| {
-        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?.trim().strip_suffix("kB")?;
-        line.trim().parse::<u64>().ok()?.checked_mul(1024)
-    };
-    std::fs::read_to_string("/proc/meminfo").ok().and_then(line).unwrap_or(u64::MAX)
-}
-
-/// Bytes of this process in memory; 0 where the system does not tell.
-fn resident_set() -> u64 {
-    let line = |text: String| {
-        let line = text.lines().find_map(|l| l.strip_prefix("VmRSS:"))?.trim().strip_suffix("kB")?;
-        line.trim().parse::<u64>().ok()?.checked_mul(1024)
-    };
-    std::fs::read_to_string("/proc/self/status").ok().and_then(line).unwrap_or(0)
 }
 
 /// Restores a session's weight budget when dropped.

@@ -2,6 +2,8 @@
 
 mod device;
 
+pub use device::tables;
+
 use std::path::PathBuf;
 
 use millrace::ir::{Bindings, Module, ShapeProfile, text};

@@ -26,7 +26,7 @@ use super::range::Range;
 use super::recent::Recent;
 use super::report::{GraphReport, PoolReport};
 use super::residence::{Found, Residence};
-use super::resolve::{Addresses, Resolved, pack, parts, reads, resolve, workspace_bytes};
+use super::resolve::{Addresses, Limits, Resolved, pack, parts, reads, resolve, workspace_bytes};
 use super::transfer::{Landing, Staging};
 use super::upload::Sources;
 use crate::budget::Residency;
@@ -144,7 +144,7 @@ impl Cuda {
     /// Opens the device and loads the engine's code for it; allocates no memory of the session.
     pub fn new(engine: &Engine, index: u32, threads: usize, options: &SessionOptions) -> Result<Cuda> {
         let context = Context::retain(index)?;
-        let program = Program::load(&context, bundle(engine, context.info.capability)?)?;
+        let program = Program::load(&context, bundle(engine, Limits::of(&context.info))?)?;
         let stream = match options.stream {
             Some(raw) => Stream::borrowed(&context, raw),
             None => Stream::new(&context)?,
@@ -484,9 +484,7 @@ impl Cuda {
             Some(profile) => self.run_timed(module, &prepared, turn, arrival, profile),
             None => self.run_fast(&mut prepared, turn, arrival),
         };
-        if result.is_ok() {
-            self.residence.end();
-        }
+        let result = result.and_then(|()| self.residence.end());
         let told = prepared.tail.is_some();
         self.prepared.put(key, prepared);
         if let Some(lent) = lent {
@@ -620,7 +618,6 @@ impl Cuda {
             landing.receive(&self.stream, tail.indices)?;
             landing.expect()?;
         }
-        self.residence.join(&self.stream, false)?;
         staging.sent(&self.stream)?;
         self.report.last_launches = prepared.launches();
         self.report.plain += 1;
@@ -705,7 +702,7 @@ fn enqueue(
         tail.launch.enqueue(stream, overlap)?;
         landing.receive(stream, tail.indices)?;
     }
-    residence.join(stream, recorded)
+    Ok(())
 }
 
 impl Drop for Cuda {

@@ -4,8 +4,11 @@
 //! that a change of budget touches only what changes. A weight that streams is in host memory as a whole, and its
 //! host copy stays when it becomes resident again. Tables whose rows are read from afar are read there.
 //!
-//! Invariant: between steps the first copies of a step are in their slots. A step that fails breaks it; [`Residence::heal`]
-//! restores it before the next.
+//! A step's copies are enqueued with its kernels, into the same graph if there is one. The first copies of the next step follow
+//! outside of the graph, so that the link is busy while one step ends and another begins.
+//!
+//! Invariant: between steps the first copies of a step are in their slots or under way. A step that fails breaks it;
+//! [`Residence::heal`] restores it before the next.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,8 +30,8 @@ struct Held {
     slices: u64,
 }
 
-/// Streams and events of copies. While a step is recorded for a graph it has others than while it runs.
-pub(super) struct Lanes {
+/// What orders the copies within a step. While a step is recorded for a graph it has others than while it runs.
+struct Lanes {
     copies: Arc<Stream>,
     /// By slot: its content has arrived.
     arrived: Vec<Event>,
@@ -38,9 +41,21 @@ pub(super) struct Lanes {
 
 impl Lanes {
     fn new(context: &Arc<Context>, slots: usize) -> Result<Lanes> {
-        let events = || (0..slots).map(|_| Event::new(context, false)).collect::<Result<Vec<_>>>();
-        Ok(Lanes { copies: Stream::new(context)?, arrived: events()?, left: events()? })
+        let (arrived, left) = (events(context, slots)?, events(context, slots)?);
+        Ok(Lanes { copies: Stream::new(context)?, arrived, left })
     }
+}
+
+/// What orders the first copies of a step after the step before.
+struct Turnover {
+    /// By slot: the first copy of the next step has arrived.
+    arrived: Vec<Event>,
+    /// By slot: the last kernel of a step that reads it has ended.
+    left: Vec<Event>,
+}
+
+fn events(context: &Arc<Context>, slots: usize) -> Result<Vec<Event>> {
+    (0..slots).map(|_| Event::new(context, false)).collect()
 }
 
 /// See the module.
@@ -57,6 +72,7 @@ pub(super) struct Residence {
     placement: Option<Placement>,
     running: Option<Lanes>,
     recording: Option<Lanes>,
+    turnover: Option<Turnover>,
     /// Whether the ring holds what a step expects.
     intact: bool,
     context: Arc<Context>,
@@ -93,6 +109,7 @@ impl Residence {
             placement: None,
             running: None,
             recording: None,
+            turnover: None,
             intact: false,
             context: context.clone(),
         }
@@ -105,6 +122,7 @@ impl Residence {
 
     /// Brings the weights to where `residency` has them. No work that uses weights may be running.
     pub fn place(&mut self, sources: &Sources<'_>, residency: &Residency, threads: usize) -> Result<()> {
+        self.settle()?;
         self.intact = false;
         let next = residency.placement.clone();
         let first = self.fixed_at.is_empty() && self.held.is_empty();
@@ -165,10 +183,12 @@ impl Residence {
         upload(&self.context, sources, &loads, threads)?;
         copies.synchronize()?;
         if next.copies.is_empty() {
-            (self.running, self.recording) = (None, None);
+            (self.running, self.recording, self.turnover) = (None, None, None);
         } else if self.running.as_ref().is_none_or(|lanes| lanes.arrived.len() != next.slots) {
             self.running = Some(Lanes::new(&self.context, next.slots)?);
             self.recording = Some(Lanes::new(&self.context, next.slots)?);
+            let (arrived, left) = (events(&self.context, next.slots)?, events(&self.context, next.slots)?);
+            self.turnover = Some(Turnover { arrived, left });
         }
         self.placement = Some(next);
         self.heal()
@@ -276,14 +296,24 @@ impl Residence {
         lanes.as_ref().ok_or_else(not_placed)
     }
 
+    fn turnover(&self) -> Result<&Turnover> {
+        self.turnover.as_ref().ok_or_else(not_placed)
+    }
+
+    /// Waits for copies under way.
+    fn settle(&self) -> Result<()> {
+        self.running.as_ref().map_or(Ok(()), |lanes| lanes.copies.synchronize())
+    }
+
     /// Brings the first copies of a step into their slots if a step may have failed since.
     pub fn heal(&mut self) -> Result<()> {
         let placement = self.placement()?;
         if !self.intact && !placement.copies.is_empty() {
-            let lanes = self.lanes(false)?;
+            let (lanes, turnover) = (self.lanes(false)?, self.turnover()?);
             lanes.copies.synchronize()?;
             for copy in 0..placement.copies.len().min(placement.slots) {
                 self.send(copy, &lanes.copies)?;
+                turnover.arrived[copy].record(&lanes.copies)?;
             }
             lanes.copies.synchronize()?;
         }
@@ -304,38 +334,54 @@ impl Residence {
     /// Lets `stream` wait for a copy. `recorded` tells whether the stream records.
     pub fn arrive(&self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
         let placement = self.placement()?;
-        if placement.moved() == 0 || copy < placement.slots {
-            // It was there when the step began.
-            return Ok(());
+        let slot = placement.copies[copy].slot;
+        // A copy that has its slot to itself is there.
+        match (placement.next(copy), copy < placement.slots, recorded) {
+            (None, ..) => Ok(()),
+            (_, true, true) => stream.wait_outside(&self.turnover()?.arrived[slot]),
+            (_, true, false) => stream.wait(&self.turnover()?.arrived[slot]),
+            (_, false, _) => stream.wait(&self.lanes(recorded)?.arrived[slot]),
         }
-        stream.wait(&self.lanes(recorded)?.arrived[placement.copies[copy].slot])
     }
 
-    /// After the kernels that use a copy: enqueues the next into its slot.
+    /// After the kernels that use a copy: enqueues the next into its slot if that belongs to the same step.
     pub fn leave(&self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
         let placement = self.placement()?;
-        let (true, Some(next)) = (placement.moved() > 0, placement.next(copy)) else { return Ok(()) };
-        let (lanes, slot) = (self.lanes(recorded)?, placement.copies[copy].slot);
+        let Some(next) = placement.next(copy) else { return Ok(()) };
+        let slot = placement.copies[copy].slot;
+        if next <= copy {
+            let left = &self.turnover()?.left[slot];
+            return if recorded { left.record_outside(stream) } else { left.record(stream) };
+        }
+        let lanes = self.lanes(recorded)?;
         lanes.left[slot].record(stream)?;
         lanes.copies.wait(&lanes.left[slot])?;
         self.send(next, &lanes.copies)?;
         lanes.arrived[slot].record(&lanes.copies)
     }
 
-    /// Ends the copies of a step: `stream` waits for the first ones of the next.
-    pub fn join(&self, stream: &Stream, recorded: bool) -> Result<()> {
+    /// A step has been enqueued, in whatever way: enqueues the first copies of the next behind it.
+    pub fn end(&mut self) -> Result<()> {
         let placement = self.placement()?;
-        if placement.moved() == 0 {
-            return Ok(());
+        let (count, slots) = (placement.copies.len(), placement.slots);
+        if placement.moved() > 0 {
+            let (lanes, turnover) = (self.lanes(false)?, self.turnover()?);
+            // In the order in which the slots become free.
+            for copy in count.saturating_sub(slots)..count {
+                let Some(next) = placement.next(copy).filter(|next| *next <= copy) else { continue };
+                lanes.copies.wait(&turnover.left[next])?;
+                self.send(next, &lanes.copies)?;
+                turnover.arrived[next].record(&lanes.copies)?;
+            }
         }
-        let lanes = self.lanes(recorded)?;
-        // A slot with a single copy keeps it.
-        let moving = placement.copies.len().saturating_sub(placement.slots).min(placement.slots);
-        lanes.arrived[..moving].iter().try_for_each(|event| stream.wait(event))
-    }
-
-    /// A step has been enqueued.
-    pub fn end(&mut self) {
         self.intact = true;
+        Ok(())
+    }
+}
+
+impl Drop for Residence {
+    fn drop(&mut self) {
+        // Copies read host memory that goes. On a failed device none runs.
+        let _ = self.settle();
     }
 }

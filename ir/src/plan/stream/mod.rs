@@ -3,7 +3,8 @@
 //! [`Demand`] is what a module asks for: its weights with the ways they may be cut ([`Cut`]) and the uses of them in
 //! execution order. [`place`] turns a demand, a budget and a [`Ring`] into a [`Placement`]: how much of each weight is
 //! resident, and the copies of a step. [`check`] proves a placement right and shares no code with [`place`];
-//! [`predict`] plays a step against [`Costs`].
+//! [`predict`] plays a step against [`Costs`]; [`times`], [`work`] and [`costs`] estimate them. [`schedule`] prints a
+//! placement, and [`share`] and [`by_benefit`] split one budget among several engines.
 //!
 //! Terms. A *slice* is one index along axis 0 of a weight. A *tile* is a run of slices that is copied and computed with at
 //! once. A *slot* is a place of the ring; all slots have the same size and fixed addresses. A step's copies are numbered in the
@@ -18,18 +19,25 @@ mod check;
 mod demand;
 mod place;
 mod predict;
+mod share;
+mod text;
+mod work;
 
 pub use check::check;
 pub use demand::{Cut, Demand, Item, Use};
 pub use place::{Copy, Placement, minimum, place, resident};
-pub use predict::{Costs, Prediction, predict};
+pub use predict::{Busy, Costs, Prediction, Span, predict, timeline};
+pub use share::{by_benefit, curve, share};
+pub use text::schedule;
+pub use work::{costs, times, work};
 
 /// The ring, and what never enters it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ring {
     /// Slots, at least 2.
     pub slots: usize,
-    /// Bytes of a slot; raised to the largest weight that cannot be cut.
+    /// Bytes of a slot at most. A placement that lacks little uses smaller ones, and larger ones only where weights that cannot be
+    /// cut would not fit otherwise.
     pub slot_bytes: u64,
     /// Weights of fewer bytes always stay resident.
     pub small: u64,
@@ -47,5 +55,7 @@ impl Ring {
     }
 }
 
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 mod tests;

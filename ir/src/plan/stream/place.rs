@@ -39,6 +39,8 @@ pub struct Placement {
     pub slot_bytes: u64,
     /// Bytes of resident weights, each padded to the alignment.
     pub resident_bytes: u64,
+    /// The alignment.
+    pub align: u64,
 }
 
 impl Placement {
@@ -52,10 +54,14 @@ impl Placement {
         self.resident_bytes + self.ring_bytes()
     }
 
-    /// Bytes copied in each step of the steady state: a tile that has its slot to itself stays there.
+    /// Bytes copied in each step of the steady state. A copy that has its slot to itself is not repeated.
     pub fn moved(&self) -> u64 {
-        let moving = |(index, copy): (usize, &Copy)| self.next(index).map(|_| copy.bytes);
-        self.copies.iter().enumerate().filter_map(moving).sum()
+        self.moving().map(|copy| copy.bytes).sum()
+    }
+
+    /// The copies that every step of the steady state repeats.
+    pub fn moving(&self) -> impl Iterator<Item = &Copy> {
+        self.copies.iter().enumerate().filter(|(index, _)| self.next(*index).is_some()).map(|(_, copy)| copy)
     }
 
     /// The copy that goes into the slot of copy `index` once its kernel has been enqueued; of the next step if its
@@ -83,23 +89,79 @@ fn tiles(item: &Item, slot: u64) -> (u64, u64) {
     (tile, item.slices.div_ceil(tile))
 }
 
-/// The slot that holds every streaming item: the one asked for, or the largest piece that cannot be cut.
-fn slot_bytes(demand: &Demand, ring: &Ring) -> u64 {
-    let piece = |item: &Item| match item.cut {
-        Some(Cut::Tiles { granule, .. }) => {
-            ring.slot_bytes.min(item.bytes).max(granule.min(item.slices) * item.slice_bytes)
-        }
+/// The least that a slot must hold for an item to stream; `None` for one that is not copied.
+fn piece(item: &Item, ring: &Ring) -> Option<u64> {
+    let bytes = match item.cut {
+        _ if !item.streams(ring.small) => return None,
+        Some(Cut::Tiles { granule, .. }) => granule.min(item.slices).max(1).saturating_mul(item.slice_bytes),
         Some(Cut::Whole) => item.bytes,
-        Some(Cut::Rows) | None => 0,
+        Some(Cut::Rows) | None => return None,
     };
-    let largest = demand.items.iter().filter(|i| i.streams(ring.small)).map(piece).max().unwrap_or(0);
-    ring.padded(largest)
+    Some(ring.padded(bytes))
 }
 
-/// Bytes that a budget must have: the ring, and every weight that cannot stream.
+/// What streams if slots hold pieces of up to `piece` bytes.
+#[derive(Clone, Copy)]
+struct Pieces {
+    piece: u64,
+    /// Padded bytes of the items that then stream.
+    streams: u64,
+    /// The largest of them.
+    largest: u64,
+}
+
+/// One for each size of pieces, the smallest first. Items with larger pieces stay: a weight that cannot be cut costs
+/// less as a resident than as a measure of all slots, unless there are several.
+fn options(demand: &Demand, ring: &Ring) -> Vec<Pieces> {
+    let mut pieces: Vec<(u64, u64)> =
+        demand.items.iter().filter_map(|i| Some((piece(i, ring)?, ring.padded(i.bytes)))).collect();
+    pieces.sort_unstable();
+    let mut options: Vec<Pieces> = Vec::new();
+    let (mut streams, mut largest) = (0, 0);
+    for (piece, bytes) in pieces {
+        streams += bytes;
+        largest = bytes.max(largest);
+        match options.last_mut() {
+            Some(last) if last.piece == piece => (last.streams, last.largest) = (streams, largest),
+            _ => options.push(Pieces { piece, streams, largest }),
+        }
+    }
+    options
+}
+
+/// Padded bytes of the items that are copied if they stream, and of those that cannot stream.
+fn split(demand: &Demand, ring: &Ring) -> (u64, u64) {
+    let bytes = |keep: &dyn Fn(&Item) -> bool| -> u64 {
+        demand.items.iter().filter(|i| keep(i)).map(|i| ring.padded(i.bytes)).sum()
+    };
+    (bytes(&|i| piece(i, ring).is_some()), bytes(&|i| !i.streams(ring.small)))
+}
+
+/// Bytes that a budget must have: the ring, every weight that cannot stream, and weights in pieces so large that keeping
+/// them takes less.
 pub fn minimum(demand: &Demand, ring: &Ring) -> u64 {
-    let fixed = demand.items.iter().filter(|i| !i.streams(ring.small)).map(|i| ring.padded(i.bytes));
-    ring.slots as u64 * slot_bytes(demand, ring) + fixed.sum::<u64>()
+    let (copied, fixed) = split(demand, ring);
+    let slots = ring.slots.max(2) as u64;
+    let least = |o: Pieces| {
+        let slot = ring.padded(o.piece.max(ring.slot_bytes.min(o.largest)));
+        (copied - o.streams).saturating_add(slots.saturating_mul(slot))
+    };
+    fixed + options(demand, ring).into_iter().map(least).min().unwrap_or(0).min(copied)
+}
+
+/// Bytes that a link could move during the fixed costs of a copy and of the launch that waits for it.
+const COPY_COST: u64 = 160 << 10;
+
+/// The bytes of a slot for `missing` bytes that do not fit: streaming with slots of `s` bytes moves `missing + slots s` bytes
+/// in about `missing / s` copies more, so that `s` is the root of `missing COPY_COST / slots`. If too little streams in
+/// pieces of that size, the least larger size at which enough does. `None` if there is none.
+fn slot_bytes(demand: &Demand, ring: &Ring, missing: u64) -> Option<u64> {
+    let slots = ring.slots.max(2) as u64;
+    let root = (missing as u128 * COPY_COST as u128 / slots as u128).isqrt();
+    let usual = ring.padded(u64::try_from(root).unwrap_or(u64::MAX).clamp(1, ring.slot_bytes.max(1)));
+    let slot = |o: &Pieces| o.piece.max(usual.min(o.largest));
+    let enough = |o: &Pieces| o.streams >= missing.saturating_add(slots.saturating_mul(slot(o)));
+    options(demand, ring).iter().find(|o| enough(o)).map(slot)
 }
 
 /// Bytes of all weights when all are resident.
@@ -123,6 +185,7 @@ pub fn place(demand: &Demand, budget: u64, ring: &Ring, work: &[u64]) -> Result<
         slots: ring.slots.max(2),
         slot_bytes: 0,
         resident_bytes: resident(demand, ring),
+        align: ring.align.max(1),
     };
     if placement.resident_bytes <= budget {
         return Ok(placement);
@@ -144,10 +207,15 @@ pub fn place(demand: &Demand, budget: u64, ring: &Ring, work: &[u64]) -> Result<
             return Ok(placement);
         }
     }
-    placement.slot_bytes = slot_bytes(demand, ring);
+    let missing = placement.resident_bytes - budget;
+    let Some(slot) = slot_bytes(demand, ring, missing) else {
+        // The ring takes more than it saves: everything that is copied stays, or the budget would be under the minimum.
+        return Err(Error::new(Kind::Internal, "plan/stream", format!("no ring fits into {budget} bytes")));
+    };
+    placement.slot_bytes = slot;
     let room = budget - placement.ring_bytes();
     // Weights that several nodes read stay as long as they fit.
-    let streams = |i: &usize| placement.resident[*i] > 0 && demand.items[*i].streams(ring.small);
+    let streams = |i: &usize| piece(&demand.items[*i], ring).is_some_and(|piece| piece <= slot);
     let (mut once, mut often): (Vec<usize>, Vec<usize>) =
         (0..demand.items.len()).filter(streams).partition(|i| demand.items[*i].uses < 2);
     let mut kept = placement.resident_bytes - bytes_of(demand, ring, once.iter().chain(&often));
@@ -180,19 +248,19 @@ fn spread(demand: &Demand, placement: &mut Placement, items: &[usize], room: u64
     }
     let all: u128 = items.iter().map(|i| weight[*i]).sum();
     let total: u64 = items.iter().map(|i| demand.items[*i].bytes).sum();
+    let slot = placement.slot_bytes;
+    let cut: Vec<(u64, u64)> = items.iter().map(|i| tiles(&demand.items[*i], slot)).collect();
     // The resident bytes if `target` bytes are to stream: error diffusion along the execution order.
     let choose = |target: u64| -> (Vec<u64>, u64) {
         let (mut done, mut streamed, mut kept) = (0u128, 0u128, 0u64);
         let mut resident = Vec::with_capacity(items.len());
-        for index in items {
+        for (index, (tile, count)) in items.iter().zip(&cut) {
             let item = &demand.items[*index];
-            let (tile, count) = tiles(item, placement.slot_bytes);
             done += weight[*index];
             let due = (target as u128 * done / all.max(1)).saturating_sub(streamed);
             let tile_bytes = (tile * item.slice_bytes) as u128;
-            let number = ((due + tile_bytes / 2) / tile_bytes.max(1)).min(count as u128) as u64;
-            let stay = (count - number) * tile;
-            let stay = stay.min(item.slices);
+            let number = ((due + tile_bytes / 2) / tile_bytes.max(1)).min(*count as u128) as u64;
+            let stay = ((count - number) * tile).min(item.slices);
             streamed += ((item.slices - stay) * item.slice_bytes) as u128;
             kept += ring.padded(stay * item.slice_bytes);
             resident.push(stay);
@@ -200,17 +268,35 @@ fn spread(demand: &Demand, placement: &mut Placement, items: &[usize], room: u64
         (resident, kept)
     };
     // Rounding may keep a little more than asked, so the target may lie above what must go, up to twice the total.
-    let (mut low, mut high) =
-        (total.saturating_sub(room), total.saturating_mul(2).saturating_add(placement.slot_bytes));
+    let (mut low, mut high) = (total.saturating_sub(room), total.saturating_mul(2).saturating_add(slot));
     while low < high {
         let middle = low + (high - low) / 2;
         if choose(middle).1 <= room { high = middle } else { low = middle + 1 }
     }
-    let (resident, _) = choose(low);
-    for (index, stay) in items.iter().zip(resident) {
+    let (mut resident, mut kept) = choose(low);
+    // Weights of little work may have kept too much; then the last ones give it up.
+    for ((index, (tile, _)), stay) in items.iter().zip(&cut).zip(&mut resident).rev() {
+        let item = &demand.items[*index];
+        while kept > room && *stay > 0 {
+            // What stays begins a tile.
+            let less = (*stay - 1) / tile * tile;
+            kept = kept - ring.padded(*stay * item.slice_bytes) + ring.padded(less * item.slice_bytes);
+            *stay = less;
+        }
+    }
+    // What rounding left over holds a few tiles more.
+    for ((index, (tile, _)), stay) in items.iter().zip(&cut).zip(&mut resident) {
+        let item = &demand.items[*index];
+        let more = (*stay + tile).min(item.slices);
+        let grown = kept - ring.padded(*stay * item.slice_bytes) + ring.padded(more * item.slice_bytes);
+        if *stay < item.slices && grown <= room {
+            (*stay, kept) = (more, grown);
+        }
+    }
+    for ((index, (tile, _)), stay) in items.iter().zip(&cut).zip(resident) {
         placement.resident[*index] = stay;
         if stay < demand.items[*index].slices {
-            placement.tile[*index] = tiles(&demand.items[*index], placement.slot_bytes).0;
+            placement.tile[*index] = *tile;
         }
     }
 }
