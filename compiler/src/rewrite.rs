@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use millrace_ir::{
-    Def, Id, Loc, Module, Node, NodeId, Op, Operand, Result, TensorType, ValueId, Weight, WeightExpr,
+    Def, Id, Locs, Module, Node, NodeId, Op, Operand, Operands, Result, TensorType, ValueId, Weight, WeightExpr,
 };
 
 use millrace_ir::names::WeightNames;
@@ -257,7 +257,7 @@ fn apply(
         let names = names.get_or_insert_with(|| WeightNames::of(module));
         weights.push(names.equal_or_add(module, Weight { name, ty, expr, stream: None }));
     }
-    let mut loc: Vec<Loc> = patch.sources.iter().flat_map(|n| module.graph.nodes[*n].loc.clone()).collect();
+    let mut loc: Locs = patch.sources.iter().flat_map(|n| module.graph.nodes[*n].loc.clone()).collect();
     loc.sort();
     loc.dedup();
     let mut made: Vec<NodeId> = Vec::with_capacity(patch.nodes.len());
@@ -267,7 +267,7 @@ fn apply(
         From::Made(weight) => Operand::Weight(weights[weight]),
     };
     for (op, operands) in patch.nodes {
-        let operands = operands.into_iter().map(|f| find(module, &made, f)).collect();
+        let operands: Operands = operands.into_iter().map(|f| find(module, &made, f)).collect();
         let id = module.new_node(op, operands, loc.clone())?;
         uses.resize(module.graph.values.bound(), Users::new());
         outputs.resize(module.graph.values.bound(), false);

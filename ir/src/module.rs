@@ -37,7 +37,13 @@ impl Module {
     }
 
     /// Infers the results of a node and adds it to the arenas without a place in the order.
-    pub fn new_node(&mut self, op: Op, operands: Vec<Operand>, loc: Vec<Loc>) -> Result<NodeId> {
+    pub fn new_node(
+        &mut self,
+        op: Op,
+        operands: impl Into<Operands>,
+        loc: impl Into<Locs>,
+    ) -> Result<NodeId> {
+        let (operands, loc) = (operands.into(), loc.into());
         let types = self.operand_types(&operands);
         let results = op.infer(&types).map_err(|message| {
             Error::new(Kind::BadInput, "ir/ill-typed", format!("`{}` {message}", op.name()))
@@ -46,7 +52,7 @@ impl Module {
         let node = self.graph.nodes.push(Node {
             op,
             operands,
-            results: Vec::new(),
+            results: Results::new(),
             loc,
             kernel: None,
             joined: false,

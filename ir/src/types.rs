@@ -4,9 +4,10 @@ use std::fmt;
 
 use crate::dim::{Bindings, Dim};
 use crate::dtype::DType;
+use crate::list::List;
 
-/// Extents of a tensor, outermost first.
-pub type Shape = Vec<Dim>;
+/// Extents of a tensor, outermost first; types of repeated layers share them.
+pub type Shape = List<Dim>;
 
 /// Element type and shape. Memory order is row-major and dense.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -152,7 +152,7 @@ impl Chunk {
                 operands.push(pieces.rows(*operand, &rows, part));
             }
             let segments = vec![width; up.segments.len()];
-            let made = patch.node(FusedMatmul { segments, ..up.clone() }, operands);
+            let made = patch.node(FusedMatmul { segments: segments.into(), ..up.clone() }, operands);
             down.add(patch, From::New(made, 0), pieces.columns(weight, part * width, width, part));
         }
         down.finish(patch);

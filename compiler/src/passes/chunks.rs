@@ -219,7 +219,7 @@ impl Sum {
         match self.sum {
             Some(sum) => operands.push(From::New(sum, 0)),
             None => {
-                epilogue = down.epilogue.clone();
+                epilogue = down.epilogue.clone().to_vec();
                 operands.extend(node.operands[2..].iter().copied().map(From::Old));
                 if let Some((_, _, addend)) = &self.norm {
                     epilogue.push(Epilogue::Residual);
@@ -227,7 +227,7 @@ impl Sum {
                 }
             }
         }
-        self.sum = Some(patch.node(FusedMatmul { epilogue, ..down.clone() }, operands));
+        self.sum = Some(patch.node(FusedMatmul { epilogue: epilogue.into(), ..down.clone() }, operands));
     }
 
     /// Puts the sum in the place of the matmul, and of the addition and norm behind it.
@@ -293,7 +293,7 @@ impl Pieces<'_> {
                 let name = self.part(whole, part);
                 let mut ty = self.module.weights[whole].ty.clone();
                 ty.shape[0] = Dim::from(rows.iter().map(|(_, len)| len).sum::<usize>());
-                self.add(name, ty, WeightExpr::Concat { axis: 0, parts: cuts })
+                self.add(name, ty, WeightExpr::Concat { axis: 0, parts: cuts.into() })
             }
         };
         From::Old(Operand::Weight(id))

@@ -39,10 +39,10 @@ impl Rule for FuseLinear {
                     _ => return Outcome::NoMatch,
                 };
                 let fused = FusedMatmul {
-                    segments: vec![rows],
+                    segments: vec![rows].into(),
                     panel: 0,
                     cores: false,
-                    epilogue: Vec::new(),
+                    epilogue: Vec::new().into(),
                     out: matmul.out,
                 };
                 let mut patch = Patch::new([id]);
@@ -74,7 +74,7 @@ impl Rule for FuseLinear {
                     return Outcome::Blocked("the product has other uses".into());
                 }
                 let mut patch = Patch::new([source, id]);
-                let biased = FusedMatmul { epilogue: vec![Epilogue::Bias], ..fused.clone() };
+                let biased = FusedMatmul { epilogue: vec![Epilogue::Bias].into(), ..fused.clone() };
                 let operands = matmul.operands.iter().copied().chain([bias]).map(From::Old);
                 let new = patch.node(biased, operands.collect::<Vec<_>>());
                 patch.replace(node.results[0], From::New(new, 0));

@@ -91,16 +91,16 @@ impl Part {
         let region = match &node.op {
             Op::Pointwise(region) => region.clone(),
             _ => Pointwise {
-                body,
-                out: vec![Out { source: Source::Step(0), per_row }],
-                dtypes: vec![view.module.graph.values[node.results[0]].ty.dtype],
+                body: body.into(),
+                out: vec![Out { source: Source::Step(0), per_row }].into(),
+                dtypes: vec![view.module.graph.values[node.results[0]].ty.dtype].into(),
             },
         };
         let types: Vec<TensorType> = node.operands.iter().map(|o| view.ty(*o).clone()).collect();
         let shape = Pointwise::shape(&types).ok()?;
         let mut part = Part {
             region,
-            operands: node.operands.clone(),
+            operands: node.operands.clone().to_vec(),
             shape,
             results: node.results.to_vec(),
             sources: vec![id],
@@ -213,7 +213,7 @@ impl Part {
         body.extend(self.region.body.iter().map(|s| s.map(outer)));
         let outs = self.region.out.iter().map(|o| Out { source: outer(o.source), ..*o });
         let mut whole = Part {
-            region: Pointwise { body, out: outs.collect(), dtypes: self.region.dtypes.clone() },
+            region: Pointwise { body: body.into(), out: outs.collect(), dtypes: self.region.dtypes.clone() },
             operands,
             shape: self.shape.clone(),
             results: self.results.clone(),

@@ -123,7 +123,7 @@ fn join(module: &mut Module, names: &mut WeightNames, group: &[NodeId], index: u
             shape[0] = shape[0].add(&module.weights[*part].ty.shape[0]);
         }
         let ty = TensorType { dtype: module.weights[parts[0]].ty.dtype, shape };
-        Weight { name, ty, expr: WeightExpr::Concat { axis: 0, parts }, stream: None }
+        Weight { name, ty, expr: WeightExpr::Concat { axis: 0, parts: parts.into() }, stream: None }
     }))
 }
 

@@ -124,7 +124,7 @@ impl Packing {
             let shape = vec![panels(self.panel), columns, Dim::from(self.panel)];
             (shape, WeightExpr::Pack { panel: self.panel, segments: segments.clone(), of: self.of })
         };
-        Weight { name, ty: TensorType { dtype: source.dtype, shape }, expr, stream: None }
+        Weight { name, ty: TensorType { dtype: source.dtype, shape: shape.into() }, expr, stream: None }
     }
 }
 

@@ -545,9 +545,9 @@ impl<'a> Stamper<'a> {
         let op = node.op.clone();
         graph.order.push(graph.nodes.push(Node {
             op,
-            operands,
-            results,
-            loc,
+            operands: operands.into(),
+            results: results.into(),
+            loc: loc.into(),
             kernel: None,
             joined: node.joined,
         }));

@@ -95,8 +95,8 @@ impl Layers {
             let operands = read.ok_or("layers are read from outside of their run")?;
             let id = graph.nodes.push(Node {
                 op: node.op.clone(),
-                operands,
-                results: Vec::with_capacity(node.results.len()),
+                operands: operands.into(),
+                results: Vec::with_capacity(node.results.len()).into(),
                 loc: node.loc.clone(),
                 kernel: None,
                 joined: node.joined,

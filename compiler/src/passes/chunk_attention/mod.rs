@@ -197,7 +197,7 @@ impl Parts {
             _ => None,
         };
         let segments = vec![rows.and_then(|n| usize::try_from(n).ok()).unwrap_or(0)];
-        let mut last = patch.node(FusedMatmul { segments, ..op.clone() }, operands);
+        let mut last = patch.node(FusedMatmul { segments: segments.into(), ..op.clone() }, operands);
         for step in &chain.steps {
             let op = match &step.op {
                 Op::Reshape(reshape) => {

@@ -309,7 +309,7 @@ fn rewrite(
     }
     let attention = patch.node(Attention { mask }, packed.into_iter().chain([starts]));
     // Back to [batch.., heads.., s, d].
-    let mut shape: Shape = lead[..split].to_vec();
+    let mut shape: Shape = lead[..split].to_vec().into();
     shape.push(rows.clone());
     shape.extend(lead[split..].iter().cloned());
     shape.push(width);
@@ -359,7 +359,7 @@ fn pack(
     let [rows, width] = [&source.shape[own - 2], &source.shape[own - 1]];
     let heads = product(&source.shape[split..own - 2]);
     let shape = vec![product(batch).mul(rows), heads, width.clone()];
-    From::New(patch.node(Reshape { shape }, [at]), 0)
+    From::New(patch.node(Reshape { shape: shape.into() }, [at]), 0)
 }
 
 /// `[0, s, 2 s, ..]` for `b` sequences of `s` rows.
@@ -377,7 +377,7 @@ pub(super) fn seq_starts(patch: &mut Patch, b: &Dim, s: &Dim) -> From {
     {
         return multiples(patch, count, rows);
     }
-    let iota = |shape: Dim| Iota { shape: vec![shape], axis: 0, dtype: DType::I32 };
+    let iota = |shape: Dim| Iota { shape: vec![shape].into(), axis: 0, dtype: DType::I32 };
     let length = match s.as_const() {
         Some(rows) => {
             let ty = TensorType::new(DType::I32, [one]);

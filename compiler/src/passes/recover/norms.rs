@@ -192,7 +192,7 @@ fn rewrite(view: &View<'_>, found: &Match, norm: Norm, id: NodeId) -> Outcome {
 fn flat(patch: &mut Patch, vector: From, rank: usize, n: &Dim) -> From {
     match rank {
         1 => vector,
-        _ => From::New(patch.node(Reshape { shape: vec![n.clone()] }, [vector]), 0),
+        _ => From::New(patch.node(Reshape { shape: vec![n.clone()].into() }, [vector]), 0),
     }
 }
 

@@ -145,7 +145,7 @@ fn joined(view: &View<'_>, operand: Operand, nodes: &mut Vec<NodeId>) -> Option<
                 };
                 let source = view.node(id).operands[0];
                 let (last, lead) = inner.split_last()?;
-                (last.as_const() == Some(1) && lead == view.ty(source).shape).then_some(source)
+                (last.as_const() == Some(1) && view.ty(source).shape == lead).then_some(source)
             };
             let (a, b) = (below(a)?, below(b)?);
             let is_last = axis + 1 == view.ty(stacked).rank();
@@ -339,7 +339,7 @@ fn rewrite(view: &View<'_>, id: NodeId, rotation: Rotation) -> Result<Outcome, S
     let dims = |axes: &[usize]| axes.iter().map(|a| shape[*a].clone()).collect::<Shape>();
     let t = product(&dims(&rows));
     let head_count = heads.map_or(Dim::from(1i64), |axis| shape[axis].clone());
-    let packed = patch.node(Reshape { shape: vec![t.clone(), head_count, ty.last()] }, [at]);
+    let packed = patch.node(Reshape { shape: vec![t.clone(), head_count, ty.last()].into() }, [at]);
     let positions = flat_positions(view, &mut patch, positions, &rows, &axes, &dims(&rows), t);
     let turn = patch.node(op, [From::New(packed, 0), positions]);
     let mut back = patch.node(Reshape { shape: dims(&perm) }, [From::New(turn, 0)]);
@@ -380,6 +380,6 @@ fn flat_positions(
     match all {
         From::Old(given) if view.ty(given).rank() == 1 => all,
         From::New(..) if dims.len() == 1 => all,
-        _ => From::New(patch.node(Reshape { shape: vec![t] }, [all]), 0),
+        _ => From::New(patch.node(Reshape { shape: vec![t].into() }, [all]), 0),
     }
 }

@@ -102,7 +102,7 @@ impl<'a> Problem<'a> {
             norm,
             weight,
             layout,
-            segments: op.segments.clone(),
+            segments: op.segments.clone().to_vec(),
             epilogue,
             results: node.results.iter().map(|r| Operand::Value(*r)).collect(),
             dtype: x_ty.dtype,

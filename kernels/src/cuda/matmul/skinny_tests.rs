@@ -82,7 +82,7 @@ impl Case {
         if layout == Layout::Cores {
             let w = module.weights.iter().find(|(_, w)| w.name == "w").unwrap().0;
             let panels: usize = segments.iter().map(|s| s.div_ceil(8)).sum();
-            module.weights[w].ty.shape = [panels, k / 8, 8, 8].map(Dim::from).to_vec();
+            module.weights[w].ty.shape = [panels, k / 8, 8, 8].map(Dim::from).to_vec().into();
         }
         module
     }
