@@ -109,7 +109,7 @@ impl<I: Id, T> Arena<I, T> {
     }
 
     /// Live items with their ids, by id.
-    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (I, &T)> {
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (I, &T)> + Clone {
         self.slots.iter().enumerate().filter_map(|(i, s)| s.as_ref().map(|t| (I::from_index(i), t)))
     }
 
@@ -119,7 +119,7 @@ impl<I: Id, T> Arena<I, T> {
     }
 
     /// Ids of live items.
-    pub fn ids(&self) -> impl DoubleEndedIterator<Item = I> + '_ {
+    pub fn ids(&self) -> impl DoubleEndedIterator<Item = I> + Clone + '_ {
         self.iter().map(|(id, _)| id)
     }
 

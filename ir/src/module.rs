@@ -120,6 +120,10 @@ impl Module {
             kernels: _,
             graph,
         } = self;
+        if is_compact(graph) {
+            compact_weights(weights, graph);
+            return;
+        }
         let Graph { name: _, inputs, outputs, nodes, values, order } = graph;
         let mut new_values = Arena::new();
         let mut map = vec![None; values.bound()];
@@ -164,23 +168,40 @@ impl Module {
     }
 }
 
+/// Whether [`Module::compact`] would leave nodes and values as they are.
+fn is_compact(graph: &Graph) -> bool {
+    use crate::arena::Id;
+    let Graph { name: _, inputs, outputs: _, nodes, values, order } = graph;
+    let mut next = 0..values.bound();
+    nodes.len() == nodes.bound()
+        && values.len() == values.bound()
+        && order.len() == nodes.len()
+        && inputs.iter().all(|v| next.next() == Some(v.index()))
+        && order.iter().enumerate().all(|(at, id)| {
+            id.index() == at && nodes[*id].results.iter().all(|v| next.next() == Some(v.index()))
+        })
+        && next.is_empty()
+}
+
 /// Keeps weights that a node reads, directly or through another weight's expression.
 fn compact_weights(weights: &mut Arena<WeightId, Weight>, graph: &mut Graph) {
     use crate::arena::Id;
     let mut live = vec![false; weights.bound()];
-    let mut work: Vec<WeightId> = graph
-        .nodes
-        .iter()
-        .flat_map(|(_, n)| &n.operands)
-        .filter_map(|o| if let Operand::Weight(w) = o { Some(*w) } else { None })
-        .collect();
-    while let Some(id) = work.pop() {
-        if let Some(flag) = live.get_mut(id.index())
-            && !std::mem::replace(flag, true)
-            && let Some(weight) = weights.get(id)
-        {
-            work.extend(weight.expr.parts());
+    let read = graph.nodes.iter().flat_map(|(_, n)| &n.operands);
+    let mut work: Vec<WeightId> = Vec::new();
+    for first in read.filter_map(|o| if let Operand::Weight(w) = o { Some(*w) } else { None }) {
+        work.push(first);
+        while let Some(id) = work.pop() {
+            if let Some(flag) = live.get_mut(id.index())
+                && !std::mem::replace(flag, true)
+                && let Some(weight) = weights.get(id)
+            {
+                work.extend(weight.expr.parts());
+            }
         }
+    }
+    if weights.len() == weights.bound() && live.iter().all(|live| *live) {
+        return;
     }
     let mut map = vec![None; weights.bound()];
     let mut kept = Arena::new();

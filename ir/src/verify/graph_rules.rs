@@ -9,18 +9,19 @@ use crate::graph::*;
 
 pub(super) fn structure(module: &Module, report: &mut Report) {
     let graph = &module.graph;
-    let mut position: Vec<Option<usize>> = vec![None; graph.nodes.bound()];
+    // Position in the order of each node that has one.
+    let mut position: Vec<u32> = vec![u32::MAX; graph.nodes.bound()];
     for (at, id) in graph.order.iter().enumerate() {
         match graph.nodes.get(*id) {
             None => report.add(5, None, format!("the order names {id}, which does not exist")),
-            Some(_) if position[id.index()].is_some() => {
+            Some(_) if position[id.index()] != u32::MAX => {
                 report.add(5, Some(*id), "stands in the order twice")
             }
-            Some(_) => position[id.index()] = Some(at),
+            Some(_) => position[id.index()] = at as u32,
         }
     }
     for (id, node) in graph.nodes.iter() {
-        if position[id.index()].is_none() {
+        if position[id.index()] == u32::MAX {
             report.add(5, Some(id), "is missing from the order");
         }
         if node.results.is_empty() {
@@ -85,7 +86,7 @@ pub(super) fn structure(module: &Module, report: &mut Report) {
             }
             if let Operand::Value(v) = operand
                 && let Some(Value { def: Def::Node { node, .. }, .. }) = graph.values.get(*v)
-                && position.get(node.index()).copied().flatten().is_none_or(|p| p >= at)
+                && position.get(node.index()).is_none_or(|p| *p as usize >= at)
             {
                 report.add(7, Some(*id), format!("{v} is used before it is defined"));
             }

@@ -1,6 +1,7 @@
 //! Rules about declarations: V1 names, V2 symbols, V3 and V9 sizes, V4 weights.
 
 use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 
 use super::Report;
 use crate::arena::Id;
@@ -14,25 +15,45 @@ use crate::ops::movement::is_permutation;
 use crate::types::TensorType;
 use crate::weights::MAX_DEPTH;
 
-pub(super) fn names(module: &Module, report: &mut Report) {
-    let mut unique = |what: &str, names: Vec<&str>| {
-        let mut seen = HashSet::with_capacity(names.len());
-        for name in names {
-            if name.is_empty() {
-                report.add(1, None, format!("a {what} has no name"));
-            } else if name.chars().any(char::is_control) {
-                report.add(1, None, format!("the {what} {} has control characters", Quoted(name)));
-            } else if !seen.insert(name) {
-                report.add(1, None, format!("the {what} `{name}` is declared twice"));
-            }
+/// Whether all names are fit to be printed and differ; a rare `false` may be wrong.
+///
+/// Hashes are sorted, not kept in a table: a sort goes through memory in order, however many there are.
+fn surely_unique<'a>(names: impl Iterator<Item = &'a str>) -> bool {
+    let state = RandomState::new();
+    let mut hashes = Vec::with_capacity(names.size_hint().0);
+    for name in names {
+        if name.is_empty() || !name.bytes().all(|b| (b' '..=b'~').contains(&b)) {
+            return false;
         }
-    };
+        hashes.push(state.hash_one(name));
+    }
+    hashes.sort_unstable();
+    hashes.windows(2).all(|pair| pair[0] != pair[1])
+}
+
+fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str> + Clone, report: &mut Report) {
+    if surely_unique(names.clone()) {
+        return;
+    }
+    let mut seen = HashSet::new();
+    for name in names {
+        if name.is_empty() {
+            report.add(1, None, format!("a {what} has no name"));
+        } else if name.chars().any(char::is_control) {
+            report.add(1, None, format!("the {what} {} has control characters", Quoted(name)));
+        } else if !seen.insert(name) {
+            report.add(1, None, format!("the {what} `{name}` is declared twice"));
+        }
+    }
+}
+
+pub(super) fn names(module: &Module, report: &mut Report) {
     let constants = module.weights.iter().map(|(_, w)| w.name.as_str());
-    unique("weight or state", constants.chain(module.states.iter().map(|(_, s)| s.name.as_str())).collect());
-    unique("arena", module.arenas.iter().map(|(_, a)| a.name.as_str()).collect());
-    unique("symbol", module.dims.iter().map(|d| d.sym.name()).collect());
-    unique("input", module.input_types().into_iter().map(|(n, _)| n).collect());
-    unique("output", module.graph.outputs.iter().map(|o| o.name.as_str()).collect());
+    unique("weight or state", constants.chain(module.states.iter().map(|(_, s)| s.name.as_str())), report);
+    unique("arena", module.arenas.iter().map(|(_, a)| a.name.as_str()), report);
+    unique("symbol", module.dims.iter().map(|d| d.sym.name()), report);
+    unique("input", module.input_types().iter().map(|(n, _)| *n), report);
+    unique("output", module.graph.outputs.iter().map(|o| o.name.as_str()), report);
     for (what, name) in [("module", &module.name), ("graph", &module.graph.name)] {
         if name.is_empty() {
             report.add(1, None, format!("the {what} has no name"));
