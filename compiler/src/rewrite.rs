@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use millrace_ir::{
-    Def, Id, Locs, Module, Node, NodeId, Op, Operand, Operands, Result, TensorType, ValueId, Weight, WeightExpr,
+    Def, Id, Locs, Module, Node, NodeId, Operand, Operands, Result, SharedOp, TensorType, ValueId, Weight, WeightExpr,
 };
 
 use millrace_ir::names::WeightNames;
@@ -25,7 +25,7 @@ pub enum Outcome {
 /// A change: new nodes at the anchor's place, and old values replaced by their results or by other operands.
 #[derive(Default)]
 pub struct Patch {
-    nodes: Vec<(Op, Vec<From>)>,
+    nodes: Vec<(SharedOp, Vec<From>)>,
     weights: Vec<(String, TensorType, WeightExpr)>,
     replace: Vec<(ValueId, From)>,
     sources: Vec<NodeId>,
@@ -49,7 +49,7 @@ impl Patch {
     }
 
     /// Adds a node; returns its number for [`From::New`].
-    pub fn node(&mut self, op: impl Into<Op>, operands: impl IntoIterator<Item = From>) -> usize {
+    pub fn node(&mut self, op: impl Into<SharedOp>, operands: impl IntoIterator<Item = From>) -> usize {
         self.nodes.push((op.into(), operands.into_iter().collect()));
         self.nodes.len() - 1
     }

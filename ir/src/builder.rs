@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::dim::{Dim, MAX_EXTENT, Sym, SymDecl};
 use crate::error::{Error, Kind, Result};
 use crate::graph::*;
-use crate::ops::Op;
+use crate::ops::{Op, SharedOps};
 use crate::types::{SharedShapes, TensorType};
 
 /// A module under construction. Nodes run in the order they are added.
@@ -14,12 +14,18 @@ pub struct Builder {
     module: Module,
     weights: BTreeMap<String, WeightId>,
     shapes: SharedShapes,
+    ops: SharedOps,
 }
 
 impl Builder {
     /// An empty module called `name`.
     pub fn new(name: &str) -> Self {
-        Builder { module: Module::new(name), weights: BTreeMap::new(), shapes: SharedShapes::default() }
+        Builder {
+            module: Module::new(name),
+            weights: BTreeMap::new(),
+            shapes: SharedShapes::default(),
+            ops: SharedOps::default(),
+        }
     }
 
     /// Declares a symbol with its range and typical value.
@@ -67,7 +73,7 @@ impl Builder {
     /// Adds a node and returns its results.
     pub fn node(&mut self, op: impl Into<Op>, operands: &[Operand], loc: &str) -> Result<Vec<Operand>> {
         let loc: Loc = Arc::from(loc);
-        let node = self.module.new_node(op.into(), operands, [loc])?;
+        let node = self.module.new_node(self.ops.share(op.into()), operands, [loc])?;
         let Graph { nodes, values, order, .. } = &mut self.module.graph;
         order.push(node);
         let shared = |v: &ValueId| {

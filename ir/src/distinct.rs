@@ -6,7 +6,7 @@ use std::mem::{Discriminant, discriminant};
 
 use crate::arena::Id;
 use crate::graph::*;
-use crate::ops::Op;
+use crate::ops::{Op, SharedOp};
 use crate::types::TensorType;
 
 /// Number of a distinct type.
@@ -103,7 +103,7 @@ impl<'a> Types<'a> {
 const REMEMBERED: usize = 64;
 
 /// Ops that were seen, with what was found out about each.
-pub(crate) struct Ops<'a, T>(Vec<(Discriminant<Op>, Vec<(&'a Op, T)>)>);
+pub(crate) struct Ops<'a, T>(Vec<(Discriminant<Op>, Vec<(&'a SharedOp, T)>)>);
 
 impl<'a, T> Ops<'a, T> {
     pub(crate) fn new() -> Self {
@@ -111,15 +111,15 @@ impl<'a, T> Ops<'a, T> {
     }
 
     /// What is known of an op equal to `op` for which `fits` holds.
-    pub(crate) fn find(&self, op: &Op, fits: impl Fn(&T) -> bool) -> Option<&T> {
-        let kind = discriminant(op);
+    pub(crate) fn find(&self, op: &SharedOp, fits: impl Fn(&T) -> bool) -> Option<&T> {
+        let kind = discriminant(&**op);
         let (_, known) = self.0.iter().find(|(k, _)| *k == kind)?;
         known.iter().find(|(known, about)| fits(about) && *known == op).map(|(_, about)| about)
     }
 
     /// Remembers `about` for `op`, if there is room.
-    pub(crate) fn remember(&mut self, op: &'a Op, about: T) {
-        let kind = discriminant(op);
+    pub(crate) fn remember(&mut self, op: &'a SharedOp, about: T) {
+        let kind = discriminant(&**op);
         let at = self.0.iter().position(|(k, _)| *k == kind).unwrap_or_else(|| {
             self.0.push((kind, Vec::new()));
             self.0.len() - 1

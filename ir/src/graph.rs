@@ -8,7 +8,7 @@ use crate::arena::{Arena, id_type};
 use crate::dim::{Dim, SymDecl};
 use crate::dtype::DType;
 use crate::list::List;
-use crate::ops::Op;
+use crate::ops::SharedOp;
 use crate::types::TensorType;
 
 id_type!(
@@ -254,7 +254,7 @@ pub struct Output {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Node {
     /// What it computes.
-    pub op: Op,
+    pub op: SharedOp,
     /// What it reads, in the op's order.
     pub operands: Operands,
     /// What it defines.

@@ -75,5 +75,5 @@ pub use dtype::DType;
 pub use error::{Error, Kind, Result};
 pub use graph::*;
 pub use list::List;
-pub use ops::Op;
+pub use ops::{Op, SharedOp};
 pub use types::TensorType;

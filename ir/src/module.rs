@@ -3,7 +3,7 @@
 use crate::arena::Arena;
 use crate::error::{Error, Kind, Result};
 use crate::graph::*;
-use crate::ops::Op;
+use crate::ops::SharedOp;
 use crate::types::TensorType;
 
 impl Module {
@@ -39,11 +39,11 @@ impl Module {
     /// Infers the results of a node and adds it to the arenas without a place in the order.
     pub fn new_node(
         &mut self,
-        op: Op,
+        op: impl Into<SharedOp>,
         operands: impl Into<Operands>,
         loc: impl Into<Locs>,
     ) -> Result<NodeId> {
-        let (operands, loc) = (operands.into(), loc.into());
+        let (op, operands, loc) = (op.into(), operands.into(), loc.into());
         let types = self.operand_types(&operands);
         let results = op.infer(&types).map_err(|message| {
             Error::new(Kind::BadInput, "ir/ill-typed", format!("`{}` {message}", op.name()))

@@ -164,7 +164,7 @@ impl Rule for Chunk {
         let node = view.node(id);
         // An addition and norm that only the second matmul's addition feeds is looked at instead of that matmul.
         let joined = |down: NodeId, norm: NodeId| norm.index() < self.bound && joins(view, down, norm);
-        let found = match &node.op {
+        let found = match &*node.op {
             Op::FusedMatmul(_) => match reader(view, node) {
                 Some(norm) if joined(id, norm) => Err(None),
                 _ => self.layer(view, id, None),

@@ -102,7 +102,7 @@ fn fold(
     }
     let by_bytes = ty.dtype.size_bytes().is_some()
         && parts.iter().all(|p| module.weights[*p].ty.dtype.size_bytes().is_some());
-    let expr = match (&node.op, parts) {
+    let expr = match (&*node.op, parts) {
         (Op::Transpose(t), [of]) if by_bytes => WeightExpr::Transpose { perm: t.perm.clone(), of: *of },
         (Op::Reshape(_), [of]) if by_bytes => WeightExpr::Reshape { of: *of },
         (Op::Cast(_), [of]) if by_bytes => WeightExpr::Cast { of: *of },

@@ -25,7 +25,7 @@ rule_pass!(
 impl Rule for FuseLinear {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
         let node = view.node(id);
-        match &node.op {
+        match &*node.op {
             Op::Matmul(matmul) if matmul.transpose_b => {
                 let weight = node.operands[1];
                 let rows = match (weight, view.ty(weight).const_shape().as_deref()) {
@@ -59,7 +59,7 @@ impl Rule for FuseLinear {
                     return Outcome::NoMatch;
                 };
                 let matmul = view.node(source);
-                let Op::FusedMatmul(fused) = &matmul.op else { return Outcome::NoMatch };
+                let Op::FusedMatmul(fused) = &*matmul.op else { return Outcome::NoMatch };
                 let Operand::Value(y_value) = y else { return Outcome::NoMatch };
                 if !fused.epilogue.is_empty() || fused.segments.len() != 1 {
                     return Outcome::Blocked("the matmul has a bias or several results already".into());

@@ -16,7 +16,7 @@ const THREADS: u32 = 256;
 
 /// Plans the ops of this family. `None` for element types smaller than a byte (except views) and extents beyond 32 bits.
 pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
-    match &node.op {
+    match &*node.op {
         Op::Reshape(_) => reshape(site, node),
         Op::Transpose(op) => transpose(site, node, op),
         Op::Broadcast(op) => broadcast(site, node, op),

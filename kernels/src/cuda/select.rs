@@ -15,7 +15,7 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
             _ => rope::plan(site),
         };
     };
-    match &node.op {
+    match &*node.op {
         Op::Unary(_) | Op::Binary(_) | Op::Cast(_) | Op::Select(_) | Op::Pointwise(_) => {
             pointwise::plan(site, node)
         }

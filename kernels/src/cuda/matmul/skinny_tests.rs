@@ -213,7 +213,7 @@ fn batched(transposed: bool) -> Module {
 #[test]
 fn activations_multiply_with_broadcast_batches() {
     let module = batched(false);
-    assert!(matches!(module.graph.nodes[nodes(&module)[0]].op, Op::Matmul(_)));
+    assert!(matches!(*module.graph.nodes[nodes(&module)[0]].op, Op::Matmul(_)));
     let planned = planned(&module, Arch::Sm80);
     let text = &planned.variants[0].launches[0].source.text;
     assert!(text.contains("a += (u64)i0 * (1);") && text.contains("b += (u64)i1 * (1);"), "{text}");
