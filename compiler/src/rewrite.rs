@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 
 use millrace_ir::{
-    Def, Id, Locs, Module, Node, NodeId, Operand, Operands, Result, SharedOp, TensorType, ValueId, Weight, WeightExpr,
+    Def, Id, Locs, Module, Node, NodeId, Operand, Operands, Result, SharedOp, TensorType, ValueId, Weight,
+    WeightExpr,
 };
 
 use millrace_ir::names::WeightNames;

@@ -62,6 +62,11 @@ impl<I: Id, T> Arena<I, T> {
         Arena { slots: Vec::new(), live: 0, id: PhantomData }
     }
 
+    /// Makes room for `more` items.
+    pub fn reserve(&mut self, more: usize) {
+        self.slots.reserve_exact(more);
+    }
+
     /// Appends `item` and returns its id.
     pub fn push(&mut self, item: T) -> I {
         self.slots.push(Some(item));
@@ -101,6 +106,11 @@ impl<I: Id, T> Arena<I, T> {
     /// The item, unless it was removed or never existed.
     pub fn get(&self, id: I) -> Option<&T> {
         self.slots.get(id.index())?.as_ref()
+    }
+
+    /// Whether the item exists; without tombstones this reads no slot.
+    pub fn contains(&self, id: I) -> bool {
+        if self.live == self.slots.len() { id.index() < self.live } else { self.get(id).is_some() }
     }
 
     /// Mutable access to the item.

@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use std::mem::{Discriminant, discriminant};
 
 use crate::arena::Id;
+use crate::dim::Dim;
 use crate::graph::*;
 use crate::ops::{Op, SharedOp};
-use crate::types::TensorType;
+use crate::types::{TensorType, mix};
 
 /// Number of a distinct type.
 pub type TypeId = u32;
@@ -96,6 +97,36 @@ impl<'a> Types<'a> {
             Operand::Weight(w) => self.weights[w.index()],
             Operand::State(s) => self.states[s.index()],
         }
+    }
+}
+
+/// What was found out about dims, each with a number that makes it another key.
+pub struct Dims<'a, T>(HashMap<u64, Vec<(&'a Dim, u64, T)>>);
+
+impl<'a, T> Dims<'a, T> {
+    /// Nothing is known.
+    pub fn new() -> Self {
+        Dims(HashMap::new())
+    }
+
+    /// What is known of `dim` with `number`.
+    pub fn get(&self, dim: &Dim, number: u64) -> Option<&T> {
+        let known = self.0.get(&mix(dim.fingerprint(), number))?;
+        known.iter().find(|(d, n, _)| *n == number && *d == dim).map(|(_, _, about)| about)
+    }
+
+    /// Remembers `about` for `dim` with `number`, unless many others have its fingerprint.
+    pub fn remember(&mut self, dim: &'a Dim, number: u64, about: T) {
+        let known = self.0.entry(mix(dim.fingerprint(), number)).or_default();
+        if known.len() < COMPARED {
+            known.push((dim, number, about));
+        }
+    }
+}
+
+impl<T> Default for Dims<'_, T> {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

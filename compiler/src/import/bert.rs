@@ -112,7 +112,11 @@ impl Step<'_, '_> {
         let mask = Mask { scale: 1.0 / (d as f64).sqrt(), causal: false, window: 0 };
         let operands = [qkv[0], qkv[1], qkv[2], self.seq_starts];
         let y = self.builder.one(Attention { mask }, &operands, &format!("{attention}.self"))?;
-        let y = self.builder.one(Reshape { shape: vec![self.tokens.clone(), h.into()].into() }, &[y], &attention)?;
+        let y = self.builder.one(
+            Reshape { shape: vec![self.tokens.clone(), h.into()].into() },
+            &[y],
+            &attention,
+        )?;
         let y = self.linear(y, &format!("{attention}.output.dense"), h, h)?;
         let y = self.add(y, x, &attention)?;
         let x = self.norm(y, &format!("{attention}.output.LayerNorm"), h)?;

@@ -63,7 +63,9 @@ fn attempt(view: &View<'_>, pattern: &Pattern, operand: Operand, found: &mut Mat
             found.bind(name, operand) && matches(view, inner, operand, found, rest)
         }
         Pattern::Select(parts) => {
-            let Some(id) = node.filter(|id| matches!(*view.node(*id).op, Op::Select(_))) else { return false };
+            let Some(id) = node.filter(|id| matches!(*view.node(*id).op, Op::Select(_))) else {
+                return false;
+            };
             let operands = &view.node(id).operands;
             found.nodes.push(id);
             matches(view, &parts[0], operands[0], found, &mut |found| {

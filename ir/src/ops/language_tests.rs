@@ -154,7 +154,11 @@ fn fused_matmul_is_its_parts_in_order() {
     let from_panels =
         run(FusedMatmul { panel: 4, ..split.clone() }, &[x.clone(), f32s(&[4, 4, 4], &packed), b.clone()]);
     close(&from_panels[1].data, &parts[1].data);
-    let uneven = FusedMatmul { segments: vec![4, 6].into(), epilogue: vec![Epilogue::Glu(UnaryFn::Silu)].into(), ..split };
+    let uneven = FusedMatmul {
+        segments: vec![4, 6].into(),
+        epilogue: vec![Epilogue::Glu(UnaryFn::Silu)].into(),
+        ..split
+    };
     assert!(fails(uneven, &[x, w]).contains("two equal segments"));
 }
 

@@ -334,7 +334,11 @@ impl OpDef for Iota {
         attrs
     }
     fn from_attrs(_: &str, attrs: &mut AttrReader<'_>) -> Result<Self, String> {
-        Ok(Iota { shape: attrs.dims("shape")?.into(), axis: attrs.usize("axis")?, dtype: attrs.dtype("dtype")? })
+        Ok(Iota {
+            shape: attrs.dims("shape")?.into(),
+            axis: attrs.usize("axis")?,
+            dtype: attrs.dtype("dtype")?,
+        })
     }
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
         let [] = ctx.exactly()?;
@@ -419,9 +423,12 @@ mod tests {
 
     #[test]
     fn reshape_keeps_order_and_count() {
-        let out = run(Reshape { shape: [3usize, 2].map(Dim::from).to_vec().into() }, &[ramp(&[2, 3])]).remove(0);
+        let out =
+            run(Reshape { shape: [3usize, 2].map(Dim::from).to_vec().into() }, &[ramp(&[2, 3])]).remove(0);
         assert_eq!(out.data, ramp(&[2, 3]).data);
-        assert!(fails(Reshape { shape: vec![Dim::from(5usize)].into() }, &[ramp(&[2, 3])]).contains("elements"));
+        assert!(
+            fails(Reshape { shape: vec![Dim::from(5usize)].into() }, &[ramp(&[2, 3])]).contains("elements")
+        );
     }
 
     #[test]
@@ -485,7 +492,8 @@ mod tests {
     fn reshape_believes_no_saturated_count() {
         let t = Dim::from(Sym::new("t").unwrap());
         let ty = |shape: &[Dim]| TensorType { dtype: DType::F32, shape: shape.to_vec().into() };
-        let infer = |from: &[Dim], to: &[Dim]| Op::from(Reshape { shape: to.to_vec().into() }).infer(&[ty(from)]);
+        let infer =
+            |from: &[Dim], to: &[Dim]| Op::from(Reshape { shape: to.to_vec().into() }).infer(&[ty(from)]);
         let c = |v: i64| Dim::from(v);
         let big = c(1 << 40);
         for lead in [c(1), t.clone()] {
@@ -564,7 +572,12 @@ mod tests {
             assert!(fails(Broadcast { shape: shape.into() }, &[ramp(&[1, 3])]).contains("broadcast"));
         }
         let shape = vec![Dim::from(2usize)];
-        assert!(fails(Iota { shape: shape.clone().into(), axis: 0, dtype: DType::Bool }, &[]).contains("count"));
-        assert!(fails(Iota { shape: shape.into(), axis: 0, dtype: DType::I32 }, &[ramp(&[2])]).contains("takes 0"));
+        assert!(
+            fails(Iota { shape: shape.clone().into(), axis: 0, dtype: DType::Bool }, &[]).contains("count")
+        );
+        assert!(
+            fails(Iota { shape: shape.into(), axis: 0, dtype: DType::I32 }, &[ramp(&[2])])
+                .contains("takes 0")
+        );
     }
 }

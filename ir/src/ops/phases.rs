@@ -102,7 +102,8 @@ mod tests {
                 Step::Reduce(ReduceFn::Sum, t(2)),
                 Step::Unary(UnaryFn::Recip, t(3)),
                 Step::Binary(BinaryFn::Mul, t(2), t(4)),
-            ].into(),
+            ]
+            .into(),
             out: vec![Out::full(t(5)), Out::row(t(3))].into(),
             dtypes: vec![DType::F32; 2].into(),
         };

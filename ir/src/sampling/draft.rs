@@ -239,7 +239,11 @@ impl Draft {
         found.unwrap_or_else(|| {
             let (dtype, more) = (self.float_type(), self.random.below(3));
             let shape = self.shape(rank + more);
-            self.fresh(TensorType { dtype, shape: shape.into() }, low.max(-2.0).min(high), high.min(2.0).max(low))
+            self.fresh(
+                TensorType { dtype, shape: shape.into() },
+                low.max(-2.0).min(high),
+                high.min(2.0).max(low),
+            )
         })
     }
 

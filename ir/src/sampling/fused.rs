@@ -41,7 +41,11 @@ impl Sample for FusedMatmul {
             Operand::Weight(of) if panel > 0 => {
                 let panels: usize = segments.iter().map(|s| s.div_ceil(panel)).sum();
                 let ty = TensorType::new(ty.dtype, [Dim::from(panels), k, Dim::from(panel)]);
-                draft.add_weight(ty, WeightExpr::Pack { panel, segments: segments.clone().into(), of }, (-0.5, 0.5))
+                draft.add_weight(
+                    ty,
+                    WeightExpr::Pack { panel, segments: segments.clone().into(), of },
+                    (-0.5, 0.5),
+                )
             }
             Operand::Weight(of) if cores => {
                 let panels: usize = segments.iter().map(|s| s.div_ceil(8)).sum();
@@ -79,7 +83,10 @@ impl Sample for FusedMatmul {
             epilogue.push(step);
         }
         let out = draft.random.once_in(8).then(|| draft.float_type());
-        Some((FusedMatmul { segments: segments.into(), panel, cores, epilogue: epilogue.into(), out }.into(), operands))
+        Some((
+            FusedMatmul { segments: segments.into(), panel, cores, epilogue: epilogue.into(), out }.into(),
+            operands,
+        ))
     }
 
     fn range(&self, operands: &[Known]) -> Option<(f64, f64)> {

@@ -7,7 +7,7 @@ use super::Report;
 use crate::arena::Id;
 use crate::attr::Quoted;
 use crate::dim::{Bindings, Dim, MAX_EXTENT, MAX_NESTING, MAX_SIZE, SymDecl};
-use crate::distinct::{Ops, Types};
+use crate::distinct::{Dims, Ops, TypeId, Types};
 use crate::dtype::DType;
 use crate::graph::*;
 use crate::nearest::nearest;
@@ -107,7 +107,7 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
         }
     }
     let mut good = vec![false; types.list().len()];
-    let mut offsets: HashSet<&Dim> = HashSet::new();
+    let mut offsets: Dims<'_, ()> = Dims::new();
     for (id, value) in module.graph.values.iter() {
         let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
         let before = report.found.len();
@@ -116,12 +116,12 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
             good[types.value(id) as usize] = report.found.len() == before;
         }
         if let Some(Place::Arena { offset, .. }) = &value.place
-            && !offsets.contains(offset)
+            && offsets.get(offset, 0).is_none()
         {
             let before = report.found.len();
             declared(offset, report, node);
             if report.found.len() == before {
-                offsets.insert(offset);
+                offsets.remember(offset, 0, ());
             }
         }
     }
@@ -136,16 +136,11 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
 /// Most forms of weights that are remembered.
 const FORMS: usize = 64;
 
-/// Whether a weight is well typed because another one is: one type, one expression over parts of the same types.
-fn same_form(
-    module: &Module,
-    types: &Types<'_>,
-    good: (WeightId, &Weight),
-    other: (WeightId, &Weight),
-) -> bool {
-    let ty = |id: WeightId| module.weights.get(id).map(|_| types.operand(Operand::Weight(id)));
+/// Whether a weight is well typed because another one of its type is: one expression over parts of the same types.
+fn same_form(module: &Module, types: &Types<'_>, good: &Weight, other: &Weight) -> bool {
+    let ty = |id: WeightId| module.weights.contains(id).then(|| types.operand(Operand::Weight(id)));
     let axis = |weight: &Weight| weight.stream.as_ref().map(|s| s.tile_axis);
-    let ((a, x), (b, y)) = (good, other);
+    let (x, y) = (good, other);
     let alike = || match (&x.expr, &y.expr) {
         (WeightExpr::File { .. }, WeightExpr::File { file, key }) => !file.is_empty() && !key.is_empty(),
         (WeightExpr::Concat { axis, .. }, WeightExpr::Concat { axis: other, .. }) => axis == other,
@@ -158,22 +153,22 @@ fn same_form(
         _ => false,
     };
     let parts = |w: &Weight| w.expr.parts().len();
-    ty(a) == ty(b)
-        && alike()
+    alike()
         && axis(x) == axis(y)
         && parts(x) == parts(y)
         && x.expr.parts().iter().zip(y.expr.parts()).all(|(p, q)| ty(*q).is_some() && ty(*p) == ty(*q))
 }
 
 pub(super) fn weights(module: &Module, types: &Types<'_>, report: &mut Report) {
-    let mut good: Vec<(WeightId, &Weight)> = Vec::new();
+    let mut good: Vec<(TypeId, &Weight)> = Vec::new();
     for (id, weight) in module.weights.iter() {
-        if good.iter().any(|known| same_form(module, types, *known, (id, weight))) {
+        let ty = types.operand(Operand::Weight(id));
+        if good.iter().any(|(t, known)| *t == ty && same_form(module, types, known, weight)) {
             continue;
         }
         match expression(module, weight) {
             Err(message) => report.add(4, None, format!("@{}: {message}", weight.name)),
-            Ok(()) if good.len() < FORMS => good.push((id, weight)),
+            Ok(()) if good.len() < FORMS => good.push((ty, weight)),
             Ok(()) => {}
         }
     }
@@ -182,14 +177,17 @@ pub(super) fn weights(module: &Module, types: &Types<'_>, report: &mut Report) {
     let mut deepest = None;
     for _ in 0..=MAX_DEPTH {
         deepest = None;
+        let mut later = false;
         for (id, weight) in module.weights.iter() {
+            later |= weight.expr.parts().iter().any(|part| *part >= id);
             let below = weight.expr.parts().iter().filter_map(|p| depth.get(p.index())).max().copied();
             let here = below.map_or(0, |d| d + 1);
             if std::mem::replace(&mut depth[id.index()], here) != here || here > MAX_DEPTH {
                 deepest.get_or_insert(&weight.name);
             }
         }
-        if deepest.is_none() {
+        // Where every part comes before what is made of it, the first round finds each depth.
+        if deepest.is_none() || (!later && depth.iter().all(|d| *d <= MAX_DEPTH)) {
             return;
         }
     }
@@ -376,8 +374,12 @@ pub(super) fn sizes(module: &Module, types: &Types<'_>, report: &mut Report) {
     };
     // Each distinct type is named by the first value that has it.
     let mut seen = vec![false; types.list().len()];
-    for (id, value) in module.graph.values.iter() {
-        if !std::mem::replace(&mut seen[types.value(id) as usize], true) {
+    for id in (0..module.graph.values.bound()).map(ValueId::from_index) {
+        if seen[types.value(id) as usize] {
+            continue;
+        }
+        if let Some(value) = module.graph.values.get(id) {
+            seen[types.value(id) as usize] = true;
             let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
             check(id.to_string(), &value.ty, node);
         }

@@ -569,8 +569,13 @@ fn the_reference_evaluator_is_for_exotic_types() {
                 count_include_pad: false,
             };
             let conv = Conv2d { stride: [1, 1], pad: [0; 4], dilation: [1, 1], groups: 1 };
-            let product =
-                FusedMatmul { segments: vec![2].into(), panel: 0, cores: false, epilogue: vec![].into(), out: None };
+            let product = FusedMatmul {
+                segments: vec![2].into(),
+                panel: 0,
+                cores: false,
+                epilogue: vec![].into(),
+                out: None,
+            };
             ops.extend([
                 (Op::from(Unary { function: UnaryFn::Exp }), vec![x.clone()]),
                 (Embedding.into(), vec![x.clone(), ids]),

@@ -251,7 +251,14 @@ fn regions_of_rows(dtype: DType) -> Case {
     for width in [1, 5, 40, 700] {
         let x = n.input(&format!("x{width}"), dtype, &[0, 3, width]);
         let out = vec![Out::full(t(5)), Out::row(t(3))];
-        n.add(Pointwise { body: softmax.clone().into(), out: out.into(), dtypes: vec![dtype, DType::F32].into() }, &[x]);
+        n.add(
+            Pointwise {
+                body: softmax.clone().into(),
+                out: out.into(),
+                dtypes: vec![dtype, DType::F32].into(),
+            },
+            &[x],
+        );
         let (row, column) = (
             n.input(&format!("r{width}"), dtype, &[0, 3, 1]),
             n.input(&format!("c{width}"), dtype, &[width]),
@@ -267,7 +274,10 @@ fn regions_of_rows(dtype: DType) -> Case {
             Body::Reduce(ReduceFn::Min, t(6)),
         ];
         let out = vec![Out::full(t(6)), Out::row(t(7)), Out::full(t(0))];
-        n.add(Pointwise { body: body.into(), out: out.into(), dtypes: vec![dtype, dtype, DType::F32].into() }, &[x, row, column]);
+        n.add(
+            Pointwise { body: body.into(), out: out.into(), dtypes: vec![dtype, dtype, DType::F32].into() },
+            &[x, row, column],
+        );
     }
     n.case(format!("rows/{dtype}"), &[1, 2, 33])
 }

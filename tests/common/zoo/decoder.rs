@@ -185,8 +185,8 @@ impl Model<'_> {
     fn causal(&mut self) -> Operand {
         self.net.at("mask");
         let shape = vec![self.tokens.clone(), self.tokens.clone()];
-        let [i, j] =
-            [0, 1].map(|axis| self.net.op(Iota { shape: shape.clone().into(), axis, dtype: DType::I32 }, &[]));
+        let [i, j] = [0, 1]
+            .map(|axis| self.net.op(Iota { shape: shape.clone().into(), axis, dtype: DType::I32 }, &[]));
         self.net.binary(BinaryFn::Ge, i, j)
     }
 

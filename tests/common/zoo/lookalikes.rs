@@ -269,8 +269,8 @@ impl Lookalikes {
     /// Scores where `function(row, column + shift)` holds, -1000 elsewhere.
     fn kept(&mut self, scores: Operand, function: BinaryFn, shift: f64) -> Operand {
         let shape = vec![Dim::from(N), Dim::from(N)];
-        let [i, j] =
-            [0, 1].map(|axis| self.net.op(Iota { shape: shape.clone().into(), axis, dtype: DType::I32 }, &[]));
+        let [i, j] = [0, 1]
+            .map(|axis| self.net.op(Iota { shape: shape.clone().into(), axis, dtype: DType::I32 }, &[]));
         let ty = TensorType { dtype: DType::I32, shape: Vec::new().into() };
         let shift = self.net.builder.weight(&format!("const.shift_{shift}"), ty, WeightExpr::Splat(shift));
         let j = self.add(j, shift);

@@ -65,7 +65,8 @@ fn pool(view: &View<'_>, id: NodeId, reduce: &Reduce) -> Outcome {
         return Outcome::NoMatch;
     }
     let mut patch = Patch::new([id]);
-    let packed = patch.node(Reshape { shape: vec![sequences.mul(rows), width.clone()].into() }, [From::Old(x)]);
+    let packed =
+        patch.node(Reshape { shape: vec![sequences.mul(rows), width.clone()].into() }, [From::Old(x)]);
     let starts = seq_starts(&mut patch, sequences, rows);
     let new = patch.node(MeanPool, [From::New(packed, 0), starts]);
     patch.replace(node.results[0], From::New(new, 0));

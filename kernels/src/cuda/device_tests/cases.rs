@@ -267,7 +267,11 @@ fn movement(dump: &mut Dump) {
     dump.one(Transpose { perm: vec![1, 0] }, &[(DType::I8, &["100", "70"])], &[]);
     dump.one(Transpose { perm: vec![3, 2, 1, 0] }, &[(DType::F16, &["3", "t", "5", "2"])], &[]);
     dump.one(Broadcast { shape: vec![one(3), t.clone(), one(16)].into() }, &[(f, &["t", "1"])], &[]);
-    dump.one(Broadcast { shape: vec![t.clone(), one(6), one(16)].into() }, &[(DType::BF16, &["t", "1", "16"])], &[]);
+    dump.one(
+        Broadcast { shape: vec![t.clone(), one(6), one(16)].into() },
+        &[(DType::BF16, &["t", "1", "16"])],
+        &[],
+    );
     dump.one(Broadcast { shape: vec![one(4), t.clone()].into() }, &[(DType::I64, &["t"])], &[]);
     dump.one(Reshape { shape: vec![one(2), t.clone(), one(3)].into() }, &[(DType::U8, &["t", "6"])], &[]);
     let last = Slice { axis: 0, start: t.sub(&one(1)), end: t.clone(), step: 1 };
