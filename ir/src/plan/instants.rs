@@ -7,7 +7,8 @@ use super::item::Item;
 /// `items` with instants that can be indices: as they are, or, where time is sparse, each instant replaced by its rank.
 /// Which items meet, and who is born or dies first, stays the same.
 pub(super) fn dense(items: &[Item]) -> Cow<'_, [Item]> {
-    if end(items) <= 8 * items.len() + 1024 && items.iter().all(|i| i.start <= end(items)) {
+    let last = end(items);
+    if last <= 8 * items.len() + 1024 && items.iter().all(|i| i.start <= last) {
         return Cow::Borrowed(items);
     }
     let mut times: Vec<usize> = items.iter().flat_map(|i| [i.start, i.end]).collect();
