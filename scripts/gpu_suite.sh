@@ -4,8 +4,9 @@
 # needs its driver only, and compute-sanitizer for the second of these:
 #
 #   FOLDER/run.sh all         every case on every backend against the reference evaluator
-#   FOLDER/run.sh sanitizer   small cases under memcheck, racecheck and initcheck
+#   FOLDER/run.sh sanitizer   small steps of every case under memcheck, racecheck and initcheck
 #
+# SUITE_TOOLS names some of these tools, SUITE_PART=2/4 takes the second of four interleaved parts of the cases.
 # A missing GPU is an error. SUITE_ARGS adds arguments (cargo test --test backends says which), SUITE_LIMIT bounds the seconds
 # of each run.
 set -euo pipefail
@@ -26,6 +27,7 @@ done
 cat > "$out/run.sh" <<RUN
 #!/usr/bin/env bash
 # run.sh all|sanitizer
+set -u
 cd "\$(dirname "\$0")"
 export MILLRACE_REQUIRE_GPU=1 MILLRACE_KERNEL_CACHE="\$PWD/kernels" MILLRACE_SUITE_ROOT="\$PWD/root"
 export MILLRACE_SUITE_LOG="\$PWD/failures.txt" RUST_BACKTRACE=0
@@ -37,12 +39,17 @@ all)
   ;;
 sanitizer)
   result=0
+  small="--backends cuda-static --rows \${SUITE_ROWS:-33} --steps \${SUITE_STEPS:-3} --graphs 12"
+  if [ -n "\${SUITE_PART:-}" ]; then
+    ./backends \$arch --graphs 12 --list | awk -v part=\${SUITE_PART%/*} -v parts=\${SUITE_PART#*/} 'NR % parts == part % parts' > part.txt
+    small="\$small --cases part.txt"
+  fi
   for tool in \${SUITE_TOOLS:-memcheck racecheck initcheck}; do
     # Asking a kernel for one parameter more than it has is how their number is found.
     [ \$tool = memcheck ] && api="--report-api-errors no" || api=""
     # The device runs under the tool, so few rows and steps; the same steps without it come first in every list.
     timeout "\$limit" compute-sanitizer --tool \$tool \$api --error-exitcode 9 --print-limit 20 --log-file \$tool.txt \\
-      ./backends \$arch --backends cuda-static --rows 33 --steps 3 --graphs 12 \${SUITE_ARGS:-} > \$tool.out 2>&1
+      ./backends \$arch \$small \${SUITE_ARGS:-} > \$tool.out 2>&1
     code=\$?
     [ \$code = 0 ] || result=1
     echo "\$tool: exit \$code; \$(tail -1 \$tool.txt | tr -d =); \$(grep -E '^cuda-static' \$tool.out | tr -s ' ')"

@@ -19,6 +19,7 @@
 
 pub mod diff;
 pub mod filetest;
+pub mod fit;
 pub mod page;
 
 pub use millrace_compiler as compiler;
@@ -29,6 +30,6 @@ pub use millrace_runtime as runtime;
 pub use millrace_compiler::{CompileOptions, Compiled, compile};
 pub use millrace_ir::{Error, Kind, Result};
 pub use millrace_runtime::{
-    Allocation, AllocationGuard, Class, Decoder, Device, Encoder, Engine, Ledger, Profile, Session,
-    SessionOptions, TensorRef, generation,
+    Allocation, AllocationGuard, Class, Decoder, Device, Encoder, Engine, Ledger, OnOutOfMemory, Profile,
+    Session, SessionOptions, Shrink, TensorRef, WeightBudget, WeightBudgetGuard, generation,
 };

@@ -12,7 +12,7 @@ use std::process::Command;
 use millrace::compiler::codegen::cuda::{Builder, nvrtc_version};
 use millrace::compiler::import::Precision;
 use millrace::compiler::target::TargetChoice;
-use millrace::ir::launch::{Bundle, LaunchTable};
+use millrace::ir::launch::{Bundle, Launch, LaunchTable};
 use millrace::ir::{Bindings, DType, fold};
 use millrace::kernels::cuda::Arch;
 use millrace::{CompileOptions, Compiled, Engine, compile};
@@ -154,6 +154,56 @@ fn every_family_builds_for_every_architecture() {
     for (arch, here) in &seen {
         let only: Vec<&String> = built.difference(here).filter(|f| !twins.contains(&f.as_str())).collect();
         assert!(only.is_empty(), "{arch} lacks {only:?}");
+    }
+}
+
+/// Kernels of engines whose weights may be streamed read parts of them.
+#[test]
+fn streamed_weights_build_for_every_architecture() {
+    if !nvrtc("streamed_weights_build_for_every_architecture") {
+        return;
+    }
+    let mut seen: BTreeSet<String> = BTreeSet::new();
+    let cases = [
+        (root("examples/models/baker-street-6m"), Precision::Fixed(DType::BF16)),
+        (root("examples/models/baker-street-6m"), Precision::Fixed(DType::F32)),
+        (root("tests/data/configs/minilm"), Precision::Fixed(DType::F16)),
+    ];
+    for (path, precision) in cases {
+        let mut options = cached("cuda");
+        options.import.precision = precision;
+        let resident = compile(&path, &options, None).unwrap();
+        options.weight_streaming = true;
+        let streamed = compile(&path, &options, None).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        assert_eq!(streamed.device.bundles.len(), Arch::ALL.len());
+        for (bundle, resident) in streamed.device.bundles.iter().zip(&resident.device.bundles) {
+            Bundle::decode(&bundle.encode()).unwrap();
+            let launches = |bundle: &Bundle| -> Vec<(String, Launch)> {
+                let variants = bundle.table.steps.iter().flat_map(|s| &s.variants);
+                let family = |l: &Launch| bundle.table.kernels[l.kernel].family.clone();
+                variants.flat_map(|v| &v.launches).map(|l| (family(l), l.clone())).collect()
+            };
+            let (streamed, resident) = (launches(bundle), launches(resident));
+            assert_eq!(streamed.len(), resident.len());
+            for ((family, launch), (other, whole)) in streamed.iter().zip(&resident) {
+                assert_eq!((family, launch.shared, launch.block), (other, whole.shared, whole.block));
+                assert_eq!(whole.tiles, None);
+                // As many blocks for the whole weight as where it is never cut; `simple` may have some without columns.
+                if family != "cuda.matmul.simple" {
+                    assert_eq!(launch.whole_grid(), whole.grid, "{family}");
+                }
+                if launch.tiles.is_some() {
+                    seen.insert(format!("{} {family}", bundle.table.arch));
+                }
+            }
+        }
+    }
+    for arch in Arch::ALL {
+        let large = if arch.has_wgmma() { "wgmma" } else { "mma" };
+        for family in ["skinny", "simple", large] {
+            let name = format!("{arch} cuda.matmul.{family}");
+            assert!(seen.contains(&name), "no {name} in {seen:?}");
+        }
     }
 }
 

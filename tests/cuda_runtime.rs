@@ -104,12 +104,12 @@ loop:
  ret;
 }}
 
-.visible .entry argmax(.param .u64 rows, .param .u64 out, .param .u32 width) {{
+.visible .entry argmax(.param .u64 rows, .param .u64 out, .param .u32 width, .param .u64 best, .param .u64 arrived) {{
  {registers}
  mov.u32 %r0, %tid.x;
  setp.ne.u32 %p0, %r0, 0;
  @%p0 bra done;
- mov.u32 %r1, %ctaid.x;
+ mov.u32 %r1, %ctaid.y;
  ld.param.u64 %d0, [rows];
  ld.param.u64 %d1, [out];
  ld.param.u32 %r2, [width];
@@ -266,7 +266,7 @@ fn table(device: &DeviceInfo) -> LaunchTable {
             .collect(),
         workspace: rows().mul(&Dim::from(WIDTH * 4)).add(&Dim::from(256u64)),
         counters: 64,
-        helpers: vec![Helper { name: "argmax".into(), kernel: 2, threads: 32 }],
+        helpers: vec![Helper { name: "argmax_split".into(), kernel: 2, threads: 32 }],
     }
 }
 
@@ -424,8 +424,36 @@ fn static_sessions_allocate_once_and_replay_graphs() {
     assert_eq!(ledger.now(Class::Activations), 2 * ROWS * 64);
     assert_eq!(ledger.now(Class::Io), 2 * ROWS * 64);
     assert_eq!(ledger.now(Class::Weights), 2 * 1024);
-    assert_eq!(ledger.now(Class::Workspace), ROWS * 64 + 256 + 64 + ROWS * 4);
+    // Scratch memory and counters of the graph; indices, counters and scratch of the argmax.
+    let argmax = 2 * ROWS * 4 + ((ROWS + 2 * u64::from(device.multiprocessors)) * 8).next_multiple_of(256);
+    assert_eq!(ledger.now(Class::Workspace), ROWS * 64 + 256 + 64 + argmax);
     assert!(ledger.now(Class::Staging) > 0);
+}
+
+#[test]
+fn steps_begin_before_their_argmax_is_taken() {
+    let Some(device) = gpu("steps ahead") else { return };
+    let engine = plain_engine(&device);
+    let mut session = engine.session(SessionOptions::default()).unwrap();
+    let code = |e: millrace_ir::Error| e.code();
+    for call in 0..4 {
+        let (shape, data) = ([20, WIDTH as u64], bytes(&input(20, call)));
+        assert!(session.start_argmax(&[tensor(&shape, &data)], 0, None).unwrap());
+        // The input has more than an index a row.
+        let fed = session.start_argmax(&[tensor(&shape, &data)], 0, Some(0));
+        assert_eq!(fed.map_err(code), Err("run/bad-order"));
+        let told = session.take_argmax().unwrap();
+        assert_eq!(told, session.argmax(0).unwrap());
+        assert_eq!(session.take_argmax().map_err(code), Err("run/bad-order"));
+        step(&mut session, 20, call, true);
+    }
+    let shape = [1, WIDTH as u64];
+    let data = bytes(&input(1, 0));
+    let alone = session.start_argmax(&[tensor(&shape, &data)], 0, Some(0));
+    assert_eq!(alone.map_err(code), Err("run/bad-order"), "nothing to feed from");
+    assert_eq!(session.graph_report().unwrap().failure, None);
+    let mut waiting = engine.session(SessionOptions { ahead: false, ..SessionOptions::default() }).unwrap();
+    assert!(!waiting.runs_ahead() && !waiting.start_argmax(&[tensor(&shape, &data)], 0, None).unwrap());
 }
 
 #[test]

@@ -32,7 +32,7 @@ pub struct LaunchTable {
     pub workspace: Dim,
     /// Bytes of counters: zero at load, and left zero by every step.
     pub counters: u64,
-    /// Kernels that are not part of the graph, such as `argmax`; their arguments are fixed by name.
+    /// Kernels that are not part of the graph, such as `argmax_split`; their arguments are fixed by name.
     pub helpers: Vec<Helper>,
 }
 
@@ -204,7 +204,8 @@ pub enum MapBase {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Helper {
-    /// What it does: `argmax` takes `(const float *rows, int *out, int width)`, one block a row.
+    /// What it does: `argmax_split` takes `(const float *rows, int *out, int width, u64 *best, u32 *arrived)` on a grid of
+    /// (parts, rows): 8 bytes of scratch a block and 4 bytes a row, zero before and after.
     pub name: String,
     /// Index into [`LaunchTable::kernels`].
     pub kernel: usize,
@@ -259,6 +260,54 @@ impl Launch {
     pub fn grid_at(&self, bindings: &Bindings) -> Option<[u64; 3]> {
         let [x, y, z] = &self.grid;
         Some([x.extent(bindings)?, y.extent(bindings)?, z.extent(bindings)?])
+    }
+}
+
+/// Whether a dim depends on the tile of a launch.
+fn of_tile(dim: &Dim) -> bool {
+    dim.symbols().iter().any(|s| [tile_first(), tile_count()].contains(s))
+}
+
+impl Launch {
+    /// Blocks along x, y and z of a launch over the whole weight, if the launch knows tiles.
+    pub fn whole_grid(&self) -> [Dim; 3] {
+        let Some(tiles) = self.tiles else { return self.grid.clone() };
+        let whole = [(tile_first(), Dim::from(0u64)), (tile_count(), Dim::from(tiles.slices))];
+        self.grid.each_ref().map(|dim| dim.substitute(&whole))
+    }
+
+    /// Bounds of tiles mean something only where there are tiles, of a weight that is an argument.
+    fn check_tiles(&self) -> Result<()> {
+        let of = |base: &MapBase| match base {
+            MapBase::Address(operand) => Some(*operand),
+            MapBase::Workspace(_) => None,
+        };
+        let Some(tiles) = self.tiles else {
+            let named = |arg: &Arg| match arg {
+                Arg::Workspace(dim) | Arg::I32(dim) => of_tile(dim),
+                Arg::Map(map) => {
+                    let offset = if let MapBase::Workspace(dim) = &map.of { Some(dim) } else { None };
+                    map.shape.iter().chain(&map.strides).chain(offset).any(of_tile)
+                }
+                Arg::Address(_) | Arg::Counters(_) | Arg::F32(_) => false,
+            };
+            return match self.grid.iter().any(of_tile) || self.args.iter().any(named) {
+                true => Err(bad("a launch without tiles names their bounds")),
+                false => Ok(()),
+            };
+        };
+        if tiles.granule == 0 || tiles.slices == 0 {
+            return Err(bad("a weight that is read in parts has none"));
+        }
+        let operand = |arg: &Arg| match arg {
+            Arg::Address(operand) => Some(*operand),
+            Arg::Map(map) => of(&map.of),
+            _ => None,
+        };
+        if !self.args.iter().any(|a| operand(a) == Some(Operand::Weight(tiles.weight))) {
+            return Err(bad("a launch has no weight that it reads in parts"));
+        }
+        Ok(())
     }
 }
 
@@ -342,12 +391,13 @@ impl Bundle {
         if table.kernels.iter().any(|k| k.image >= self.images.len()) {
             return Err(bad("a kernel names an image that is not there"));
         }
-        let launches = table.steps.iter().flat_map(|s| &s.variants).flat_map(|v| &v.launches);
-        let kernels = launches.map(|l| l.kernel).chain(table.helpers.iter().map(|h| h.kernel));
-        let mut tiles =
-            table.steps.iter().flat_map(|s| &s.variants).flat_map(|v| &v.launches).filter_map(|l| l.tiles);
-        if tiles.any(|t| t.granule == 0 || t.slices == 0) {
-            return Err(bad("a weight that is read in parts has none"));
+        let variants = || table.steps.iter().flat_map(|s| &s.variants);
+        let launches = || variants().flat_map(|v| &v.launches);
+        let kernels = launches().map(|l| l.kernel).chain(table.helpers.iter().map(|h| h.kernel));
+        launches().try_for_each(Launch::check_tiles)?;
+        let conditions = variants().flat_map(|v| &v.when).map(|c| &c.dim);
+        if conditions.chain([&table.workspace]).any(of_tile) {
+            return Err(bad("what does not depend on tiles of a weight names them"));
         }
         if kernels.into_iter().any(|k| k >= table.kernels.len()) {
             return Err(bad("a launch names a kernel that is not there"));
@@ -529,7 +579,7 @@ mod tests {
             steps: vec![LaunchStep { first: 0, nodes: 2, variants: vec![small, rest] }],
             workspace: Dim::from(4096u64),
             counters: 16,
-            helpers: vec![Helper { name: "argmax".into(), kernel: 0, threads: 256 }],
+            helpers: vec![Helper { name: "argmax_split".into(), kernel: 0, threads: 256 }],
         };
         Bundle { table, images: vec![vec![1; 70], vec![2; 3]] }
     }
@@ -571,5 +621,50 @@ mod tests {
         let mut partial = bundle();
         partial.table.steps[0].variants.pop();
         assert!(Bundle::decode(&partial.encode()).is_err());
+    }
+
+    #[test]
+    fn bounds_of_tiles_need_tiles() {
+        type Change<'a> = dyn Fn(&mut LaunchTable, &mut Launch) + 'a;
+        let tiled = |change: &Change<'_>| {
+            let mut bundle = bundle();
+            let mut launch = bundle.table.steps[0].variants[0].launches[0].clone();
+            change(&mut bundle.table, &mut launch);
+            bundle.table.steps[0].variants[0].launches[0] = launch;
+            Bundle::decode(&bundle.encode())
+        };
+        let (first, count) = (|| Dim::from(tile_first()), || Dim::from(tile_count()));
+        let blocks = || first().add(&count()).ceil_div(3).sub(&first().sub(&Dim::from(2u64)).ceil_div(3));
+        let good = tiled(&|_, l| {
+            l.grid[0] = blocks().min_of(&Dim::from(9u64));
+            l.args.extend([Arg::I32(first()), Arg::I32(count())]);
+        })
+        .unwrap();
+        let launch = &good.table.steps[0].variants[0].launches[0];
+        assert_eq!(launch.grid[0], blocks().min_of(&Dim::from(9u64)));
+        assert_eq!(launch.whole_grid()[0], Dim::from(3u64));
+        for (first, count, want) in [(0, 8, 3), (2, 1, 1), (2, 2, 2), (3, 3, 1), (5, 3, 2)] {
+            let bindings = Tiles::bind(&Bindings::new(), first, count);
+            assert_eq!(launch.grid[0].extent(&bindings), Some(want), "{first} {count}");
+        }
+        let map = |shape: Dim, of: MapBase| {
+            let (dtype, shape) = (DType::BF16, vec![shape]);
+            Arg::Map(TensorMap { of, dtype, shape, strides: Vec::new(), tile: vec![8], swizzle: 0 })
+        };
+        let wrong: [&Change<'_>; 10] = [
+            &|_, l| (l.tiles, l.grid[2]) = (None, count()),
+            &|_, l| (l.tiles, l.args[3]) = (None, Arg::I32(first())),
+            &|_, l| (l.tiles, l.args[3]) = (None, Arg::Workspace(first().add(&count()))),
+            &|_, l| (l.tiles, l.args[3]) = (None, map(count(), MapBase::Workspace(Dim::from(0u64)))),
+            &|_, l| (l.tiles, l.args[3]) = (None, map(Dim::from(8u64), MapBase::Workspace(first()))),
+            &|_, l| l.args[1] = Arg::Address(Operand::Weight(WeightId::from_index(4))),
+            &|_, l| l.tiles = l.tiles.map(|t| Tiles { slices: 0, ..t }),
+            &|_, l| l.tiles = l.tiles.map(|t| Tiles { granule: 0, ..t }),
+            &|t, _| t.workspace = count(),
+            &|t, _| t.steps[0].variants[0].when[0].dim = first(),
+        ];
+        for (at, change) in wrong.into_iter().enumerate() {
+            assert_eq!(tiled(change).unwrap_err().code(), "engine/launch-table", "{at}");
+        }
     }
 }

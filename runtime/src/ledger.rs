@@ -7,6 +7,10 @@ use std::fmt;
 pub enum Class {
     /// Weights: mapped from the engine file, held in memory or on the device.
     Weights,
+    /// The ring that weights stream through.
+    Ring,
+    /// Weights in pinned host memory, from which a device's ring is filled.
+    HostWeights,
     /// The activation arena.
     Activations,
     /// Inputs and outputs.
@@ -19,17 +23,27 @@ pub enum Class {
     Staging,
 }
 
-const CLASSES: usize = 6;
+const CLASSES: usize = 8;
 
 impl Class {
     /// All classes.
-    pub const ALL: [Class; CLASSES] =
-        [Class::Weights, Class::Activations, Class::Io, Class::Kv, Class::Workspace, Class::Staging];
+    pub const ALL: [Class; CLASSES] = [
+        Class::Weights,
+        Class::Ring,
+        Class::HostWeights,
+        Class::Activations,
+        Class::Io,
+        Class::Kv,
+        Class::Workspace,
+        Class::Staging,
+    ];
 
     /// Its name in reports.
     pub fn name(self) -> &'static str {
         match self {
             Class::Weights => "weights",
+            Class::Ring => "weight ring",
+            Class::HostWeights => "host weights",
             Class::Activations => "activations",
             Class::Io => "io",
             Class::Kv => "kv",
@@ -38,9 +52,9 @@ impl Class {
         }
     }
 
-    /// Whether only sessions on a device hold such memory.
-    pub fn only_on_devices(self) -> bool {
-        matches!(self, Class::Workspace | Class::Staging)
+    /// Whether only some sessions hold such memory.
+    pub fn is_optional(self) -> bool {
+        matches!(self, Class::Ring | Class::HostWeights | Class::Workspace | Class::Staging)
     }
 }
 
@@ -67,9 +81,9 @@ impl Ledger {
         self.now.iter().sum()
     }
 
-    /// Classes that this session has held memory of, or could on its device.
+    /// Classes that every session has, and those that this session has held memory of.
     pub fn classes(&self) -> impl Iterator<Item = Class> + '_ {
-        Class::ALL.into_iter().filter(|c| !c.only_on_devices() || self.peak(*c) > 0)
+        Class::ALL.into_iter().filter(|c| !c.is_optional() || self.peak(*c) > 0)
     }
 
     pub(crate) fn set(&mut self, class: Class, bytes: u64) {

@@ -6,6 +6,7 @@
 //! memory), `transfer` (pinned memory) and `launch` (launches and graphs).
 #![deny(unsafe_code)]
 
+pub mod budget;
 mod cpu;
 pub mod cuda;
 pub mod engine;
@@ -16,6 +17,7 @@ mod mapping;
 #[allow(unsafe_code)]
 mod memory;
 pub mod models;
+pub mod needs;
 pub mod options;
 mod places;
 pub mod profile;
@@ -23,9 +25,10 @@ pub mod session;
 mod sizes;
 mod weights;
 
+pub use budget::WeightBudget;
 pub use engine::Engine;
 pub use ledger::{Class, Ledger};
 pub use models::{Decoder, Encoder};
-pub use options::{Allocation, Device, SessionOptions};
+pub use options::{Allocation, Device, OnOutOfMemory, SessionOptions};
 pub use profile::Profile;
-pub use session::{AllocationGuard, Session, TensorRef};
+pub use session::{AllocationGuard, Session, Shrink, TensorRef, WeightBudgetGuard};

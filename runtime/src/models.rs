@@ -52,6 +52,9 @@ pub struct Decoder<'s, 'e> {
     widest_table: Option<usize>,
 }
 
+/// Input number of the token ids of decoders.
+const TOKEN_IDS: usize = 0;
+
 /// Input number of the block table of decoders.
 const BLOCK_TABLE: usize = 4;
 
@@ -123,6 +126,17 @@ impl StepModel for Decoder<'_, '_> {
         }
         // A row has no largest logit: the logits tell why.
         argmax_rows(&f32_output(self.session)?, self.limits.vocab_size, tokens)
+    }
+
+    fn start_argmax(&mut self, inputs: &StepInputs, fed: bool) -> Result<bool> {
+        if !self.session.runs_ahead() {
+            return Ok(false);
+        }
+        self.run(inputs, |session, tensors| session.start_argmax(tensors, 0, fed.then_some(TOKEN_IDS)))
+    }
+
+    fn take_argmax(&mut self) -> Result<Vec<i32>> {
+        self.session.take_argmax()
     }
 }
 

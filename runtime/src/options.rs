@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use millrace_ir::plan::stream::Ring;
+
+use crate::budget::WeightBudget;
 use crate::cuda::RawStream;
 
 /// When activation memory is allocated.
@@ -12,6 +15,17 @@ pub enum Allocation {
     Static,
     /// For each step, at its shape.
     Dynamic,
+}
+
+/// What a session does when memory does not suffice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum OnOutOfMemory {
+    /// It fails, and says what would fit.
+    #[default]
+    Fail,
+    /// It lowers its weight budget to what is left beside the rest; see [`crate::Session::shrinks`]. It fails if the minimum
+    /// does not fit either.
+    ShrinkWeights,
 }
 
 /// Where a session runs.
@@ -32,6 +46,12 @@ pub struct SessionOptions {
     pub device: Option<Device>,
     /// Threads that compute, or that load weights onto a device; all processors by default.
     pub threads: Option<usize>,
+    /// Memory for weights; what does not fit streams.
+    pub budget: WeightBudget,
+    /// The ring that weights stream through.
+    pub ring: Ring,
+    /// What to do when memory does not suffice.
+    pub on_out_of_memory: OnOutOfMemory,
     /// Bound on all bytes the session holds, but for staging memory.
     pub cap: Option<u64>,
     /// Cache pages; the engine's maximum by default.
@@ -42,12 +62,17 @@ pub struct SessionOptions {
     pub stream: Option<RawStream>,
     /// Whether steps of static sessions that recur are replayed as CUDA graphs.
     pub graphs: bool,
+    /// Whether [`crate::Session::start_argmax`] begins steps before the one before them has ended.
+    pub ahead: bool,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
         SessionOptions {
             allocation: Allocation::default(),
+            budget: WeightBudget::default(),
+            ring: Ring::DEFAULT,
+            on_out_of_memory: OnOutOfMemory::default(),
             device: None,
             threads: None,
             cap: None,
@@ -55,6 +80,7 @@ impl Default for SessionOptions {
             weights: None,
             stream: None,
             graphs: true,
+            ahead: true,
         }
     }
 }

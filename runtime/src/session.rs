@@ -8,15 +8,18 @@ use std::ops::{Deref, DerefMut};
 
 use millrace_ir::bind::bind;
 use millrace_ir::checkpoint::{Checkpoint, TensorSource};
+use millrace_ir::plan::stream::{self, Demand, Placement};
 use millrace_ir::{Bindings, DType, Error, Kind, Module, Result, StateId, TensorType};
 
+use crate::budget::{Residency, WeightBudget};
 use crate::cpu::Cpu;
-use crate::cuda::{Cuda, GraphReport, PoolReport};
+use crate::cuda::{After, Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger};
-use crate::options::{Allocation, Device, SessionOptions};
+use crate::needs::{self, PAGES, Squeeze};
+use crate::options::{Allocation, Device, OnOutOfMemory, SessionOptions};
 use crate::profile::{Profile, sequences};
-use crate::sizes::{StepSizes, no_size, state_bytes, weight_bytes};
+use crate::sizes::{StepSizes, no_size, state_bytes};
 
 /// A tensor of the caller or of a session, dense and row-major, little-endian.
 #[derive(Clone, Copy, Debug)]
@@ -54,12 +57,35 @@ pub struct Session<'e> {
     output_shapes: Vec<Vec<u64>>,
     allocation: Allocation,
     cap: Option<u64>,
+    /// Whether steps may be begun ahead.
+    ahead: bool,
     ledger: Ledger,
     profile: Option<Profile>,
+    residency: Residency,
+    /// Whether the weights are where `residency` says.
+    placed: bool,
+    source: Option<Checkpoint>,
+    on_out_of_memory: OnOutOfMemory,
+    shrinks: Vec<Shrink>,
 }
 
-/// The symbol that sizes caches.
-const PAGES: &str = "pages";
+/// A weight budget that the session lowered because memory did not suffice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shrink {
+    /// Bytes for weights and ring before.
+    pub before: u64,
+    /// Bytes since.
+    pub after: u64,
+    /// What did not fit.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Shrink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Shrink { before, after, reason } = self;
+        write!(f, "weights and their ring lowered from {before} to {after} bytes: {reason}")
+    }
+}
 
 fn open_backend(engine: &Engine, options: &SessionOptions) -> Result<Backend> {
     let target = engine.manifest().target.as_str();
@@ -97,16 +123,12 @@ impl<'e> Session<'e> {
     pub fn new(engine: &'e Engine, options: SessionOptions) -> Result<Session<'e>> {
         let module = engine.module();
         let backend = open_backend(engine, &options)?;
-        let mut maxima = Bindings::maxima(&module.dims);
-        if let (Some(pages), Some(decl)) =
-            (options.kv_pages, module.dims.iter().find(|d| d.sym.name() == PAGES))
-        {
-            if !(decl.min..=decl.max).contains(&pages) {
-                let message = format!("{pages} cache pages are outside {}..={}", decl.min, decl.max);
-                return Err(Error::new(Kind::Usage, "run/bad-pages", message));
-            }
-            maxima.set(decl.sym, pages);
-        }
+        let maxima = needs::upper_bounds(module, options.kv_pages)?;
+        let demand = match &backend {
+            Backend::Cpu(_) => Demand::of(module)?,
+            Backend::Cuda(cuda) => cuda.demand(module)?,
+        };
+        let residency = Residency::new(module, demand, options.ring)?;
         let mut session = Session {
             engine,
             backend,
@@ -115,14 +137,26 @@ impl<'e> Session<'e> {
             output_shapes: Vec::new(),
             allocation: options.allocation,
             cap: options.cap,
+            ahead: options.ahead,
             ledger: Ledger::default(),
             profile: None,
+            residency,
+            placed: true,
+            source: None,
+            on_out_of_memory: options.on_out_of_memory,
+            shrinks: Vec::new(),
         };
-        session.check_memory()?;
-        let checkpoint = options.weights.as_deref().map(Checkpoint::open).transpose()?;
-        let source = checkpoint.as_ref().map(|c| c as &dyn TensorSource);
-        on_backend!(&mut session.backend, b => b.load(engine, source, &session.maxima)?);
-        session.ledger.set(Class::Weights, on_backend!(&session.backend, b => b.weight_bytes()));
+        let placement = session.placement_for(options.budget)?;
+        (session.residency.placement, session.residency.budget) = (placement, options.budget);
+        if let Err(error) = session.check_memory() {
+            let placement = session.shrunk(error, &session.bounds_at_load())?;
+            session.residency.placement = placement;
+            session.check_memory()?;
+        }
+        session.source = options.weights.as_deref().map(Checkpoint::open).transpose()?;
+        let source = session.source.as_ref().map(|c| c as &dyn TensorSource);
+        on_backend!(&mut session.backend, b => b.load(engine, source, &session.maxima, &session.residency)?);
+        session.note_weights();
         session.ledger.set(Class::Kv, state_bytes(module, &session.maxima)?);
         for (id, state) in module.states.iter() {
             let shape = state.ty.shape_at(&session.maxima).ok_or_else(|| no_size(&state.name))?;
@@ -144,31 +178,24 @@ impl<'e> Session<'e> {
     /// # Errors
     /// `run/no-size` if a size has no value.
     pub fn required(&self, bindings: &Bindings) -> Result<Vec<(Class, u64)>> {
-        let module = self.module();
-        let sizes = StepSizes::at(module, bindings)?;
-        let mut required = vec![
-            (Class::Weights, weight_bytes(module)?),
-            (Class::Activations, sizes.activations()),
-            (Class::Io, sizes.io()),
-            (Class::Kv, state_bytes(module, bindings)?),
-        ];
+        let mut required = needs::required_but_scratch(self.module(), &self.residency.placement, bindings)?;
         if let Backend::Cuda(cuda) = &self.backend {
             required.push((Class::Workspace, cuda.workspace_bytes(bindings)?));
         }
         Ok(required)
     }
 
+    /// What a session is asked for at load: a dynamic one the smallest step, and each step's own shape later.
+    fn bounds_at_load(&self) -> Bindings {
+        match self.allocation {
+            Allocation::Static => self.maxima.clone(),
+            Allocation::Dynamic => needs::lower_bounds(self.module(), &self.maxima),
+        }
+    }
+
     /// Compares what is needed at load with the cap and with the free memory of a device.
     fn check_memory(&self) -> Result<()> {
-        // A dynamic session is asked for the smallest step at load and for each step's own shape later.
-        let bindings = match self.allocation {
-            Allocation::Static => self.maxima.clone(),
-            Allocation::Dynamic => {
-                let mut minima = Bindings::minima(&self.module().dims);
-                self.maxima.iter().filter(|(s, _)| s.name() == PAGES).for_each(|(s, v)| minima.set(s, v));
-                minima
-            }
-        };
+        let bindings = self.bounds_at_load();
         if let Some(cap) = self.cap {
             self.check_cap_at(cap, &bindings)?;
         }
@@ -180,9 +207,11 @@ impl<'e> Session<'e> {
                 let holders = holders(&required);
                 let message =
                     format!("{total} bytes are needed, {free} of the device's {all} are free ({holders})");
-                return Err(Error::new(Kind::OutOfMemory, "run/out-of-memory", message).hint(
-                    "free device memory, lower the batch or sequence limits, or use --memory dynamic",
-                ));
+                return Err(Error::new(Kind::OutOfMemory, "run/out-of-memory", message).hint(self.advice(
+                    &required,
+                    free,
+                    "free device memory",
+                )));
             }
         }
         Ok(())
@@ -195,20 +224,70 @@ impl<'e> Session<'e> {
             return Ok(());
         }
         let message = format!("{total} bytes are needed, the cap is {cap} ({})", holders(&required));
-        Err(Error::new(Kind::OutOfMemory, "run/cap", message)
-            .hint("raise --memory-cap, use --memory dynamic, or compile with smaller limits"))
+        Err(Error::new(Kind::OutOfMemory, "run/cap", message).hint(self.advice(
+            &required,
+            cap,
+            "raise --memory-cap",
+        )))
+    }
+
+    /// Which options would make `required` fit into `limit` bytes, with their values.
+    fn advice(&self, required: &[(Class, u64)], limit: u64, raise: &str) -> String {
+        let lower = needs::lower_bounds(self.module(), &self.maxima);
+        let smallest = || Some(self.required(&lower).ok()?.iter().map(|(_, bytes)| bytes).sum());
+        let squeeze = Squeeze {
+            module: self.module(),
+            demand: &self.residency.demand,
+            ring: &self.residency.ring,
+            required,
+            limit,
+            pages: self.kv_pages(),
+            dynamic: (self.allocation == Allocation::Static).then(smallest).flatten(),
+        };
+        squeeze.advice(raise)
+    }
+
+    /// The placement that fits at `bindings` after `error`, if the session may lower its budget and that helps.
+    ///
+    /// # Errors
+    /// `error` where it may not or cannot.
+    fn shrunk(&mut self, error: Error, bindings: &Bindings) -> Result<Placement> {
+        let before = self.residency.placement.device_bytes();
+        if self.on_out_of_memory == OnOutOfMemory::Fail || error.kind() != Kind::OutOfMemory {
+            return Err(error);
+        }
+        let room = self.room_for_weights(bindings)?;
+        match self.residency.place(WeightBudget::Bytes(room), || Ok(room)) {
+            Ok(placement) if placement.device_bytes() < before => {
+                let reason = error.message().to_string();
+                self.shrinks.push(Shrink { before, after: placement.device_bytes(), reason });
+                self.residency.budget = WeightBudget::Bytes(room);
+                Ok(placement)
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// How often the session lowered its weight budget, and why; see [`OnOutOfMemory::ShrinkWeights`].
+    pub fn shrinks(&self) -> &[Shrink] {
+        &self.shrinks
     }
 
     /// Allocates arena, inputs and outputs for `bindings`.
     fn allocate(&mut self, bindings: &Bindings) -> Result<()> {
         self.release();
-        if let Some(cap) = self.cap {
-            self.check_cap_at(cap, bindings)?;
+        if let Some(cap) = self.cap
+            && let Err(error) = self.check_cap_at(cap, bindings)
+        {
+            let placement = self.shrunk(error, bindings)?;
+            self.move_weights(placement)?;
         }
         let sizes = StepSizes::at(self.module(), bindings)?;
-        match &mut self.backend {
-            Backend::Cpu(cpu) => cpu.allocate(&sizes)?,
-            Backend::Cuda(cuda) => cuda.allocate(&sizes, bindings, self.allocation)?,
+        if let Err(error) = self.allocate_on_backend(&sizes, bindings) {
+            self.release();
+            let placement = self.shrunk(error, bindings)?;
+            self.move_weights(placement)?;
+            self.allocate_on_backend(&sizes, bindings)?;
         }
         self.ledger.set(Class::Activations, sizes.activations());
         self.ledger.set(Class::Io, sizes.io());
@@ -216,11 +295,146 @@ impl<'e> Session<'e> {
         Ok(())
     }
 
+    fn allocate_on_backend(&mut self, sizes: &StepSizes, bindings: &Bindings) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(cpu) => cpu.allocate(sizes),
+            Backend::Cuda(cuda) => cuda.allocate(sizes, bindings, self.allocation),
+        }
+    }
+
     fn release(&mut self) {
         on_backend!(&mut self.backend, b => b.release());
         self.ledger.set(Class::Activations, 0);
         self.ledger.set(Class::Io, 0);
         self.note_device_memory();
+    }
+
+    /// Enters the weights into the ledger.
+    fn note_weights(&mut self) {
+        let placement = &self.residency.placement;
+        let (mut resident, mut ring) = (placement.resident_bytes, placement.ring_bytes());
+        if let Backend::Cuda(cuda) = &self.backend {
+            (resident, ring) = cuda.weight_bytes();
+            self.ledger.set(Class::HostWeights, cuda.host_weight_bytes());
+        }
+        self.ledger.set(Class::Weights, resident);
+        self.ledger.set(Class::Ring, ring);
+    }
+
+    /// The placement of the weights under `budget`.
+    fn placement_for(&self, budget: WeightBudget) -> Result<Placement> {
+        self.residency.place(budget, || self.room_for_weights(&self.maxima))
+    }
+
+    /// Bytes that weights could take: what is free now and under the cap, besides what the rest of the session takes at
+    /// `bindings`.
+    fn room_for_weights(&self, bindings: &Bindings) -> Result<u64> {
+        let weights = |c: &Class| matches!(c, Class::Weights | Class::Ring);
+        let required = self.required(bindings)?;
+        let rest: u64 = required.iter().filter(|(c, _)| !weights(c)).map(|(_, b)| b).sum();
+        let held = |c: &Class| self.ledger.now(*c);
+        let own: u64 = Class::ALL.iter().filter(|c| **c != Class::Staging).map(held).sum();
+        let (free, _) = self.memory()?;
+        Ok(free.saturating_add(own).min(self.cap.unwrap_or(u64::MAX)).saturating_sub(rest))
+    }
+
+    /// Bytes that are free and bytes in all, of the device or of the host for a CPU session.
+    ///
+    /// # Errors
+    /// `cuda/poisoned` on a device that has failed.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok((host_memory("MemAvailable:"), host_memory("MemTotal:"))),
+            Backend::Cuda(cuda) => cuda.memory(),
+        }
+    }
+
+    /// Bytes of weights that may stream; 0 for an engine compiled without weight streaming.
+    pub fn total_device_budget(&self) -> u64 {
+        self.residency.streamable()
+    }
+
+    /// Bytes that weights and their ring take now.
+    pub fn device_budget(&self) -> u64 {
+        self.residency.placement.device_bytes()
+    }
+
+    /// The least bytes that weights and their ring can take.
+    pub fn minimum_budget(&self) -> u64 {
+        let Residency { demand, ring, .. } = &self.residency;
+        stream::minimum(demand, ring).min(stream::resident(demand, ring))
+    }
+
+    /// The bytes that [`WeightBudget::Auto`] would take now.
+    ///
+    /// # Errors
+    /// `run/not-streamable`, `cuda/poisoned` on a device that has failed.
+    pub fn automatic_budget(&self, reserve: u64) -> Result<u64> {
+        self.placement_for(WeightBudget::Auto { reserve }).map(|p| p.device_bytes())
+    }
+
+    /// The budget in force.
+    pub fn current_weight_budget(&self) -> WeightBudget {
+        self.residency.budget
+    }
+
+    /// What is resident and what streams, with the demand whose items and uses it counts.
+    pub fn placement(&self) -> (&Demand, &Placement) {
+        (&self.residency.demand, &self.residency.placement)
+    }
+
+    /// Changes the weight budget between two steps: weights move, results and states stay as they are. Returns the placement
+    /// that took effect.
+    ///
+    /// # Errors
+    /// `run/weight-budget` under the minimum, `run/not-streamable` for engines without streamable weights, `run/cap` and
+    /// `run/out-of-memory`; the session then stays as it was. If weights could not even go back to where they were, steps
+    /// answer `run/not-placed` until a budget takes effect.
+    pub fn set_weight_budget(&mut self, budget: WeightBudget) -> Result<&Placement> {
+        let placement = self.placement_for(budget)?;
+        if placement != self.residency.placement || !self.placed {
+            if let Some(cap) = self.cap {
+                let before = std::mem::replace(&mut self.residency.placement, placement.clone());
+                let fits = self.check_cap_at(cap, &self.bounds_at_load());
+                self.residency.placement = before;
+                fits?;
+            }
+            self.move_weights(placement)?;
+        }
+        self.residency.budget = budget;
+        Ok(&self.residency.placement)
+    }
+
+    /// Makes `placement` take effect, or leaves everything as it was if that is possible.
+    fn move_weights(&mut self, placement: Placement) -> Result<()> {
+        let before = std::mem::replace(&mut self.residency.placement, placement);
+        let moved = self.bring_weights();
+        if moved.is_err() {
+            self.residency.placement = before;
+            self.placed = self.bring_weights().is_ok();
+        } else {
+            self.placed = true;
+        }
+        moved
+    }
+
+    /// Brings the weights to where `residency` has them.
+    fn bring_weights(&mut self) -> Result<()> {
+        let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
+        let moved = on_backend!(&mut self.backend, b => b.place(self.engine, source, &self.residency));
+        self.note_weights();
+        self.note_device_memory();
+        moved
+    }
+
+    /// [`Session::set_weight_budget`] until the guard is dropped.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn weight_budget(&mut self, budget: WeightBudget) -> Result<WeightBudgetGuard<'_, 'e>> {
+        let before = self.residency.budget;
+        self.set_weight_budget(budget)?;
+        Ok(WeightBudgetGuard { session: self, before })
     }
 
     /// Enters what only a device session holds into the ledger.
@@ -293,7 +507,8 @@ impl<'e> Session<'e> {
     /// `run/out-of-memory` for dynamic sessions, `run/bad-index` for index values that point nowhere,
     /// `cuda/poisoned` on a device that has failed.
     pub fn run(&mut self, inputs: &[TensorRef<'_>]) -> Result<()> {
-        self.run_with(inputs, None).map(drop)
+        self.drop_ahead();
+        self.run_with(inputs, None, None)
     }
 
     /// [`Session::run`] and then [`Session::argmax`] of an output, on a device without a pause between them.
@@ -301,14 +516,76 @@ impl<'e> Session<'e> {
     /// # Errors
     /// As those two.
     pub fn run_argmax(&mut self, inputs: &[TensorRef<'_>], output: usize) -> Result<Vec<i32>> {
-        match self.run_with(inputs, Some(output))? {
-            Some(indices) => Ok(indices),
-            None => self.argmax(output),
+        self.drop_ahead();
+        self.run_with(inputs, Some(output), None)?;
+        let told = match &mut self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => cuda.take()?,
+        };
+        told.map_or_else(|| self.argmax(output), Ok)
+    }
+
+    /// Begins a step and the argmax of output `output`, and returns before they have ended; [`Session::take_argmax`]
+    /// waits for them. At most two steps are on their way at once. With `fed` that input of the step is the argmax of
+    /// the step begun before it, which nobody has taken yet, and what `inputs` holds there is not read: so a device goes
+    /// from step to step without waiting for the host. [`Session::run`] and [`Session::run_argmax`] forget steps that
+    /// were not taken.
+    ///
+    /// Returns false, and has done nothing, where steps cannot be begun ahead: on the CPU, with dynamic allocation, and
+    /// where the engine has no kernel for the argmax.
+    ///
+    /// # Errors
+    /// As [`Session::run`] and [`Session::argmax`]; `run/bad-order` if two steps are on their way, if no step is that
+    /// could feed, or if the input has not an i32 a row.
+    pub fn start_argmax(
+        &mut self,
+        inputs: &[TensorRef<'_>],
+        output: usize,
+        fed: Option<usize>,
+    ) -> Result<bool> {
+        if !self.runs_ahead() {
+            return Ok(false);
+        }
+        if fed.is_none() {
+            self.drop_ahead();
+        }
+        self.run_with(inputs, Some(output), fed).map(|()| true)
+    }
+
+    /// The argmax of the first step begun by [`Session::start_argmax`] and not taken, as [`Session::argmax`] tells it;
+    /// -2 if the largest element of a row is not finite.
+    ///
+    /// # Errors
+    /// `run/bad-order` if there is none, `cuda/poisoned` on a device that has failed.
+    pub fn take_argmax(&mut self) -> Result<Vec<i32>> {
+        let told = match &mut self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => cuda.take()?,
+        };
+        told.ok_or_else(|| Error::new(Kind::Usage, "run/bad-order", "no step is on its way"))
+    }
+
+    /// Whether [`Session::start_argmax`] begins steps.
+    pub fn runs_ahead(&self) -> bool {
+        match &self.backend {
+            Backend::Cpu(_) => false,
+            Backend::Cuda(cuda) => self.ahead && cuda.runs_ahead(),
         }
     }
 
-    /// Runs a step; a device may answer with the argmax of output `argmax` as well.
-    fn run_with(&mut self, inputs: &[TensorRef<'_>], argmax: Option<usize>) -> Result<Option<Vec<i32>>> {
+    fn drop_ahead(&mut self) {
+        if let Backend::Cuda(cuda) = &mut self.backend {
+            cuda.drop_ahead();
+        }
+    }
+
+    /// Runs a step; a device may begin the argmax of output `argmax` as well.
+    fn run_with(
+        &mut self,
+        inputs: &[TensorRef<'_>],
+        argmax: Option<usize>,
+        fed: Option<usize>,
+    ) -> Result<()> {
         let module = self.module();
         let declared = module.input_types();
         if declared.len() != inputs.len() {
@@ -352,10 +629,10 @@ impl<'e> Session<'e> {
         let rows = argmax.map(|output| self.rows(output).map(|(rows, width)| (output, rows, width)));
         let profile = self.profile.as_mut();
         let result = match &mut self.backend {
-            Backend::Cpu(cpu) => cpu.run(module, inputs, &sizes, &bindings, profile).map(|()| None),
-            Backend::Cuda(cuda) => {
-                rows.transpose().and_then(|rows| cuda.run(module, inputs, &sizes, &bindings, rows, profile))
-            }
+            Backend::Cpu(cpu) => cpu.run(module, inputs, &sizes, &bindings, profile),
+            Backend::Cuda(cuda) => rows.transpose().and_then(|argmax| {
+                cuda.start(module, inputs, &sizes, &bindings, After { argmax, fed }, profile)
+            }),
         };
         if let Some(profile) = &mut self.profile {
             profile.end();
@@ -524,6 +801,41 @@ fn argmax_row(row: &[f32]) -> i32 {
 
 fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// A line of the system's account of host memory, in bytes; all there could be where it tells nothing.
+fn host_memory(name: &str) -> u64 {
+    let line = |text: String| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name))?.trim().strip_suffix("kB")?;
+        line.trim().parse::<u64>().ok()?.checked_mul(1024)
+    };
+    std::fs::read_to_string("/proc/meminfo").ok().and_then(line).unwrap_or(u64::MAX)
+}
+
+/// Restores a session's weight budget when dropped.
+pub struct WeightBudgetGuard<'s, 'e> {
+    session: &'s mut Session<'e>,
+    before: WeightBudget,
+}
+
+impl<'e> Deref for WeightBudgetGuard<'_, 'e> {
+    type Target = Session<'e>;
+    fn deref(&self) -> &Session<'e> {
+        self.session
+    }
+}
+
+impl DerefMut for WeightBudgetGuard<'_, '_> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        self.session
+    }
+}
+
+impl Drop for WeightBudgetGuard<'_, '_> {
+    fn drop(&mut self) {
+        // Going back can fail for lack of memory; the session then keeps the budget and stays usable.
+        let _ = self.session.set_weight_budget(self.before);
+    }
 }
 
 /// Restores a session's allocation when dropped.

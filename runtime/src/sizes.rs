@@ -1,6 +1,5 @@
 //! Bytes that a module needs at given values of its symbols.
 
-use millrace_ir::weights::WeightReader;
 use millrace_ir::{Bindings, Error, Kind, Module, Result, TensorType};
 
 pub(crate) fn no_size(what: &str) -> Error {
@@ -53,10 +52,4 @@ impl StepSizes {
 /// Bytes of all states.
 pub(crate) fn state_bytes(module: &Module, bindings: &Bindings) -> Result<u64> {
     module.states.iter().map(|(_, state)| bytes_at(&state.ty, bindings, &state.name)).sum()
-}
-
-/// Bytes of all weights that nodes read.
-pub(crate) fn weight_bytes(module: &Module) -> Result<u64> {
-    let reader = WeightReader::new(module);
-    module.used_weights().into_iter().map(|w| reader.len(w)).sum()
 }

@@ -21,7 +21,6 @@ enum Place {
 pub(crate) struct Weights {
     mapping: Mapping,
     places: Vec<Option<Place>>,
-    total: u64,
 }
 
 impl Weights {
@@ -30,7 +29,6 @@ impl Weights {
         let (file, module) = (engine.file(), engine.module());
         let mut places: Vec<Option<Place>> = Vec::new();
         places.resize_with(module.weights.bound(), || None);
-        let mut total = 0;
         let range = file.weights_range();
         let mapping = match (file.file(), range) {
             (Some(file), Some((offset, len))) => Mapping::new(file, offset, len)?,
@@ -42,7 +40,6 @@ impl Weights {
         }
         for id in module.used_weights() {
             let len = reader.len(id)?;
-            total += len;
             let place = match Origin::of(engine, id, len, source.is_some())? {
                 Origin::Stored(r) if file.file().is_some() => Place::Mapped { start: r.offset, len },
                 Origin::Stored(r) => {
@@ -59,17 +56,12 @@ impl Weights {
             };
             places[id.index()] = Some(place);
         }
-        Ok(Weights { mapping, places, total })
+        Ok(Weights { mapping, places })
     }
 
     /// No weights.
     pub fn none() -> Weights {
-        Weights { mapping: Mapping::new_empty(), places: Vec::new(), total: 0 }
-    }
-
-    /// Bytes of all weights.
-    pub fn total(&self) -> u64 {
-        self.total
+        Weights { mapping: Mapping::new_empty(), places: Vec::new() }
     }
 
     /// The bytes of a weight.

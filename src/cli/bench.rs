@@ -6,17 +6,21 @@ mod report;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use millrace::fit::Step;
 use millrace::generation::{EmbedModel, Generator, Request};
+use millrace::ir::cost::Sustained;
 use millrace::ir::manifest::ModelKind;
 use millrace::ir::weights::normal;
 use millrace::kernels::cpu::Isa;
-use millrace::{Allocation, Class, Decoder, Encoder, Engine, Profile, Result, Session};
+use millrace::{Allocation, Class, Decoder, Encoder, Engine, Profile, Result, Session, WeightBudget};
 use serde_json::json;
 
+use super::ceilings::Ceilings;
 use super::compile::ModelOptions;
-use super::run::{MemoryOptions, open};
+use super::memory::{MemoryOptions, tell_shrinks};
+use super::run::open;
 use super::usage;
-use profile::{Ceilings, Trace};
+use profile::Trace;
 
 /// Time prefill and decoding, or encoding, over batch sizes and lengths.
 #[derive(clap::Args)]
@@ -35,6 +39,9 @@ pub struct Args {
     /// Form of the report: table, md, csv or json
     #[arg(short, long, default_value = "table")]
     output: String,
+    /// The same as --output csv
+    #[arg(long, conflicts_with = "output")]
+    csv: bool,
     /// One more run of each row, timed kernel by kernel against measured ceilings
     #[arg(long)]
     profile: bool,
@@ -89,12 +96,16 @@ fn generate(engine: &Engine, session: &mut Session<'_>, work: Work) -> Result<Ti
     let mut model = Decoder::new(session)?;
     let mut generator = Generator::new(&mut model)?;
     let start = Instant::now();
+    // A prefill of several steps gives some sequences later tokens before others have their first.
     let mut first = None;
-    let mut seen = 0;
-    generator.generate(&requests, |_, _| {
-        seen += 1;
-        if seen == work.batch {
-            first = Some(start.elapsed());
+    let mut begun = vec![false; work.batch];
+    let mut waiting = work.batch;
+    generator.generate(&requests, |request, _| {
+        if !std::mem::replace(&mut begun[request], true) {
+            waiting -= 1;
+            if waiting == 0 {
+                first = Some(start.elapsed());
+            }
         }
     })?;
     let total = start.elapsed().as_secs_f64();
@@ -176,6 +187,7 @@ impl Sweep<'_> {
                 ("decode_tokens_per_s", rate(work.batch, d)),
             ]);
         }
+        cells.extend(self.placed(session, work, &round));
         cells.extend([
             ("activation_bytes", json!(session.ledger().peak(Class::Activations))),
             ("runs", json!(self.args.runs)),
@@ -190,6 +202,32 @@ impl Sweep<'_> {
             profile = session.detach_profile();
         }
         Ok((cells, profile))
+    }
+
+    /// Where the weights are, what a step streams, and what a step after half of the output is predicted to take.
+    fn placed(
+        &self,
+        session: &Session<'_>,
+        work: Work,
+        round: &dyn Fn(f64) -> serde_json::Value,
+    ) -> [(&'static str, serde_json::Value); 6] {
+        let (demand, placement) = session.placement();
+        let (batch, input, output) = (work.batch as u64, work.input as u64, work.output as u64);
+        let step = match self.kind {
+            ModelKind::Encoder => Step { batch, tokens: input, past: 0 },
+            _ => Step { batch, tokens: 1, past: input + output / 2 },
+        };
+        let (module, manifest) = (self.engine.module(), self.engine.manifest());
+        let device = Sustained::of_target(&manifest.target);
+        let told = step.predict((module, manifest), &device, (demand, placement));
+        [
+            ("weights_budget", json!(session.current_weight_budget().to_string())),
+            ("resident_bytes", json!(placement.resident_bytes)),
+            ("ring_bytes", json!(placement.ring_bytes())),
+            ("streamed_bytes_per_step", json!(placement.moved())),
+            ("predicted_ms", round(told.time as f64 / 1e6)),
+            ("predicted_stall_ms", round(told.stalled() as f64 / 1e6)),
+        ]
     }
 }
 
@@ -229,7 +267,7 @@ fn sweep(args: &Args, kind: ModelKind) -> Result<Vec<Work>> {
 
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
-    let form = report::Form::parse(&args.output)?;
+    let form = if args.csv { report::Form::Csv } else { report::Form::parse(&args.output)? };
     if args.profile && form == report::Form::Csv {
         return Err(usage("usage/output", "a profile does not fit into one table of csv")
             .hint("use --output json, md or table"));
@@ -254,22 +292,43 @@ pub fn main(args: &Args) -> Result<()> {
             &millrace::compiler::compile::hex(&engine.file().identity())[..12]
         ),
     };
-    let ceilings = args.profile.then(|| Ceilings::measure(threads));
+    let mut ceilings = None;
     let mut trace = args.trace.as_ref().map(|_| Trace::default());
     let mut rows = Vec::new();
-    // One session serves all rows if its memory does not depend on them: loading weights may take longer than a row.
+    // One session serves all rows if its memory does not depend on them: loading weights may take longer than a row. Budgets
+    // change while it lives.
+    let fractions = args.memory.fractions()?;
+    let budgets: Vec<Option<f64>> =
+        fractions.map_or_else(|| vec![None], |list| list.into_iter().map(Some).collect());
     let mut kept = None;
-    for work in works {
-        let options = args.memory.resolve()?;
+    for (budget, work) in budgets.iter().flat_map(|b| works.iter().map(move |w| (*b, *w))) {
+        let mut options = args.memory.resolve()?;
+        if let Some(fraction) = budget {
+            options.budget = WeightBudget::Fraction(fraction);
+        }
         let shared = options.allocation == Allocation::Static;
         let session = match kept.take() {
             Some(session) if shared => kept.insert(session),
-            _ => kept.insert(engine.session(options)?),
+            _ => {
+                let session = kept.insert(engine.session(options.clone())?);
+                tell_shrinks(session);
+                session
+            }
         };
+        if budget.is_some() && session.current_weight_budget() != options.budget {
+            session.set_weight_budget(options.budget)?;
+        }
+        if args.profile && ceilings.is_none() {
+            // Beside the session: what it measures needs little memory.
+            ceilings = Some(Ceilings::of(session.device(), threads)?);
+        }
         let (cells, recorded) = sweep.row(session, work, args.profile || args.trace.is_some())?;
-        let title = format!("batch {}, input {}", work.batch, work.input);
+        let title = match budget {
+            Some(part) => format!("batch {}, input {}, {}% of weights", work.batch, work.input, part * 100.0),
+            None => format!("batch {}, input {}", work.batch, work.input),
+        };
         if let (Some(trace), Some(recorded)) = (&mut trace, &recorded) {
-            trace.add(&title, engine.module(), recorded);
+            trace.add(&title, engine.module(), recorded, ceilings);
         }
         let profile =
             ceilings.zip(recorded).map(|(c, recorded)| profile::summarise(engine.module(), &recorded, c));

@@ -3,9 +3,10 @@
 use millrace::Result;
 use millrace::compiler::codegen::cuda::nvrtc_version;
 use millrace::kernels::cpu::{Isa, Pool, ceilings};
-use millrace::runtime::cuda::survey;
+use millrace::runtime::cuda::{Rates, rates, survey};
 use serde_json::json;
 
+use super::ceilings::matmul_gflops;
 use super::{print, print_json, size};
 
 /// Report what this machine has and what it can do at most.
@@ -24,6 +25,30 @@ fn cuda_version(number: u32) -> String {
     format!("{}.{}", number / 1000, number % 1000 / 10)
 }
 
+/// What a GPU can do at most.
+struct Measured {
+    rates: Rates,
+    matmul_gflops: Result<f64>,
+}
+
+impl Measured {
+    fn of(index: u32) -> Option<Measured> {
+        Some(Measured { rates: rates(index).ok()?, matmul_gflops: matmul_gflops(index) })
+    }
+
+    fn text(&self, index: u32) -> String {
+        let Rates { read_gbs, up_gbs, down_gbs } = self.rates;
+        let matmul = match &self.matmul_gflops {
+            Ok(rate) => format!("{:.0} TFLOP/s", rate / 1e3),
+            Err(error) => format!("not measured ({error})"),
+        };
+        format!(
+            "gpu {index}: memory read {read_gbs:.0} GB/s, pinned copy {up_gbs:.1} GB/s up and {down_gbs:.1} down, \
+             bf16 matmul of 8192^3 {matmul}\n"
+        )
+    }
+}
+
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -32,6 +57,8 @@ pub fn main(args: &Args) -> Result<()> {
         args.measure.then(|| (ceilings::fma_gflops(&Pool::new(1)), ceilings::read_gbs(&Pool::new(threads))));
     let nvrtc = nvrtc_version();
     let gpus = survey();
+    let measured: Vec<Option<Measured>> =
+        gpus.devices.iter().map(|d| args.measure.then(|| Measured::of(d.index)).flatten()).collect();
     if args.json {
         return print_json(&json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -41,12 +68,16 @@ pub fn main(args: &Args) -> Result<()> {
             "memory_read_gbs": rates.map(|r| r.1),
             "nvrtc": nvrtc.as_ref().ok().map(|v| format!("{}.{}", v.0, v.1)),
             "cuda_driver": gpus.driver.map(cuda_version),
-            "gpus": gpus.devices.iter().map(|d| json!({
+            "gpus": gpus.devices.iter().zip(&measured).map(|(d, m)| json!({
                 "index": d.index,
                 "name": d.name,
                 "architecture": format!("sm_{}", d.capability),
                 "multiprocessors": d.multiprocessors,
                 "memory_bytes": d.memory,
+                "read_gbs": m.as_ref().map(|m| m.rates.read_gbs),
+                "to_device_gbs": m.as_ref().map(|m| m.rates.up_gbs),
+                "from_device_gbs": m.as_ref().map(|m| m.rates.down_gbs),
+                "matmul_gflops": m.as_ref().and_then(|m| m.matmul_gflops.as_ref().ok()),
             })).collect::<Vec<_>>(),
             "gpu_problem": gpus.problem.as_ref().map(ToString::to_string),
         }));
@@ -56,7 +87,7 @@ pub fn main(args: &Args) -> Result<()> {
         Ok((major, minor)) => print(&format!("nvrtc: {major}.{minor}, CUDA engines can be built here\n"))?,
         Err(error) => print(&format!("nvrtc: none ({error})\n"))?,
     }
-    for gpu in &gpus.devices {
+    for (gpu, measured) in gpus.devices.iter().zip(&measured) {
         print(&format!(
             "gpu {}: {}, sm_{}, {} multiprocessors, {}\n",
             gpu.index,
@@ -65,6 +96,9 @@ pub fn main(args: &Args) -> Result<()> {
             gpu.multiprocessors,
             size::show(gpu.memory)
         ))?;
+        if let Some(measured) = measured {
+            print(&measured.text(gpu.index))?;
+        }
     }
     if let Some(problem) = &gpus.problem {
         print(&format!("gpu: none ({problem})\n"))?;

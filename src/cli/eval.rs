@@ -9,7 +9,8 @@ use millrace::{Decoder, Engine, Error, Kind, Result, TensorRef};
 use serde_json::json;
 
 use super::compile::ModelOptions;
-use super::run::{MemoryOptions, open};
+use super::memory::MemoryOptions;
+use super::run::open;
 use super::{npy, print, print_json, usage};
 
 /// Measure the perplexity of a decoder on consecutive windows of a text.
@@ -56,7 +57,7 @@ pub fn main(args: &Args) -> Result<()> {
     let bos = engine.manifest().model.as_ref().and_then(|m| m.bos).ok_or_else(|| {
         Error::new(Kind::Unsupported, "eval/no-bos", "the model names no begin of sequence token")
     })?;
-    let mut session = engine.session(args.memory.resolve()?)?;
+    let mut session = args.memory.open(&engine)?;
     let options = PerplexityOptions { bos, window_tokens: args.window_tokens, max_windows: args.windows };
     let result = perplexity(&mut Decoder::new(&mut session)?, &tokens, &options)?;
     if args.json {
@@ -73,7 +74,7 @@ fn logits(args: &Args, engine: &Engine, file: &Path, out: &Path) -> Result<()> {
         .filter(|t| !t.is_empty())
         .map(|t| t.parse::<i32>().map_err(|_| usage("usage/token-ids", format!("`{t}` is no token id"))))
         .collect::<Result<Vec<i32>>>()?;
-    let mut session = engine.session(args.memory.resolve()?)?;
+    let mut session = args.memory.open(engine)?;
     let mut model = Decoder::new(&mut session)?;
     let limits = model.limits();
     let most = limits.max_logit_rows.min(limits.max_num_tokens).min(limits.max_seq_len);

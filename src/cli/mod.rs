@@ -1,6 +1,7 @@
 //! The command line: one file per verb. Results go to standard output, everything else to standard error.
 
 mod bench;
+mod ceilings;
 mod compare;
 mod compile;
 mod control;
@@ -10,6 +11,7 @@ mod doctor;
 mod eval;
 mod hunt;
 mod inspect;
+mod memory;
 mod npy;
 mod opt;
 mod passes;

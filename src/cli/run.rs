@@ -5,13 +5,12 @@ use std::time::Instant;
 
 use millrace::generation::{Generator, Message, Request, SamplingParams, embed_texts};
 use millrace::ir::manifest::ModelKind;
-use millrace::{
-    Allocation, Decoder, Encoder, Engine, Error, Kind, Result, SessionOptions, TensorRef, compile,
-};
+use millrace::{Decoder, Encoder, Engine, Error, Kind, Result, TensorRef, compile};
 use serde_json::json;
 
 use super::compile::ModelOptions;
-use super::{npy, print, print_json, size, usage};
+use super::memory::{self, MemoryOptions};
+use super::{npy, print, print_json, usage};
 
 /// Run an engine, or a model folder compiled on the fly.
 #[derive(clap::Args)]
@@ -66,51 +65,6 @@ pub struct Args {
     verbose: bool,
 }
 
-/// Options of sessions.
-#[derive(clap::Args, Clone)]
-pub struct MemoryOptions {
-    /// When activation memory is allocated: static or dynamic
-    #[arg(long, default_value = "static")]
-    memory: String,
-    /// Bound on all memory of the session, with a unit
-    #[arg(long, value_name = "SIZE")]
-    memory_cap: Option<String>,
-    /// Threads [default: all processors]
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
-    /// On a GPU, launch kernels one by one instead of replaying CUDA graphs
-    #[arg(long)]
-    no_graphs: bool,
-    /// Model folder for an engine built with --strip-weights
-    #[arg(long, value_name = "DIR")]
-    weights: Option<PathBuf>,
-}
-
-impl MemoryOptions {
-    /// The session's options.
-    ///
-    /// # Errors
-    /// Unknown words and sizes without a unit.
-    pub fn resolve(&self) -> Result<SessionOptions> {
-        let allocation = match self.memory.as_str() {
-            "static" => Allocation::Static,
-            "dynamic" => Allocation::Dynamic,
-            other => {
-                return Err(usage("usage/memory", format!("`{other}` is no allocation"))
-                    .hint("use static or dynamic"));
-            }
-        };
-        Ok(SessionOptions {
-            allocation,
-            threads: self.threads,
-            cap: self.memory_cap.as_deref().map(size::parse).transpose()?,
-            weights: self.weights.clone(),
-            graphs: !self.no_graphs,
-            ..SessionOptions::default()
-        })
-    }
-}
-
 /// A folder that vanishes with the value.
 pub struct Scratch(pub PathBuf);
 
@@ -146,11 +100,12 @@ pub fn open(path: &Path, options: &ModelOptions) -> Result<(Engine, Option<Scrat
 
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
-    let (engine, _scratch) = open(&args.engine, &args.model_options)?;
+    let (engine, scratch) = open(&args.engine, &args.model_options)?;
+    let built = scratch.is_some();
     match engine.manifest().kind {
-        ModelKind::Decoder => generate(args, &engine),
-        ModelKind::Encoder => embed(args, &engine),
-        ModelKind::Graph => graph(args, &engine),
+        ModelKind::Decoder => generate(args, &engine, built),
+        ModelKind::Encoder => embed(args, &engine, built),
+        ModelKind::Graph => graph(args, &engine, built),
     }
 }
 
@@ -168,7 +123,7 @@ fn token_ids(text: &str) -> Result<Vec<u32>> {
         .collect()
 }
 
-fn generate(args: &Args, engine: &Engine) -> Result<()> {
+fn generate(args: &Args, engine: &Engine, built: bool) -> Result<()> {
     if !args.text.is_empty() || !args.input.is_empty() {
         return Err(usage("usage/inputs", "a decoder takes --prompt or --token-ids"));
     }
@@ -221,7 +176,7 @@ fn generate(args: &Args, engine: &Engine) -> Result<()> {
         })
         .collect();
     let loading = Instant::now();
-    let mut session = engine.session(args.memory.resolve()?)?;
+    let mut session = args.memory.open(engine)?;
     let load_ms = loading.elapsed().as_secs_f64() * 1e3;
     let generating = Instant::now();
     let mut first_token_ms = None;
@@ -270,12 +225,12 @@ fn generate(args: &Args, engine: &Engine) -> Result<()> {
         }
     }
     if args.verbose {
-        eprintln!("memory: {}", session.ledger());
+        eprint!("{}", memory::report(&session, built)?);
     }
     if args.json { print_json(&json!(reports)) } else { Ok(()) }
 }
 
-fn embed(args: &Args, engine: &Engine) -> Result<()> {
+fn embed(args: &Args, engine: &Engine, built: bool) -> Result<()> {
     if !args.prompt.is_empty() || !args.token_ids.is_empty() || !args.input.is_empty() {
         return Err(usage("usage/inputs", "an encoder takes --text"));
     }
@@ -285,11 +240,11 @@ fn embed(args: &Args, engine: &Engine) -> Result<()> {
         );
     }
     let tokenizer = engine.tokenizer()?;
-    let mut session = engine.session(args.memory.resolve()?)?;
+    let mut session = args.memory.open(engine)?;
     let texts: Vec<&str> = args.text.iter().map(String::as_str).collect();
     let embeddings = embed_texts(&mut Encoder::new(&mut session)?, &tokenizer, &texts)?;
     if args.verbose {
-        eprintln!("memory: {}", session.ledger());
+        eprint!("{}", memory::report(&session, built)?);
     }
     if args.json {
         let pairs = texts.iter().zip(&embeddings);
@@ -304,7 +259,7 @@ fn embed(args: &Args, engine: &Engine) -> Result<()> {
     Ok(())
 }
 
-fn graph(args: &Args, engine: &Engine) -> Result<()> {
+fn graph(args: &Args, engine: &Engine, built: bool) -> Result<()> {
     if !args.prompt.is_empty() || !args.token_ids.is_empty() || !args.text.is_empty() {
         return Err(usage("usage/inputs", "a plain graph takes --input NAME=FILE.npy"));
     }
@@ -329,12 +284,12 @@ fn graph(args: &Args, engine: &Engine) -> Result<()> {
         })?;
         inputs.push(array.cast(ty.dtype)?);
     }
-    let mut session = engine.session(args.memory.resolve()?)?;
+    let mut session = args.memory.open(engine)?;
     let refs: Vec<TensorRef<'_>> =
         inputs.iter().map(|a| TensorRef { dtype: a.dtype, shape: &a.shape, bytes: &a.bytes }).collect();
     session.run(&refs)?;
     if args.verbose {
-        eprintln!("memory: {}", session.ledger());
+        eprint!("{}", memory::report(&session, built)?);
     }
     let mut report = Vec::new();
     for (index, (name, ty)) in engine.module().output_types().into_iter().enumerate() {

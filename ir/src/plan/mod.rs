@@ -11,6 +11,7 @@ mod item;
 mod liveness;
 mod pack;
 mod search;
+pub mod stream;
 mod symbolic;
 mod windows;
 

@@ -3,7 +3,7 @@
 //! | rule | invariant |
 //! | --- | --- |
 //! | V1 | names of weights, states, arenas, symbols, inputs and outputs are unique, non-empty and free of control characters |
-//! | V2 | at most 64 symbols, with `1 <= min <= max <= MAX_EXTENT`, `multiple >= 1`; every symbol used is declared |
+//! | V2 | at most 64 symbols, with `1 <= min <= max <= MAX_EXTENT`, `multiple >= 1`, none named like the bounds of tiles in launch tables; every symbol used is declared |
 //! | V3 | extents are non-negative at the minima; extents and byte sizes reach at most `MAX_EXTENT` at the maxima; dims stay within `dim::MAX_SIZE` and `dim::MAX_NESTING` |
 //! | V4 | weight types are constant and weight expressions well typed, acyclic and at most `weights::MAX_DEPTH` deep |
 //! | V5 | the order is a permutation of the nodes; every node has a result; nodes and values agree on who defines what |

@@ -10,6 +10,7 @@ use crate::dim::{Bindings, Dim, MAX_EXTENT, MAX_NESTING, MAX_SIZE, SymDecl};
 use crate::distinct::{Dims, Ops, TypeId, Types};
 use crate::dtype::DType;
 use crate::graph::*;
+use crate::launch::{tile_count, tile_first};
 use crate::nearest::nearest;
 use crate::ops::movement::is_permutation;
 use crate::types::TensorType;
@@ -72,6 +73,9 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
         }
         if *multiple == 0 {
             report.add(2, None, format!("{sym} is a multiple of 0"));
+        }
+        if [tile_first(), tile_count()].contains(sym) {
+            report.add(2, None, format!("{sym} is a name of launch tables"));
         }
     }
     if module.dims.len() > MAX_SYMBOLS {

@@ -110,7 +110,14 @@ impl<'a> WeightReader<'a> {
         match &weight.expr {
             WeightExpr::File { file, key } => self.read_file(weight, file, key, offset, out),
             WeightExpr::Splat(value) => fill(weight, offset, out, |_| *value),
-            WeightExpr::Random { seed, std } => fill(weight, offset, out, |i| std * normal(*seed, i)),
+            WeightExpr::Random { seed, std } => {
+                let element = element_bytes(weight)?;
+                let whole = offset.is_multiple_of(element);
+                if whole && random::fill(weight.ty.dtype, *seed, *std, offset / element, out) {
+                    return Ok(());
+                }
+                fill(weight, offset, out, |i| std * normal(*seed, i))
+            }
             WeightExpr::Dense(values) => {
                 fill(weight, offset, out, |i| values.get(i as usize).copied().unwrap_or(0.0))
             }

@@ -9,7 +9,7 @@ use super::source::{Promise, Source, SourceWriter};
 
 const COMMON: &str = include_str!("argmax.cu");
 
-/// Threads of a block of [`argmax`] and [`topk`].
+/// Threads of a block of [`topk`].
 pub const THREADS: u32 = 1024;
 /// Threads of a block of [`argmax_split`].
 pub const SPLIT_THREADS: u32 = 512;
@@ -31,13 +31,9 @@ fn source(family: &'static str, threads: u32, body: &str) -> Arc<Source> {
         .finish()
 }
 
-/// `(const float *rows, int *out, int width)`, one block a row: the index of the largest element.
-pub fn argmax() -> Arc<Source> {
-    source("cuda.argmax", THREADS, include_str!("argmax_row.cu"))
-}
-
-/// `(const float *rows, int *out, int width, u64 *best, u32 *arrived)` on a grid of (parts, rows): as [`argmax`], with
-/// several blocks a row. `best` has `parts * rows` elements; `arrived` has `rows`, zero before and after.
+/// `(const float *rows, int *out, int width, u64 *best, u32 *arrived)` on a grid of (parts, rows): the index of the largest
+/// element of each row, found by several blocks a row. `best` has `parts * rows` elements; `arrived` has `rows`, zero
+/// before and after.
 pub fn argmax_split() -> Arc<Source> {
     source("cuda.argmax.split", SPLIT_THREADS, include_str!("argmax_split.cu"))
 }
@@ -71,7 +67,7 @@ mod tests {
 
     #[test]
     fn sources_have_one_entry_point() {
-        for source in [argmax(), argmax_split(), topk()] {
+        for source in [argmax_split(), topk()] {
             assert_eq!(source.text.matches("KERNEL(").count(), 1, "{}", source.family);
         }
     }

@@ -4,6 +4,7 @@
 //! `data.bin` and `cases.json` for a driver that launches the kernels and compares.
 
 mod cases;
+mod tiles;
 mod timings;
 
 use std::collections::BTreeMap;

@@ -35,5 +35,5 @@ use std::sync::Arc;
 
 /// Kernels beside the graph: name, source, threads of a block.
 pub fn helpers(_arch: Arch) -> Vec<(&'static str, Arc<Source>, u32)> {
-    vec![("argmax", argmax::argmax(), argmax::THREADS)]
+    vec![("argmax_split", argmax::argmax_split(), argmax::SPLIT_THREADS)]
 }

@@ -73,6 +73,24 @@ impl SourceWriter {
         self.line(text)
     }
 
+    /// A file of the family with parts for kernels whose launches may read a weight in parts, `tiled`, and parts for those
+    /// that never do: lines between `//# tiled` and `//# whole` or `//# end`, and between `//# whole` and `//# end`.
+    #[must_use]
+    pub fn body_for(self, text: &str, tiled: bool) -> Self {
+        let mut taken = String::with_capacity(text.len());
+        let mut take = true;
+        for line in text.split_inclusive('\n') {
+            match line.trim_end() {
+                "//# tiled" => take = tiled,
+                "//# whole" => take = !tiled,
+                "//# end" => take = true,
+                _ if take => taken.push_str(line),
+                _ => {}
+            }
+        }
+        self.line(&taken)
+    }
+
     /// What the build checks.
     #[must_use]
     pub fn promise(mut self, promise: Promise) -> Self {
@@ -116,4 +134,21 @@ pub fn float_table(name: &str, values: &[f32]) -> String {
     }
     text.push_str("};");
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_for_tiles_and_parts_without() {
+        let text =
+            "a\n//# tiled\nb\n//# whole\nc\n//# end\nd\n//# whole\ne\n//# end\n//# tiled\nf\n//# end\n";
+        let of = |tiled| {
+            let text = SourceWriter::new("cuda.test").body_for(text, tiled).finish().text.clone();
+            text.strip_prefix(PRELUDE).unwrap().to_string()
+        };
+        assert_eq!(of(false), "a\nc\nd\ne\n\n");
+        assert_eq!(of(true), "a\nb\nd\nf\n\n");
+    }
 }

@@ -1,10 +1,11 @@
 //! Memory of a session on the CPU.
 
 use millrace_ir::checkpoint::TensorSource;
-use millrace_ir::{Bindings, Id, Module, Result};
+use millrace_ir::{Bindings, Error, Id, Kind, Module, Result};
 use millrace_kernels::cpu::Pool;
 
 use super::{Program, Regions};
+use crate::budget::Residency;
 use crate::engine::Engine;
 use crate::memory::{Buffer, Region};
 use crate::profile::Profile;
@@ -43,9 +44,10 @@ impl Cpu {
         engine: &Engine,
         source: Option<&dyn TensorSource>,
         maxima: &Bindings,
+        residency: &Residency,
     ) -> Result<()> {
         let module = engine.module();
-        self.weights = Weights::load(engine, source)?;
+        self.place(engine, source, residency)?;
         self.states.resize_with(module.states.bound(), || None);
         for (id, state) in module.states.iter() {
             let bytes = bytes_at(&state.ty, maxima, &state.name)?;
@@ -54,9 +56,18 @@ impl Cpu {
         Ok(())
     }
 
-    /// Bytes of all weights.
-    pub fn weight_bytes(&self) -> u64 {
-        self.weights.total()
+    /// Brings the weights to where `residency` has them.
+    pub fn place(
+        &mut self,
+        engine: &Engine,
+        source: Option<&dyn TensorSource>,
+        residency: &Residency,
+    ) -> Result<()> {
+        if !residency.placement.is_resident() {
+            return Err(Error::new(Kind::Internal, "run/streaming", "weights do not stream yet"));
+        }
+        self.weights = Weights::load(engine, source)?;
+        Ok(())
     }
 
     /// Allocates what a step needs; an earlier allocation must have been released.

@@ -4,21 +4,31 @@
 //! upper bounds (static) or for each step from a stream-ordered pool (dynamic). All inputs of a step lie side by side,
 //! so one copy brings them. For each bindings the launches are prepared once; from the second time on a static session
 //! records copy, launches and the way back of an argmax as a graph and replays it.
+//!
+//! What a step needs on the host is a *turn*: its inputs on the way to the device and its argmax on the way back. There
+//! are two, so that a step can be enqueued *ahead*: before the one before it has ended, and *fed* with the argmax of that
+//! step without a detour by the host.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use millrace_ir::checkpoint::TensorSource;
-use millrace_ir::{Bindings, DType, Error, Id, Kind, Module, Result};
+use millrace_ir::launch::Tiles;
+use millrace_ir::plan::stream::{Cut, Demand};
+use millrace_ir::{Bindings, Error, Id, Kind, Module, Result};
 
+use super::argmax::{Argmax, Tail};
 use super::driver::{Block, Context, Event, Stream};
-use super::launch::{Graph, Ready, ReadyLaunch};
+use super::launch::{Graph, Ready};
 use super::program::{Program, bundle};
 use super::range::Range;
 use super::recent::Recent;
 use super::report::{GraphReport, PoolReport};
-use super::resolve::{Addresses, Resolved, pack, parts, resolve, workspace_bytes};
+use super::residence::{Found, Residence};
+use super::resolve::{Addresses, Resolved, pack, parts, reads, resolve, workspace_bytes};
 use super::transfer::{Landing, Staging};
-use super::upload::{Layout, upload};
+use super::upload::Sources;
+use crate::budget::Residency;
 use crate::engine::Engine;
 use crate::options::{Allocation, SessionOptions};
 use crate::places::{Piece, Regions};
@@ -29,18 +39,39 @@ use crate::sizes::{StepSizes, bytes_at, no_size};
 /// Bindings whose launches stay prepared.
 const PREPARED: usize = 48;
 
-/// A step's bindings, and the output whose argmax follows it.
-type Key = (Bindings, Option<usize>);
+/// Steps on the way at once.
+const TURNS: usize = 2;
+
+/// A step's bindings, the output whose argmax follows it, and the input that is fed.
+type Key = (Bindings, Option<usize>, Option<usize>);
+
+/// What follows a step.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct After {
+    /// An output with its rows and their width, whose argmax is to be told.
+    pub argmax: Option<(usize, u64, u64)>,
+    /// The input that is the argmax of the step enqueued before.
+    pub fed: Option<usize>,
+}
 
 /// Launches at certain bindings and addresses.
 struct Prepared {
     moving: Moving,
     resolved: Resolved,
     ready: Vec<Ready>,
+    /// The copy that feeds an input.
+    feed: Option<Ready>,
     tail: Option<Tail>,
     uses: u64,
-    graph: Option<Graph>,
+    /// By turn.
+    graphs: [Option<Graph>; TURNS],
     graph_failed: bool,
+}
+
+impl Prepared {
+    fn launches(&self) -> u64 {
+        self.ready.iter().filter(|r| r.is_launch()).count() as u64
+    }
 }
 
 /// Addresses that may differ from step to step; all others stay from load on.
@@ -52,10 +83,17 @@ struct Moving {
     workspace: Range,
 }
 
-/// The argmax after a step.
-struct Tail {
-    launch: ReadyLaunch,
-    indices: Range,
+/// What a step needs on the host while it is on its way.
+#[derive(Default)]
+struct Turn {
+    staging: Option<Staging>,
+    landing: Option<Landing>,
+}
+
+/// A step on its way whose argmax nobody has taken.
+struct Ahead {
+    turn: usize,
+    rows: u64,
 }
 
 /// An output on the host: fetched when first asked for; the memory is used again.
@@ -69,9 +107,10 @@ struct Slot {
 pub(crate) struct Cuda {
     prepared: Recent<Key, Prepared>,
     slots: Vec<Slot>,
-    staging: Option<Staging>,
-    /// Indices of an argmax, on the device and on the host.
-    indices: Option<(Block, Landing)>,
+    turns: [Turn; TURNS],
+    /// In the order they were enqueued.
+    ahead: VecDeque<Ahead>,
+    argmax: Option<Argmax>,
     events: Vec<Event>,
     arenas: Vec<Block>,
     inputs: Option<Block>,
@@ -79,8 +118,7 @@ pub(crate) struct Cuda {
     workspace: Option<Block>,
     counters: Option<Block>,
     states: Vec<Option<Block>>,
-    weights: Option<Block>,
-    layout: Layout,
+    residence: Residence,
     program: Program,
     /// Whether activations, inputs and outputs stay where they are.
     fixed: bool,
@@ -93,17 +131,6 @@ pub(crate) struct Cuda {
 
 fn no_memory() -> Error {
     Error::new(Kind::Internal, "cuda/not-allocated", "a step runs before its memory was allocated")
-}
-
-/// Bytes of the indices of an argmax: one i32 for each row of the f32 output with most rows.
-fn index_bytes(module: &Module, bindings: &Bindings) -> Result<u64> {
-    let mut most = 0;
-    for (name, ty) in module.output_types() {
-        if let (DType::F32, [rows, _]) = (ty.dtype, ty.shape.as_slice()) {
-            most = rows.extent(bindings).ok_or_else(|| no_size(name))?.max(most);
-        }
-    }
-    most.checked_mul(4).ok_or_else(|| no_size("the indices of an argmax"))
 }
 
 fn indices_of(bytes: &[u8], rows: u64) -> Vec<i32> {
@@ -122,8 +149,9 @@ impl Cuda {
         Ok(Cuda {
             prepared: Recent::new(PREPARED),
             slots: engine.module().graph.outputs.iter().map(|_| Slot::default()).collect(),
-            staging: None,
-            indices: None,
+            turns: Default::default(),
+            ahead: VecDeque::new(),
+            argmax: None,
             events: Vec::new(),
             arenas: Vec::new(),
             inputs: None,
@@ -131,8 +159,7 @@ impl Cuda {
             workspace: None,
             counters: None,
             states: Vec::new(),
-            weights: None,
-            layout: Layout::of(engine)?,
+            residence: Residence::new(&context),
             program,
             fixed: false,
             report: GraphReport { enabled: options.graphs, ..GraphReport::default() },
@@ -161,22 +188,60 @@ impl Cuda {
 
     /// Bytes of scratch memory and counters held now, those of an argmax included.
     pub fn workspace_held(&self) -> u64 {
-        let indices = self.indices.as_ref().map(|(block, _)| block);
-        [self.workspace.as_ref(), self.counters.as_ref(), indices]
-            .into_iter()
-            .flatten()
-            .map(|b| b.range().len)
-            .sum()
+        let blocks = [self.workspace.as_ref(), self.counters.as_ref()].into_iter().flatten();
+        blocks.map(|b| b.range().len).chain(self.argmax.as_ref().map(Argmax::held)).sum()
     }
 
     /// Bytes of pinned memory held now.
     pub fn staging_held(&self) -> u64 {
-        self.context.pinned()
+        self.context.pinned().saturating_sub(self.residence.host_bytes())
     }
 
-    /// Bytes of all weights.
-    pub fn weight_bytes(&self) -> u64 {
-        self.layout.weights
+    /// What the weights of `module` can do on this device: tiles as the launch table has them.
+    pub fn demand(&self, module: &Module) -> Result<Demand> {
+        let mut demand = Demand::of(module)?;
+        for step in &self.program.table.steps {
+            let first = demand.uses.partition_point(|u| u.node < step.first);
+            let uses = demand.uses[first..].iter().take_while(|u| u.node < step.first + step.nodes);
+            let items: Vec<usize> = uses.map(|u| u.item).collect();
+            for index in items {
+                let item = &mut demand.items[index];
+                let Some(Cut::Tiles { granule, .. }) = item.cut else { continue };
+                let launches =
+                    step.variants.iter().flat_map(|v| &v.launches).filter(|l| reads(l, item.weight));
+                let fits =
+                    |t: Tiles| t.weight == item.weight && t.slices == item.slices && granule % t.granule == 0;
+                if !launches.map(|l| l.tiles.is_some_and(fits)).all(|fits| fits) {
+                    (item.cut, item.slices, item.slice_bytes) = (Some(Cut::Whole), 1, item.bytes);
+                }
+            }
+        }
+        Ok(demand)
+    }
+
+    /// Brings the weights to where `residency` has them, once all work is done.
+    pub fn place(
+        &mut self,
+        engine: &Engine,
+        source: Option<&dyn TensorSource>,
+        residency: &Residency,
+    ) -> Result<()> {
+        self.context.enter()?;
+        self.stream.synchronize()?;
+        // Launches and graphs name memory that may go.
+        self.prepared.clear();
+        let sources = Sources::of(engine, source)?;
+        self.residence.place(&sources, residency, self.threads)
+    }
+
+    /// Bytes of resident weights and of the ring on the device.
+    pub fn weight_bytes(&self) -> (u64, u64) {
+        self.residence.device_bytes()
+    }
+
+    /// Bytes of weights in pinned host memory.
+    pub fn host_weight_bytes(&self) -> u64 {
+        self.residence.host_bytes()
     }
 
     /// Allocations of device memory so far.
@@ -186,7 +251,7 @@ impl Cuda {
 
     /// What has become of graphs.
     pub fn graph_report(&self) -> GraphReport {
-        let held = self.prepared.values().filter(|p| p.graph.is_some()).count() as u64;
+        let held = self.prepared.values().flat_map(|p| &p.graphs).flatten().count() as u64;
         GraphReport { held, ..self.report.clone() }
     }
 
@@ -212,9 +277,10 @@ impl Cuda {
         engine: &Engine,
         source: Option<&dyn TensorSource>,
         maxima: &Bindings,
+        residency: &Residency,
     ) -> Result<()> {
         let module = engine.module();
-        self.weights = Some(upload(&self.context, engine, source, &self.layout, self.threads)?);
+        self.place(engine, source, residency)?;
         self.states.resize_with(module.states.bound(), || None);
         for (id, state) in module.states.iter() {
             let bytes = bytes_at(&state.ty, maxima, &state.name)?;
@@ -225,10 +291,11 @@ impl Cuda {
         let counters = Block::new(&self.context, self.program.table.counters, "counters")?;
         self.stream.zero(counters.range())?;
         self.counters = Some(counters);
-        let bytes = index_bytes(module, maxima)?;
-        if bytes > 0 && self.program.has_argmax() {
-            let landing = Landing::new(&self.stream, bytes as usize)?;
-            self.indices = Some((Block::new(&self.context, bytes, "indices")?, landing));
+        self.argmax = Argmax::new(&self.context, &self.stream, &self.program, module, maxima)?;
+        if let Some(argmax) = &self.argmax {
+            for turn in &mut self.turns {
+                turn.landing = Some(Landing::new(&self.stream, argmax.index_bytes() as usize)?);
+            }
         }
         self.stream.synchronize()
     }
@@ -246,10 +313,12 @@ impl Cuda {
         let inputs = block(input_bytes, "inputs")?;
         let outputs = blocks(&sizes.outputs, "outputs")?;
         let workspace = block(workspace_bytes(&self.program.table, bindings)?, "scratch memory")?;
-        if self.staging.as_ref().is_none_or(|s| (s.len() as u64) < input_bytes) {
-            // Graphs name the staging memory that goes.
+        let staging = self.turns[0].staging.as_ref();
+        if staging.is_none_or(|s| (s.len() as u64) < input_bytes) {
+            // Graphs name the staging memory that goes. Only steps ahead need that of other turns.
             self.prepared.clear();
-            self.staging = Some(Staging::new(&self.context, input_bytes as usize)?);
+            self.turns.iter_mut().for_each(|turn| turn.staging = None);
+            self.turns[0].staging = Some(Staging::new(&self.context, input_bytes as usize)?);
         }
         (self.arenas, self.inputs, self.outputs, self.workspace) =
             (arenas, Some(inputs), outputs, Some(workspace));
@@ -260,6 +329,7 @@ impl Cuda {
     /// Gives back what [`Cuda::allocate`] took.
     pub fn release(&mut self) {
         self.retire_outputs();
+        self.drop_ahead();
         if self.fixed {
             // Graphs name the memory that goes, and may be running. A failed device runs nothing.
             let _ = self.stream.synchronize();
@@ -306,30 +376,52 @@ impl Cuda {
         })
     }
 
-    fn addresses(&self, module: &Module, moving: &Moving) -> Addresses {
+    fn addresses(&self, module: &Module, moving: &Moving) -> Result<Addresses> {
         let range = |block: &Option<Block>| block.as_ref().map_or(Range::EMPTY, Block::range);
         let Moving { inputs, outputs, arenas, workspace } = moving.clone();
         let states = self.states.iter().map(|s| s.as_ref().map(Block::range)).collect();
-        let weights = self.layout.ranges(module.weights.bound(), range(&self.weights));
+        let found = self.residence.found(module.weights.bound())?;
+        let weights =
+            found.iter().map(|f| f.map(|(Found::Whole(range) | Found::Part(range))| range)).collect();
         let regions = Regions { inputs, outputs, arenas, states, weights };
-        Addresses { regions, workspace, counters: range(&self.counters) }
+        Ok(Addresses { regions, workspace, counters: range(&self.counters), ring: self.residence.ring()? })
     }
 
-    /// Runs one step whose sizes are `sizes`; returns before it has ended, unless `argmax` names an output with its
-    /// rows and their width whose argmax the device can tell.
-    pub fn run(
+    /// Whether steps can be enqueued ahead.
+    pub fn runs_ahead(&self) -> bool {
+        self.fixed && self.argmax.is_some()
+    }
+
+    /// Forgets the steps ahead, whose argmax nobody wants.
+    pub fn drop_ahead(&mut self) {
+        self.ahead.clear();
+    }
+
+    /// Enqueues one step whose sizes are `sizes`, and what follows it; returns before it has ended. If the argmax was
+    /// asked for and the device can tell it, [`Cuda::take`] does.
+    pub fn start(
         &mut self,
         module: &Module,
         inputs: &[TensorRef<'_>],
         sizes: &StepSizes,
         bindings: &Bindings,
-        argmax: Option<(usize, u64, u64)>,
+        after: After,
         profile: Option<&mut Profile>,
-    ) -> Result<Option<Vec<i32>>> {
+    ) -> Result<()> {
         self.context.enter()?;
+        self.residence.heal()?;
         self.retire_outputs();
+        if self.ahead.len() >= TURNS || (after.fed.is_some() && self.ahead.is_empty()) {
+            let message = "steps ahead are taken one by one, and the first is not fed";
+            return Err(Error::new(Kind::Usage, "run/bad-order", message));
+        }
+        let turn = self.ahead.back().map_or(0, |before| (before.turn + 1) % TURNS);
         let (offsets, bytes) = pack(&sizes.inputs).ok_or_else(|| no_size("inputs"))?;
-        let room = self.staging.as_mut().ok_or_else(no_memory)?.fill()?;
+        if self.turns[turn].staging.is_none() {
+            let room = self.turns[0].staging.as_ref().ok_or_else(no_memory)?.len();
+            self.turns[turn].staging = Some(Staging::new(&self.context, room)?);
+        }
+        let room = self.turns[turn].staging.as_mut().ok_or_else(no_memory)?.fill()?;
         for (input, at) in inputs.iter().zip(&offsets) {
             let at = *at as usize;
             room.get_mut(at..at + input.bytes.len()).ok_or_else(no_memory)?.copy_from_slice(input.bytes);
@@ -337,26 +429,35 @@ impl Cuda {
         let block = self.inputs.as_ref().ok_or_else(no_memory)?.range();
         let arrival = block.part(0, bytes).ok_or_else(no_memory)?;
         let moving = self.moving(&offsets, sizes).ok_or_else(no_memory)?;
-        let key = (bindings.clone(), argmax.map(|(output, ..)| output));
+        let key = (bindings.clone(), after.argmax.map(|(output, ..)| output), after.fed);
         let mut prepared = match self.prepared.take(&key) {
             Some(found) if found.moving == moving => found,
-            _ => self.prepare(module, moving, bindings, argmax)?,
+            _ => self.prepare(module, moving, bindings, after)?,
         };
         prepared.uses += 1;
+        self.residence.begin();
         let result = match profile {
-            Some(profile) => self.run_timed(module, &prepared, arrival, profile),
-            None => self.run_fast(&mut prepared, arrival),
+            Some(profile) => self.run_timed(module, &prepared, turn, arrival, profile),
+            None => self.run_fast(&mut prepared, turn, arrival),
         };
+        if result.is_ok() {
+            self.residence.end();
+        }
         let told = prepared.tail.is_some();
         self.prepared.put(key, prepared);
         result?;
-        match (argmax, &mut self.indices) {
-            (Some((_, rows, _)), Some((_, landing))) if told => {
-                landing.wait()?;
-                Ok(Some(indices_of(landing.bytes(), rows)))
-            }
-            _ => Ok(None),
+        if let (Some((_, rows, _)), true) = (after.argmax, told) {
+            self.ahead.push_back(Ahead { turn, rows });
         }
+        Ok(())
+    }
+
+    /// The argmax of the first step that was enqueued and not taken, once it has ended; `None` if there is none.
+    pub fn take(&mut self) -> Result<Option<Vec<i32>>> {
+        let Some(Ahead { turn, rows }) = self.ahead.pop_front() else { return Ok(None) };
+        let landing = self.turns[turn].landing.as_mut().ok_or_else(no_memory)?;
+        landing.wait()?;
+        Ok(Some(indices_of(landing.bytes(), rows)))
     }
 
     fn prepare(
@@ -364,38 +465,53 @@ impl Cuda {
         module: &Module,
         moving: Moving,
         bindings: &Bindings,
-        argmax: Option<(usize, u64, u64)>,
+        after: After,
     ) -> Result<Prepared> {
-        let addresses = self.addresses(module, &moving);
+        let addresses = self.addresses(module, &moving)?;
         let resolved = resolve(module, &self.program.table, &addresses, bindings, self.program.limits)?;
         let ready = self.program.ready(&resolved)?;
-        let tail = argmax.map(|(output, rows, width)| self.tail(output, rows, width)).transpose()?.flatten();
-        Ok(Prepared { moving, resolved, ready, tail, uses: 0, graph: None, graph_failed: false })
+        let feed = after.fed.map(|input| self.feed(&moving, input)).transpose()?;
+        let tail =
+            after.argmax.map(|(output, rows, width)| self.tail(output, rows, width)).transpose()?.flatten();
+        let (uses, graphs, graph_failed) = (0, Default::default(), false);
+        Ok(Prepared { moving, resolved, ready, feed, tail, uses, graphs, graph_failed })
     }
 
     /// The argmax of an output, if the device can tell it.
     fn tail(&self, output: usize, rows: u64, width: u64) -> Result<Option<Tail>> {
-        let Some((block, _)) = &self.indices else { return Ok(None) };
         let from = self.outputs.get(output).and_then(|o| o.range().part(0, rows * width * 4));
-        let (Some(from), Some(indices)) = (from, block.range().part(0, rows * 4)) else { return Ok(None) };
-        let launch = self.program.argmax(from, indices, rows, width)?;
-        Ok(launch.map(|launch| Tail { launch, indices }))
+        match (&self.argmax, from) {
+            (Some(argmax), Some(from)) => argmax.tail(&self.program, from, rows, width),
+            _ => Ok(None),
+        }
+    }
+
+    /// The copy of an argmax to input `input`, which has an index a row.
+    fn feed(&self, moving: &Moving, input: usize) -> Result<Ready> {
+        let to = moving.inputs.get(input).copied();
+        let from = to.and_then(|to| self.argmax.as_ref()?.indices(to.len));
+        match (from, to) {
+            (Some(from), Some(to)) => Ok(Ready::Copy { from, to }),
+            _ => Err(Error::new(Kind::Usage, "run/bad-order", format!("input {input} cannot be fed"))),
+        }
     }
 
     /// Replays or launches one by one.
-    fn run_fast(&mut self, prepared: &mut Prepared, arrival: Range) -> Result<()> {
-        let staging = self.staging.as_mut().ok_or_else(no_memory)?;
-        let mut landing = self.indices.as_mut().map(|(_, landing)| landing);
-        self.report.last_launches = prepared.ready.len() as u64;
+    fn run_fast(&mut self, prepared: &mut Prepared, turn: usize, arrival: Range) -> Result<()> {
+        let Turn { staging, landing } = &mut self.turns[turn];
+        let staging = staging.as_mut().ok_or_else(no_memory)?;
+        let mut landing = landing.as_mut();
+        let residence = &self.residence;
+        self.report.last_launches = prepared.launches();
         let recurs = self.report.enabled && self.fixed && prepared.uses > 1;
-        if recurs && prepared.graph.is_none() && !prepared.graph_failed {
+        if recurs && prepared.graphs[turn].is_none() && !prepared.graph_failed {
             let recorded = Graph::record(&self.recording, |stream| {
-                enqueue(prepared, arrival, staging, landing.as_deref_mut(), stream)
+                enqueue(prepared, arrival, staging, landing.as_deref_mut(), residence, stream, true)
             });
             match recorded {
                 Ok(graph) => {
                     self.report.recorded += 1;
-                    prepared.graph = Some(graph);
+                    prepared.graphs[turn] = Some(graph);
                 }
                 Err(error) => {
                     prepared.graph_failed = true;
@@ -404,18 +520,18 @@ impl Cuda {
                 }
             }
         }
-        match &prepared.graph {
+        match &prepared.graphs[turn] {
             Some(graph) => {
                 graph.launch(&self.stream)?;
                 self.report.replayed += 1;
-                if let (Some(landing), true) = (landing, prepared.tail.is_some()) {
-                    landing.expect();
-                }
             }
             None => {
-                enqueue(prepared, arrival, staging, landing, &self.stream)?;
+                enqueue(prepared, arrival, staging, landing.as_deref_mut(), residence, &self.stream, false)?;
                 self.report.plain += 1;
             }
+        }
+        if let (Some(landing), true) = (landing, prepared.tail.is_some()) {
+            landing.expect()?;
         }
         staging.sent(&self.stream)
     }
@@ -425,34 +541,41 @@ impl Cuda {
         &mut self,
         module: &Module,
         prepared: &Prepared,
+        turn: usize,
         arrival: Range,
         profile: &mut Profile,
     ) -> Result<()> {
         while self.events.len() <= prepared.resolved.steps.len() {
             self.events.push(Event::new(&self.context, true)?);
         }
-        let staging = self.staging.as_mut().ok_or_else(no_memory)?;
+        let Turn { staging, landing } = &mut self.turns[turn];
+        let staging = staging.as_mut().ok_or_else(no_memory)?;
         staging.send(&self.stream, arrival)?;
+        if let Some(feed) = &prepared.feed {
+            feed.enqueue(&self.stream, &self.residence, false, false)?;
+        }
         self.events[0].record(&self.stream)?;
         let mut done = 0;
         for ((_, actions), event) in prepared.resolved.steps.iter().zip(&self.events[1..]) {
             let mut overlap = false;
             for ready in &prepared.ready[actions.clone()] {
-                ready.enqueue(&self.stream, overlap)?;
+                ready.enqueue(&self.stream, &self.residence, overlap, false)?;
                 overlap = ready.is_launch();
             }
             event.record(&self.stream)?;
             done = actions.end;
         }
         for ready in &prepared.ready[done..] {
-            ready.enqueue(&self.stream, false)?;
+            ready.enqueue(&self.stream, &self.residence, false, false)?;
         }
-        if let (Some(tail), Some((_, landing))) = (&prepared.tail, &mut self.indices) {
+        if let (Some(tail), Some(landing)) = (&prepared.tail, landing) {
             tail.launch.enqueue(&self.stream, false)?;
             landing.receive(&self.stream, tail.indices)?;
+            landing.expect()?;
         }
+        self.residence.join(&self.stream, false)?;
         staging.sent(&self.stream)?;
-        self.report.last_launches = prepared.ready.len() as u64;
+        self.report.last_launches = prepared.launches();
         self.report.plain += 1;
         self.stream.synchronize()?;
         for (index, (nodes, _)) in prepared.resolved.steps.iter().enumerate() {
@@ -488,6 +611,7 @@ impl Cuda {
             };
             self.context.enter()?;
             landing.receive(&self.stream, from)?;
+            landing.expect()?;
             landing.wait()?;
             // Another thread that was first has fetched the same bytes.
             let _ = slot.landed.set(landing);
@@ -499,34 +623,42 @@ impl Cuda {
     pub fn argmax(&mut self, index: usize, rows: u64, width: u64) -> Result<Option<Vec<i32>>> {
         self.context.enter()?;
         let Some(tail) = self.tail(index, rows, width)? else { return Ok(None) };
-        let Some((_, landing)) = &mut self.indices else { return Ok(None) };
+        self.drop_ahead();
+        let Some(landing) = &mut self.turns[0].landing else { return Ok(None) };
         tail.launch.enqueue(&self.stream, false)?;
         landing.receive(&self.stream, tail.indices)?;
+        landing.expect()?;
         landing.wait()?;
         Ok(Some(indices_of(landing.bytes(), rows)))
     }
 }
 
-/// Puts a whole step into `stream`: inputs, launches, and the argmax with its way back.
+/// Puts a whole step into `stream`, which may record: inputs, launches with the copies of weights, and the argmax with its
+/// way back.
 fn enqueue(
     prepared: &Prepared,
     arrival: Range,
     staging: &mut Staging,
     landing: Option<&mut Landing>,
+    residence: &Residence,
     stream: &Stream,
+    recorded: bool,
 ) -> Result<()> {
     staging.send(stream, arrival)?;
+    if let Some(feed) = &prepared.feed {
+        feed.enqueue(stream, residence, false, recorded)?;
+    }
     // The first kernel follows a copy: there is nothing it could overlap.
     let mut overlap = false;
     for ready in &prepared.ready {
-        ready.enqueue(stream, overlap)?;
+        ready.enqueue(stream, residence, overlap, recorded)?;
         overlap = ready.is_launch();
     }
     if let (Some(tail), Some(landing)) = (&prepared.tail, landing) {
-        tail.launch.enqueue(stream, false)?;
+        tail.launch.enqueue(stream, overlap)?;
         landing.receive(stream, tail.indices)?;
     }
-    Ok(())
+    residence.join(stream, recorded)
 }
 
 impl Drop for Cuda {

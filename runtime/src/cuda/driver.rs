@@ -383,6 +383,12 @@ impl Stream {
         self.context.check(unsafe { sys::cuStreamSynchronize(self.raw) }, "run a step")
     }
 
+    /// What is enqueued from here on waits for the point that `event` marks.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        // SAFETY: both are live and of one context.
+        self.context.check(unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) }, "wait for an event")
+    }
+
     /// Fills device memory with zeros.
     pub fn zero(&self, range: Range) -> Result<()> {
         if range.len == 0 {

@@ -13,6 +13,7 @@ use millrace_ir::{DType, Error, Kind, Result};
 
 use super::driver::{Context, Function, Stream};
 use super::range::Range;
+use super::residence::Residence;
 use super::resolve::{Action, Map, Params, Resolution, check_params};
 
 /// Parameters of one launch, in memory that is aligned for tensor maps.
@@ -43,7 +44,14 @@ pub(super) struct ReadyLaunch {
 #[derive(Debug)]
 pub(super) enum Ready {
     Launch(ReadyLaunch),
-    Copy { from: Range, to: Range },
+    Copy {
+        from: Range,
+        to: Range,
+    },
+    /// What follows reads this copy of the ring.
+    Arrive(usize),
+    /// Nothing that follows reads this copy in this step.
+    Leave(usize),
 }
 
 impl Ready {
@@ -51,6 +59,8 @@ impl Ready {
     pub fn new(action: &Action, functions: &[Arc<Function>], entries: &[String]) -> Result<Ready> {
         match action {
             Action::Copy { from, to } => Ok(Ready::Copy { from: *from, to: *to }),
+            Action::Arrive(copy) => Ok(Ready::Arrive(*copy)),
+            Action::Leave(copy) => Ok(Ready::Leave(*copy)),
             Action::Launch(launch) => {
                 let missing = || Error::new(Kind::Internal, "cuda/no-kernel", "a launch names no kernel");
                 let function = functions.get(launch.kernel).ok_or_else(missing)?;
@@ -61,11 +71,19 @@ impl Ready {
     }
 
     /// Enqueues it. `overlap` allows a dependent kernel to start before its predecessor has ended, which must be a
-    /// kernel.
-    pub fn enqueue(&self, stream: &Stream, overlap: bool) -> Result<()> {
+    /// kernel. `recorded` tells whether the stream records.
+    pub fn enqueue(
+        &self,
+        stream: &Stream,
+        residence: &Residence,
+        overlap: bool,
+        recorded: bool,
+    ) -> Result<()> {
         match self {
             Ready::Copy { from, to } => stream.copy(*from, *to),
             Ready::Launch(launch) => launch.enqueue(stream, overlap),
+            Ready::Arrive(copy) => residence.arrive(*copy, stream, recorded),
+            Ready::Leave(copy) => residence.leave(*copy, stream, recorded),
         }
     }
 

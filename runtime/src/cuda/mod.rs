@@ -2,12 +2,14 @@
 //!
 //! Nothing here needs a GPU or its driver to build or to start: the driver's library is opened when a session or
 //! [`survey`] asks for it, and its absence is an answer. A session holds its context's memory, one stream, and lists of
-//! launches prepared for the bindings it has seen; steps that recur are recorded as CUDA graphs and replayed.
+//! launches prepared for the bindings it has seen; steps that recur are recorded as CUDA graphs and replayed. Weights that
+//! stream are copied by a second stream, inside the same graph: see `residence`.
 //!
 //! The engine is not trusted to name memory: see `resolve`. Its device code is trusted like a program: a kernel can
 //! write wherever the device lets it, so run engines of those you would run programs of.
 
 mod arch;
+mod argmax;
 mod backend;
 #[allow(unsafe_code)]
 mod driver;
@@ -15,8 +17,10 @@ mod driver;
 mod launch;
 mod program;
 mod range;
+mod rates;
 mod recent;
 mod report;
+mod residence;
 mod resolve;
 #[cfg(test)]
 mod testing;
@@ -25,6 +29,7 @@ mod transfer;
 mod upload;
 
 pub use driver::{DeviceInfo, RawStream};
+pub use rates::{Rates, rates};
 pub use report::{GraphReport, PoolReport, Survey, survey};
 
-pub(crate) use backend::Cuda;
+pub(crate) use backend::{After, Cuda};

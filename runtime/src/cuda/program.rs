@@ -14,12 +14,14 @@ use crate::engine::Engine;
 use crate::places::forged;
 
 /// The helper that finds the largest element of rows.
-const ARGMAX: &str = "argmax";
+const ARGMAX: &str = "argmax_split";
 
 /// See the module.
 pub(super) struct Program {
     pub table: LaunchTable,
     pub limits: Limits,
+    /// Multiprocessors of the device.
+    pub multiprocessors: u32,
     functions: Vec<Arc<Function>>,
     entries: Vec<String>,
 }
@@ -72,7 +74,8 @@ impl Program {
             .collect::<Result<Vec<_>>>()?;
         let entries = table.kernels.iter().map(|k| k.entry.clone()).collect();
         let limits = Limits { capability: context.info.capability, max_shared: context.info.max_shared };
-        Ok(Program { table, limits, functions, entries })
+        let multiprocessors = context.info.multiprocessors;
+        Ok(Program { table, limits, multiprocessors, functions, entries })
     }
 
     /// Prepares what was resolved.
@@ -85,28 +88,32 @@ impl Program {
         self.table.helpers.iter().any(|h| h.name == ARGMAX)
     }
 
-    /// The launch that writes the argmax of each of `rows` rows of `width` elements to `out`, if the table has it.
-    pub fn argmax(&self, from: Range, out: Range, rows: u64, width: u64) -> Result<Option<ReadyLaunch>> {
+    /// The launch that finds the argmax of rows of `width` elements with blocks of (parts, rows), if the table has it.
+    /// `memory` is that of the rows, the indices, scratch and counters.
+    pub fn argmax(
+        &self,
+        memory: &[Range; 4],
+        [parts, rows]: [u32; 2],
+        width: u64,
+    ) -> Result<Option<ReadyLaunch>> {
         let Some(helper) = self.table.helpers.iter().find(|h| h.name == ARGMAX) else { return Ok(None) };
-        let (Some(function), Ok(blocks), Ok(width)) =
-            (self.functions.get(helper.kernel), u32::try_from(rows), i32::try_from(width))
-        else {
+        let (Some(function), Ok(width)) = (self.functions.get(helper.kernel), i32::try_from(width)) else {
             return Ok(None);
         };
-        if blocks == 0 || blocks > i32::MAX as u32 {
-            return Ok(None);
-        }
+        let [from, out, best, arrived] = memory;
         let mut params = Params::default();
         params.push(&from.base.to_ne_bytes());
         params.push(&out.base.to_ne_bytes());
         params.push(&width.to_ne_bytes());
+        params.push(&best.base.to_ne_bytes());
+        params.push(&arrived.base.to_ne_bytes());
         let launch = Resolution {
             kernel: helper.kernel,
-            grid: [blocks, 1, 1],
+            grid: [parts, rows, 1],
             block: [helper.threads, 1, 1],
             cluster: 1,
             shared: 0,
-            dependent: false,
+            dependent: self.limits.capability >= 90,
             params,
         };
         let entry = self.entries.get(helper.kernel).map_or("", String::as_str);

@@ -41,7 +41,7 @@ fn forged_sections_are_refused() {
     short.steps.pop();
     assert_eq!(refused(short), "engine/forged");
     let mut helper = table("sm_90a");
-    helper.helpers.push(Helper { name: "argmax".into(), kernel: 0, threads: 256 });
+    helper.helpers.push(Helper { name: "argmax_split".into(), kernel: 0, threads: 256 });
     assert_eq!(refused(helper), "engine/launch-table");
     let damaged = engine("cuda", &[("sm_90a", b"nothing".to_vec())]);
     assert_eq!(bundle(&damaged, 90).unwrap_err().code(), "engine/launch-table");

@@ -4,10 +4,11 @@
 //! of their node, tensor maps stay inside their memory, grids and blocks keep the limits of the hardware; else the
 //! error is `engine/forged` with the node.
 
+use std::collections::BTreeMap;
 use std::ops::Range as Span;
 
-use millrace_ir::launch::{Arg, Launch, LaunchStep, LaunchTable, MapBase, TensorMap};
-use millrace_ir::{Bindings, DType, Dim, Error, Id, Kind, Module, NodeId, Operand, Result};
+use millrace_ir::launch::{Arg, Launch, LaunchStep, LaunchTable, MapBase, TensorMap, Tiles};
+use millrace_ir::{Bindings, DType, Dim, Error, Kind, Module, NodeId, Operand, Result, WeightId};
 
 use super::range::Range;
 use crate::places::{Piece, Regions, forged};
@@ -21,6 +22,32 @@ pub(super) struct Addresses {
     pub workspace: Range,
     /// Counters.
     pub counters: Range,
+    /// What comes through the ring.
+    pub ring: Ring,
+}
+
+/// Weights that come in parts. The range of such a weight among the regions is that of its resident slices.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Ring {
+    /// Copies of a step, in the order of their uses.
+    pub copies: Vec<Tile>,
+    /// By weight: its resident slices, and its slices; for weights with copies.
+    pub parts: BTreeMap<WeightId, (u64, u64)>,
+}
+
+/// A copy's content.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Tile {
+    /// Position in the execution order of the node that reads it.
+    pub node: usize,
+    /// The weight.
+    pub weight: WeightId,
+    /// First slice.
+    pub first: u64,
+    /// Slices.
+    pub count: u64,
+    /// Where it is when it is read.
+    pub range: Range,
 }
 
 /// What a launch may ask for.
@@ -46,6 +73,10 @@ pub(super) struct Resolved {
 pub(super) enum Action {
     /// A launch.
     Launch(Resolution),
+    /// What follows reads this copy of the ring.
+    Arrive(usize),
+    /// Nothing that follows reads this copy in this step.
+    Leave(usize),
     /// A copy on the device.
     Copy {
         /// Source.
@@ -128,9 +159,10 @@ pub(super) fn resolve(
     bindings: &Bindings,
     limits: Limits,
 ) -> Result<Resolved> {
-    let regions = &addresses.regions;
+    let (regions, ring) = (&addresses.regions, &addresses.ring);
     let mut values = regions.input_values(module);
     let mut actions = Vec::new();
+    let mut copies = 0;
     let mut steps = Vec::with_capacity(table.steps.len());
     for step in &table.steps {
         let nodes = step.first..step.first + step.nodes;
@@ -143,11 +175,16 @@ pub(super) fn resolve(
         check_group(&memory).map_err(|e| e.at(first))?;
         let variant = step.variant(bindings).ok_or_else(|| forged("no variant fits").at(first))?;
         let begin = actions.len();
-        let scope = Scope { addresses, values: &values, bindings, limits };
-        for launch in &variant.launches {
-            let launch = scope.launch(table, launch).map_err(|e| e.at(first))?;
-            actions.extend(launch.map(Action::Launch));
+        let scope = Scope { addresses, values: &values, bindings, limits, tile: None };
+        let until = copies + ring.copies[copies..].iter().take_while(|c| c.node < nodes.end).count();
+        if copies == until {
+            for launch in &variant.launches {
+                actions.extend(scope.launch(table, launch).map_err(|e| e.at(first))?.map(Action::Launch));
+            }
+        } else {
+            scope.tiled(table, &variant.launches, copies..until, &mut actions).map_err(|e| e.at(first))?;
         }
+        copies = until;
         if variant.launches.is_empty() {
             views(module, step, ids, &memory, &mut actions)?;
         }
@@ -208,6 +245,18 @@ struct Scope<'a> {
     values: &'a [Option<Range>],
     bindings: &'a Bindings,
     limits: Limits,
+    /// The part of a weight that launches read, and where it is.
+    tile: Option<(WeightId, Range)>,
+}
+
+/// Whether a launch reads `weight`.
+pub(super) fn reads(launch: &Launch, weight: WeightId) -> bool {
+    let wanted = Operand::Weight(weight);
+    launch.args.iter().any(|arg| match arg {
+        Arg::Address(operand) => *operand == wanted,
+        Arg::Map(map) => matches!(&map.of, MapBase::Address(operand) if *operand == wanted),
+        Arg::Workspace(_) | Arg::Counters(_) | Arg::I32(_) | Arg::F32(_) => false,
+    })
 }
 
 /// Limits of the hardware (CUDA C++ programming guide, technical specifications).
@@ -217,9 +266,66 @@ const MAX_THREADS: u32 = 1024;
 const MAX_CLUSTER: u32 = 16;
 
 impl Scope<'_> {
+    /// The launches of a step whose weight comes in the parts `copies` besides what is resident: those that read it once for
+    /// each part.
+    fn tiled(
+        &self,
+        table: &LaunchTable,
+        launches: &[Launch],
+        copies: Span<usize>,
+        actions: &mut Vec<Action>,
+    ) -> Result<()> {
+        let ring = &self.addresses.ring;
+        let weight = ring.copies[copies.start].weight;
+        let (resident, slices) = ring.parts.get(&weight).copied().unwrap_or_default();
+        if ring.copies[copies.clone()].iter().any(|c| c.weight != weight) {
+            return Err(forged("a step reads two weights in parts"));
+        }
+        let first = launches.iter().position(|l| reads(l, weight)).unwrap_or(launches.len());
+        let last = launches.iter().rposition(|l| reads(l, weight)).map_or(first, |at| at + 1);
+        let run = |scope: &Scope<'_>, launches: &[Launch], actions: &mut Vec<Action>| -> Result<()> {
+            for launch in launches {
+                actions.extend(scope.launch(table, launch)?.map(Action::Launch));
+            }
+            Ok(())
+        };
+        let part = |first_slice: u64, count: u64, range: Range, actions: &mut Vec<Action>| -> Result<()> {
+            let whole = first_slice == 0 && count == slices;
+            for launch in &launches[first..last] {
+                let fits = |t: Tiles| {
+                    t.weight == weight && t.slices == slices && first_slice.is_multiple_of(t.granule)
+                };
+                if !reads(launch, weight) || !launch.tiles.map_or(whole, fits) {
+                    return Err(forged("a launch cannot read its weight in parts"));
+                }
+            }
+            let bindings = Tiles::bind(self.bindings, first_slice, count);
+            let scope = Scope { bindings: &bindings, tile: Some((weight, range)), ..*self };
+            run(&scope, &launches[first..last], actions)
+        };
+        run(self, &launches[..first], actions)?;
+        if resident > 0 {
+            let range = self.operand(Operand::Weight(weight))?;
+            part(0, resident, range, actions)?;
+        }
+        for index in copies {
+            let Tile { first, count, range, .. } = ring.copies[index];
+            actions.push(Action::Arrive(index));
+            part(first, count, range, actions)?;
+            actions.push(Action::Leave(index));
+        }
+        run(self, &launches[last..], actions)
+    }
+
     /// The launch, unless its grid has no block.
     fn launch(&self, table: &LaunchTable, launch: &Launch) -> Result<Option<Resolution>> {
         let kernel = table.kernels.get(launch.kernel).ok_or_else(|| forged("a launch names no kernel"))?;
+        if let (Some(tiles), None) = (launch.tiles, self.tile) {
+            let bindings = Tiles::bind(self.bindings, 0, tiles.slices);
+            let range = self.operand(Operand::Weight(tiles.weight))?;
+            let whole = Scope { bindings: &bindings, tile: Some((tiles.weight, range)), ..*self };
+            return whole.launch(table, launch);
+        }
         let mut grid = [0u32; 3];
         for ((out, dim), most) in grid.iter_mut().zip(&launch.grid).zip(MAX_GRID) {
             let blocks = self.extent(dim)?;
@@ -282,6 +388,11 @@ impl Scope<'_> {
     }
 
     fn operand(&self, operand: Operand) -> Result<Range> {
+        if let (Operand::Weight(id), Some((weight, range))) = (operand, self.tile)
+            && id == weight
+        {
+            return Ok(range);
+        }
         let found = self.addresses.regions.operand(operand, self.values);
         found.ok_or_else(|| match operand {
             Operand::Value(id) => forged(format!("argument {id} has no memory")),
@@ -390,13 +501,6 @@ pub(super) const ALIGN: u64 = 256;
 /// The parts of `block` at `offsets` with `sizes`.
 pub(super) fn parts(block: Range, offsets: &[u64], sizes: &[u64]) -> Option<Vec<Range>> {
     offsets.iter().zip(sizes).map(|(at, len)| block.part(*at, *len)).collect()
-}
-
-/// By id: the parts of `block`.
-pub(super) fn by_id<I: Id>(bound: usize, ids: &[I], ranges: Vec<Range>) -> Vec<Option<Range>> {
-    let mut all = vec![None; bound];
-    ids.iter().zip(ranges).for_each(|(id, range)| all[id.index()] = Some(range));
-    all
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 use millrace_ir::builder::Builder;
 use millrace_ir::dim::Sym;
-use millrace_ir::launch::{Condition, DeviceKernel, Variant};
+use millrace_ir::launch::{Condition, DeviceKernel, Variant, tile_count, tile_first};
 use millrace_ir::ops::unary::UnaryFn;
-use millrace_ir::ops::{Reshape, Unary};
-use millrace_ir::{ArenaDecl, Place, StateId, TensorType, ValueId, WeightId};
+use millrace_ir::ops::{FusedMatmul, Reshape, Unary};
+use millrace_ir::{ArenaDecl, Id, Place, StateId, TensorType, ValueId, WeightExpr, WeightId};
 
 use super::*;
 
@@ -105,6 +105,7 @@ fn addresses(rows: u64) -> Addresses {
         },
         workspace: range(0x4_0000, 4096),
         counters: range(0x5_0000, 16),
+        ring: Ring::default(),
     }
 }
 
@@ -128,7 +129,7 @@ fn with_args(args: Vec<Arg>) -> Result<Params> {
     table.steps[0].variants[0].launches[0].args = args;
     match at(6, &table)?.actions.swap_remove(0) {
         Action::Launch(launch) => Ok(launch.params),
-        Action::Copy { .. } => panic!("a copy"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -206,7 +207,7 @@ fn variants_follow_the_bindings() {
     table.steps[0].variants.insert(0, small);
     let block = |rows| match &at(rows, &table).unwrap().actions[0] {
         Action::Launch(launch) => launch.block[0],
-        Action::Copy { .. } => 0,
+        other => panic!("{other:?}"),
     };
     assert_eq!((block(4), block(5)), (32, 128));
 }
@@ -393,4 +394,87 @@ fn packing_aligns_and_never_overflows() {
     let block = range(0x1000, 1024);
     assert_eq!(parts(block, &[0, 512], &[1, 512]), Some(vec![range(0x1000, 1), range(0x1200, 512)]));
     assert_eq!(parts(block, &[1024], &[1]), None);
+}
+
+/// `y = x w^T` with a weight of `[8, 16]`, of which the first two slices are resident and the others come in two copies.
+fn streamed() -> (Module, LaunchTable, Addresses) {
+    let mut builder = Builder::new("m");
+    let rows = builder.dim("t", 0, 100, None).unwrap();
+    let x = builder.input("x", TensorType::new(DType::F32, [rows, dim(16)]));
+    let w = builder.weight("w", TensorType::new(DType::F32, [8u64, 16]), WeightExpr::Splat(0.5));
+    let op = FusedMatmul { segments: vec![8], panel: 0, cores: false, epilogue: Vec::new(), out: None };
+    let y = builder.one(op, &[x, w], "y").unwrap();
+    builder.output("y", y).unwrap();
+    let mut module = builder.finish();
+    module.graph.values.get_mut(ValueId::from_index(1)).unwrap().place = Some(Place::Output(0));
+    let weight = WeightId::from_index(0);
+    let mut norm = launch(vec![Arg::Address(value(0))]);
+    norm.grid[0] = dim(1);
+    let mut matmul = launch(vec![
+        Arg::Address(Operand::Weight(weight)),
+        Arg::I32(Dim::from(tile_first())),
+        Arg::I32(Dim::from(tile_count())),
+    ]);
+    matmul.grid[0] = Dim::from(tile_count());
+    matmul.tiles = Some(Tiles { weight, slices: 8, granule: 1 });
+    let mut table = table();
+    let variant = Variant { when: Vec::new(), launches: vec![norm, matmul] };
+    table.steps = vec![LaunchStep { first: 0, nodes: 1, variants: vec![variant] }];
+    let tile = |first, count, base| Tile { node: 0, weight, first, count, range: range(base, count * 64) };
+    let mut addresses = addresses(6);
+    addresses.regions.inputs = vec![range(0x1_0000, 6 * 64)];
+    addresses.regions.outputs = vec![range(0x2_0000, 6 * 32)];
+    addresses.regions.weights = vec![Some(range(0x6_0000, 2 * 64))];
+    addresses.ring.copies = vec![tile(2, 4, 0x7_0000), tile(6, 2, 0x8_0000)];
+    addresses.ring.parts.insert(weight, (2, 8));
+    (module, table, addresses)
+}
+
+/// What happens in a step: of each launch its blocks and, if it reads the weight, address, first slice and slices.
+fn told(module: &Module, table: &LaunchTable, addresses: &Addresses) -> Result<Vec<String>> {
+    let resolved = resolve(module, table, addresses, &bindings(6), LIMITS)?;
+    let number = |p: &Params, at: usize| i32::from_ne_bytes(p.bytes[at..at + 4].try_into().unwrap());
+    let tell = |action: &Action| match action {
+        Action::Launch(l) if l.params.places.len() == 3 => {
+            let (at, first, count) =
+                (u64_at(&l.params.bytes, 0), number(&l.params, 8), number(&l.params, 12));
+            format!("{}: {at:#x} {first}+{count}", l.grid[0])
+        }
+        Action::Launch(l) => format!("{}: norm", l.grid[0]),
+        other => format!("{other:?}"),
+    };
+    Ok(resolved.actions.iter().map(tell).collect())
+}
+
+#[test]
+fn a_weight_in_parts_is_read_part_by_part() {
+    let (module, table, mut addresses) = streamed();
+    let expected = [
+        "1: norm",
+        "2: 0x60000 0+2",
+        "Arrive(0)",
+        "4: 0x70000 2+4",
+        "Leave(0)",
+        "Arrive(1)",
+        "2: 0x80000 6+2",
+        "Leave(1)",
+    ];
+    assert_eq!(told(&module, &table, &addresses).unwrap(), expected);
+    addresses.ring = Ring::default();
+    addresses.regions.weights = vec![Some(range(0x6_0000, 512))];
+    assert_eq!(told(&module, &table, &addresses).unwrap(), ["1: norm", "8: 0x60000 0+8"]);
+}
+
+#[test]
+fn tiles_that_a_launch_does_not_know_are_refused() {
+    let (module, table, addresses) = streamed();
+    for change in [
+        |t: &mut Option<Tiles>| *t = None,
+        |t: &mut Option<Tiles>| t.as_mut().unwrap().slices = 7,
+        |t: &mut Option<Tiles>| t.as_mut().unwrap().granule = 4,
+    ] {
+        let mut table = table.clone();
+        change(&mut table.steps[0].variants[0].launches[1].tiles);
+        refused(told(&module, &table, &addresses));
+    }
 }

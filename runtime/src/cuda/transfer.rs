@@ -1,7 +1,7 @@
 //! Pinned host memory: what goes to the device passes through [`Staging`], what comes back through [`Landing`].
 //!
-//! Invariant: nobody on the host touches the bytes while a copy that was enqueued may still use them. [`Staging`] waits
-//! for its event before it hands out its bytes, [`Landing`] waits for the stream.
+//! Invariant: nobody on the host touches the bytes while a copy that was enqueued may still use them. Both wait for an
+//! event that follows the copy before they hand out their bytes.
 
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
@@ -11,10 +11,11 @@ use millrace_ir::{Error, Kind, Result};
 
 use super::driver::{Context, Event, Stream};
 use super::range::Range;
+use crate::places::Piece as _;
 
-/// Page-locked memory.
+/// Page-locked memory, which the device can read too.
 #[derive(Debug)]
-struct Pinned {
+pub(super) struct Pinned {
     pointer: NonNull<u8>,
     len: usize,
     context: Arc<Context>,
@@ -26,7 +27,8 @@ unsafe impl Send for Pinned {}
 unsafe impl Sync for Pinned {}
 
 impl Pinned {
-    fn new(context: &Arc<Context>, len: usize) -> Result<Pinned> {
+    /// `len` zero bytes.
+    pub fn new(context: &Arc<Context>, len: usize) -> Result<Pinned> {
         if len == 0 {
             return Ok(Pinned { pointer: NonNull::dangling(), len, context: context.clone() });
         }
@@ -55,9 +57,38 @@ impl Pinned {
         unsafe { std::slice::from_raw_parts(self.pointer.as_ptr(), self.len) }
     }
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
+    /// The bytes. No copy from here may be running.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len) }
+    }
+}
+
+impl Pinned {
+    /// Bytes of room.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The memory as the device sees it: addresses of the host are addresses of the device too.
+    pub fn range(&self) -> Range {
+        let base = if self.len == 0 { 0 } else { self.pointer.as_ptr() as u64 };
+        Range { base, len: self.len as u64 }
+    }
+
+    /// Enqueues a copy of the bytes from `at` on to the device. Whoever enqueues it waits for the stream before the memory is
+    /// written or dropped.
+    pub fn send(&self, stream: &Stream, at: u64, to: Range) -> Result<()> {
+        let Some(from) = self.range().part(at, to.len) else {
+            return Err(Error::new(Kind::Internal, "cuda/staging", "more is sent than host memory holds"));
+        };
+        if to.len == 0 {
+            return Ok(());
+        }
+        // SAFETY: source and target have this length and are live, as the caller promises.
+        let done =
+            unsafe { sys::cuMemcpyHtoDAsync_v2(to.base, from.base as *const _, to.len as usize, stream.raw) };
+        self.context.check(done, "copy to the device")
     }
 }
 
@@ -149,13 +180,30 @@ impl Drop for Staging {
 pub(super) struct Landing {
     pinned: Pinned,
     stream: Arc<Stream>,
-    in_flight: bool,
+    arrived: Event,
+    flight: Flight,
+}
+
+/// What is known of a copy on its way back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flight {
+    /// There is none.
+    Landed,
+    /// The event follows it.
+    Marked,
+    /// Some work of the stream is it.
+    Unmarked,
 }
 
 impl Landing {
     /// Room for `len` bytes that arrive in `stream`.
     pub fn new(stream: &Arc<Stream>, len: usize) -> Result<Landing> {
-        Ok(Landing { pinned: Pinned::new(&stream.context, len)?, stream: stream.clone(), in_flight: false })
+        Ok(Landing {
+            pinned: Pinned::new(&stream.context, len)?,
+            stream: stream.clone(),
+            arrived: Event::new(&stream.context, false)?,
+            flight: Flight::Landed,
+        })
     }
 
     /// Bytes of room.
@@ -164,13 +212,13 @@ impl Landing {
     }
 
     /// Enqueues a copy from the device into the first bytes, in `stream`: that of this landing, or one that is
-    /// captured for a graph launched there, each launch followed by [`Landing::expect`].
+    /// captured for a graph launched there. To be followed by [`Landing::expect`], once for each time the copy runs.
     pub fn receive(&mut self, stream: &Stream, from: Range) -> Result<()> {
         let len = from.len as usize;
         if len > self.pinned.len {
             return Err(Error::new(Kind::Internal, "cuda/staging", "more arrives than landing memory holds"));
         }
-        self.in_flight = true;
+        self.flight = Flight::Unmarked;
         if len == 0 {
             return Ok(());
         }
@@ -180,23 +228,28 @@ impl Landing {
         self.pinned.context.check(done, "copy from the device")
     }
 
-    /// Notes that a graph which copies here was launched in this landing's stream.
-    pub fn expect(&mut self) {
-        self.in_flight = true;
+    /// Notes that a copy to here has been enqueued in this landing's stream.
+    pub fn expect(&mut self) -> Result<()> {
+        self.flight = Flight::Unmarked;
+        self.arrived.record(&self.stream)?;
+        self.flight = Flight::Marked;
+        Ok(())
     }
 
-    /// Waits for copies.
+    /// Waits for copies, and for nothing that was enqueued after them.
     pub fn wait(&mut self) -> Result<()> {
-        if self.in_flight {
-            self.stream.synchronize()?;
-            self.in_flight = false;
+        match self.flight {
+            Flight::Landed => {}
+            Flight::Marked => self.arrived.synchronize()?,
+            Flight::Unmarked => self.stream.synchronize()?,
         }
+        self.flight = Flight::Landed;
         Ok(())
     }
 
     /// The bytes; empty while a copy may be running.
     pub fn bytes(&self) -> &[u8] {
-        if self.in_flight { &[] } else { self.pinned.bytes() }
+        if self.flight == Flight::Landed { self.pinned.bytes() } else { &[] }
     }
 }
 

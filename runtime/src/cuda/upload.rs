@@ -1,22 +1,23 @@
-//! Weights on the device: one block, filled by several threads through pinned memory.
+//! Weights on their way: into device memory through pinned memory, or into host memory, by several threads.
 //!
-//! The block is cut into chunks of equal size. Each thread takes the next chunk, fills one of its two staging buffers
-//! with whatever weights lie in it (read from the file, bound from a model folder, or computed), and enqueues the copy;
-//! so reading, computing and copying overlap whatever the sizes of the weights.
+//! What is to be filled is a list of [`Load`]s, ranges of memory with the pieces of weights that lie in each. They are cut into
+//! chunks of equal size. Each thread takes the next chunk, fills one of its two staging buffers with whatever lies in it
+//! (read from the file, bound from a model folder, or computed), and enqueues the copy; so reading, computing and copying
+//! overlap whatever the sizes of the weights.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use millrace_ir::checkpoint::TensorSource;
 use millrace_ir::weights::WeightReader;
 use millrace_ir::{Error, Kind, Result, WeightId};
 
-use super::driver::{Block, Context, Stream};
+use super::driver::{Context, Stream};
 use super::range::Range;
-use super::resolve::{by_id, pack, parts};
+use super::resolve::pack;
 use super::transfer::Staging;
 use crate::engine::Engine;
-use crate::places::Piece;
+use crate::places::Piece as _;
 use crate::weights::{Origin, check_hash};
 
 /// Bytes that are copied at once: large enough for nearly the link's rate, small enough that pinning the buffers takes
@@ -29,80 +30,146 @@ const READERS: usize = 8;
 /// Most threads where weights are computed, which takes longer than copying them.
 const COMPUTERS: usize = 64;
 
-/// Where weights lie in their block.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Layout {
-    ids: Vec<WeightId>,
-    offsets: Vec<u64>,
-    sizes: Vec<u64>,
-    /// Bytes of the block.
-    pub bytes: u64,
-    /// Bytes of the weights alone.
-    pub weights: u64,
+/// A part of a weight, and where it goes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Piece {
+    /// Index of the weight in its [`Sources`].
+    pub index: usize,
+    /// First byte in the weight.
+    pub from: u64,
+    /// Bytes.
+    pub len: u64,
+    /// First byte in the load.
+    pub to: u64,
 }
 
-impl Layout {
-    /// The layout of the weights that nodes of `engine` read.
-    pub fn of(engine: &Engine) -> Result<Layout> {
-        let module = engine.module();
-        let reader = WeightReader::new(module);
-        let ids: Vec<WeightId> = module.used_weights().into_iter().collect();
-        let sizes = ids.iter().map(|id| reader.len(*id)).collect::<Result<Vec<u64>>>()?;
+/// Memory that pieces fill; what lies between them becomes zero.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Load {
+    /// Pieces in increasing order of place.
+    pub pieces: Vec<Piece>,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+impl Load {
+    /// Whole weights side by side, each aligned.
+    pub fn packed(weights: impl IntoIterator<Item = (usize, u64)>) -> Result<Load> {
+        let (indices, sizes): (Vec<usize>, Vec<u64>) = weights.into_iter().unzip();
         let too_large = || Error::new(Kind::OutOfMemory, "run/out-of-memory", "the weights exceed 64 bits");
         let (offsets, bytes) = pack(&sizes).ok_or_else(too_large)?;
-        let weights = sizes.iter().sum();
-        Ok(Layout { ids, offsets, sizes, bytes, weights })
+        let piece = |((index, len), to)| Piece { index, from: 0, len, to };
+        Ok(Load { pieces: indices.into_iter().zip(sizes).zip(offsets).map(piece).collect(), bytes })
     }
 
-    /// By weight: its range of `block`.
-    pub fn ranges(&self, bound: usize, block: Range) -> Vec<Option<Range>> {
-        let ranges = parts(block, &self.offsets, &self.sizes).unwrap_or_default();
-        by_id(bound, &self.ids, ranges)
+    /// The first `len` bytes of one weight.
+    pub fn prefix(index: usize, len: u64) -> Result<Load> {
+        Self::packed([(index, len)])
     }
 }
 
-/// Fills chunks of the block; each thread has its own.
-struct Filler<'a> {
+/// The weights of an engine, by index, and where their bytes come from.
+pub(super) struct Sources<'a> {
     engine: &'a Engine,
-    layout: &'a Layout,
-    origins: &'a [Origin<'a>],
+    source: Option<&'a dyn TensorSource>,
+    ids: Vec<WeightId>,
+    sizes: Vec<u64>,
+    origins: Vec<Origin<'a>>,
+}
+
+impl<'a> Sources<'a> {
+    /// The weights that nodes of `engine` read, in the order of their first use.
+    pub fn of(engine: &'a Engine, source: Option<&'a dyn TensorSource>) -> Result<Sources<'a>> {
+        let module = engine.module();
+        let reader = WeightReader::new(module);
+        let ids = module.used_weights();
+        let sizes = ids.iter().map(|id| reader.len(*id)).collect::<Result<Vec<u64>>>()?;
+        let bound = source.is_some();
+        let origin = |(id, len): (&WeightId, &u64)| Origin::of(engine, *id, *len, bound);
+        let origins = ids.iter().zip(&sizes).map(origin).collect::<Result<_>>()?;
+        Ok(Sources { engine, source, ids, sizes, origins })
+    }
+
+    fn reader(&self) -> WeightReader<'a> {
+        let reader = WeightReader::new(self.engine.module());
+        match self.source {
+            Some(source) => reader.with_source("model", source),
+            None => reader,
+        }
+    }
+
+    fn filler(&self) -> Filler<'_> {
+        Filler { sources: self, reader: self.reader() }
+    }
+
+    /// Threads that fill, of `threads`.
+    fn threads(&self, threads: usize) -> usize {
+        let stored = |o: &Origin<'_>| matches!(o, Origin::Stored(_));
+        threads.clamp(1, if self.origins.iter().all(stored) { READERS } else { COMPUTERS })
+    }
+
+    /// Compares every bound weight with its hash.
+    pub fn check_bound(&self, threads: usize) -> Result<()> {
+        if !self.origins.iter().any(|o| matches!(o, Origin::Bound(_))) {
+            return Ok(());
+        }
+        let check = |(reader, buffer): &mut (WeightReader<'_>, Vec<u8>), index: usize| -> Result<()> {
+            let Origin::Bound(record) = self.origins[index] else { return Ok(()) };
+            let (mut hasher, mut at, len) = (blake3::Hasher::new(), 0, self.sizes[index]);
+            while at < len {
+                buffer.resize(CHUNK.min(len - at) as usize, 0);
+                reader.read(self.ids[index], at, buffer)?;
+                hasher.update(buffer);
+                at += buffer.len() as u64;
+            }
+            check_hash(record, hasher.finalize())
+        };
+        share(self.ids.len(), self.threads(threads), || Ok((self.reader(), Vec::new())), check, |_| Ok(()))
+    }
+
+    /// Fills host memory.
+    pub fn read(&self, jobs: Vec<(&Load, &mut [u8])>, threads: usize) -> Result<()> {
+        type Chunk<'c> = (&'c Load, u64, Mutex<&'c mut [u8]>);
+        let mut chunks: Vec<Chunk<'_>> = Vec::new();
+        for (load, out) in jobs {
+            let pieces = out.chunks_mut(CHUNK as usize).enumerate();
+            chunks.extend(pieces.map(|(i, piece)| (load, i as u64 * CHUNK, Mutex::new(piece))));
+        }
+        let work = |filler: &mut Filler<'_>, index: usize| {
+            let (load, start, out) = &chunks[index];
+            let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
+            filler.fill(load, *start, &mut out)
+        };
+        share(chunks.len(), self.threads(threads), || Ok(self.filler()), work, |_| Ok(()))
+    }
+}
+
+/// Fills chunks; each thread has its own.
+struct Filler<'a> {
+    sources: &'a Sources<'a>,
     reader: WeightReader<'a>,
 }
 
-fn reader<'a>(engine: &'a Engine, source: Option<&'a dyn TensorSource>) -> WeightReader<'a> {
-    let reader = WeightReader::new(engine.module());
-    match source {
-        Some(source) => reader.with_source("model", source),
-        None => reader,
-    }
-}
-
-fn origins<'a>(engine: &'a Engine, layout: &Layout, bound: bool) -> Result<Vec<Origin<'a>>> {
-    layout.ids.iter().zip(&layout.sizes).map(|(id, len)| Origin::of(engine, *id, *len, bound)).collect()
-}
-
 impl Filler<'_> {
-    /// Fills `out` with the block's bytes from `start` on; zeros between weights.
-    fn fill(&mut self, start: u64, out: &mut [u8]) -> Result<()> {
-        let Layout { ids, offsets, sizes, .. } = self.layout;
+    /// Fills `out` with the bytes of a load from `start` on; zeros between pieces.
+    fn fill(&mut self, load: &Load, start: u64, out: &mut [u8]) -> Result<()> {
         let end = start + out.len() as u64;
         let mut filled = start;
-        // Offsets ascend; the weight before the first that begins inside may reach in.
-        let first = offsets.partition_point(|at| *at < start).saturating_sub(1);
-        for index in first..ids.len() {
-            let (low, high) = (offsets[index].max(start), (offsets[index] + sizes[index]).min(end));
-            if offsets[index] >= end {
-                break;
-            }
+        // Places ascend; the piece before the first that begins inside may reach in.
+        let first = load.pieces.partition_point(|p| p.to < start).saturating_sub(1);
+        for piece in load.pieces[first.min(load.pieces.len())..].iter().take_while(|p| p.to < end) {
+            let (low, high) = (piece.to.max(start), (piece.to + piece.len).min(end));
             if low >= high {
                 continue;
             }
             out[(filled - start) as usize..(low - start) as usize].fill(0);
-            let piece = &mut out[(low - start) as usize..(high - start) as usize];
-            let at = low - offsets[index];
-            match self.origins[index] {
-                Origin::Stored(record) => self.engine.file().read_weight_at(record, at, piece)?,
-                Origin::Bound(_) | Origin::Computed => self.reader.read(ids[index], at, piece)?,
+            let room = &mut out[(low - start) as usize..(high - start) as usize];
+            let at = piece.from + (low - piece.to);
+            match self.sources.origins[piece.index] {
+                Origin::Stored(record) => self.sources.engine.file().read_weight_at(record, at, room)?,
+                Origin::Bound(_) | Origin::Computed => {
+                    self.reader.read(self.sources.ids[piece.index], at, room)?
+                }
             }
             filled = high;
         }
@@ -112,7 +179,7 @@ impl Filler<'_> {
 }
 
 /// Runs `work` for every number below `count` on `threads` threads, each with a state of its own.
-fn share<S>(
+pub(super) fn share<S>(
     count: usize,
     threads: usize,
     state: impl Fn() -> Result<S> + Sync,
@@ -149,31 +216,6 @@ fn share<S>(
     })
 }
 
-/// Compares every bound weight with its hash before anything is allocated.
-fn check_bound(
-    engine: &Engine,
-    layout: &Layout,
-    origins: &[Origin<'_>],
-    source: Option<&dyn TensorSource>,
-    threads: usize,
-) -> Result<()> {
-    if !origins.iter().any(|o| matches!(o, Origin::Bound(_))) {
-        return Ok(());
-    }
-    let check = |(reader, buffer): &mut (WeightReader<'_>, Vec<u8>), index: usize| -> Result<()> {
-        let Origin::Bound(record) = origins[index] else { return Ok(()) };
-        let (mut hasher, mut at, len) = (blake3::Hasher::new(), 0, layout.sizes[index]);
-        while at < len {
-            buffer.resize(CHUNK.min(len - at) as usize, 0);
-            reader.read(layout.ids[index], at, buffer)?;
-            hasher.update(buffer);
-            at += buffer.len() as u64;
-        }
-        check_hash(record, hasher.finalize())
-    };
-    share(layout.ids.len(), threads, || Ok((reader(engine, source), Vec::new())), check, |_| Ok(()))
-}
-
 /// What a loading thread has.
 struct Loader<'a> {
     filler: Filler<'a>,
@@ -182,60 +224,45 @@ struct Loader<'a> {
     turn: usize,
 }
 
-/// Allocates the block and fills it; returns when all bytes have arrived.
+/// Fills device memory; returns when all bytes have arrived.
 pub(super) fn upload(
     context: &Arc<Context>,
-    engine: &Engine,
-    source: Option<&dyn TensorSource>,
-    layout: &Layout,
+    sources: &Sources<'_>,
+    loads: &[(Range, Load)],
     threads: usize,
-) -> Result<Block> {
-    let origins = origins(engine, layout, source.is_some())?;
-    let stored = |o: &Origin<'_>| matches!(o, Origin::Stored(_));
-    let most = if origins.iter().all(stored) { READERS } else { COMPUTERS };
-    let threads = threads.clamp(1, most);
-    check_bound(engine, layout, &origins, source, threads)?;
-    let block = Block::new(context, layout.bytes, "weights")?;
-    let range = block.range();
-    let chunks = layout.bytes.div_ceil(CHUNK) as usize;
-    let size = CHUNK.min(layout.bytes) as usize;
+) -> Result<()> {
+    let chunks: Vec<(usize, u64)> = loads
+        .iter()
+        .enumerate()
+        .flat_map(|(job, (_, load))| (0..load.bytes.div_ceil(CHUNK)).map(move |i| (job, i * CHUNK)))
+        .collect();
+    let most = loads.iter().map(|(_, load)| load.bytes).max().unwrap_or(0);
+    let size = CHUNK.min(most) as usize;
     let state = || {
         context.enter()?;
         Ok(Loader {
-            filler: Filler { engine, layout, origins: &origins, reader: reader(engine, source) },
+            filler: sources.filler(),
             stream: Stream::new(context)?,
             staging: [Staging::new(context, size)?, Staging::new(context, size)?],
             turn: 0,
         })
     };
     let work = |loader: &mut Loader<'_>, index: usize| {
-        let start = index as u64 * CHUNK;
-        let len = CHUNK.min(layout.bytes - start);
-        let outside = || Error::new(Kind::Internal, "cuda/load-thread", "a chunk lies outside of its block");
+        let (job, start) = chunks[index];
+        let (range, load) = &loads[job];
+        let len = CHUNK.min(load.bytes - start);
+        let outside = || Error::new(Kind::Internal, "cuda/load-thread", "a chunk lies outside of its memory");
         let to = range.part(start, len).ok_or_else(outside)?;
         let staging = &mut loader.staging[loader.turn % 2];
         loader.turn += 1;
-        loader.filler.fill(start, &mut staging.fill()?[..len as usize])?;
+        loader.filler.fill(load, start, &mut staging.fill()?[..len as usize])?;
         staging.send(&loader.stream, to)?;
         staging.sent(&loader.stream)
     };
-    if chunks > 0 {
-        share(chunks, threads, state, work, |loader| loader.stream.synchronize())?;
+    if chunks.is_empty() {
+        return Ok(());
     }
-    Ok(block)
-}
-
-/// By id, without a device: what [`upload`] would put at each weight's place.
-#[cfg(test)]
-fn image(engine: &Engine, chunk: usize) -> Result<(Layout, Vec<u8>)> {
-    let layout = Layout::of(engine)?;
-    let origins = origins(engine, &layout, false)?;
-    let mut filler = Filler { engine, layout: &layout, origins: &origins, reader: reader(engine, None) };
-    let mut bytes = vec![0xaa; layout.bytes as usize];
-    for (index, out) in bytes.chunks_mut(chunk).enumerate() {
-        filler.fill((index * chunk) as u64, out)?;
-    }
-    Ok((layout.clone(), bytes))
+    share(chunks.len(), sources.threads(threads), state, work, |loader| loader.stream.synchronize())
 }
 
 #[cfg(test)]

@@ -1,37 +1,54 @@
-use millrace_ir::Id;
 use millrace_ir::weights::WeightReader;
 
 use super::super::testing::{engine, stored};
 use super::*;
 
+/// The bytes of a load, filled in chunks.
+fn image(engine: &Engine, load: &Load, chunk: usize) -> Vec<u8> {
+    let sources = Sources::of(engine, None).unwrap();
+    let mut filler = sources.filler();
+    let mut bytes = vec![0xaa; load.bytes as usize];
+    for (index, out) in bytes.chunks_mut(chunk).enumerate() {
+        filler.fill(load, (index * chunk) as u64, out).unwrap();
+    }
+    bytes
+}
+
+fn all(engine: &Engine) -> Load {
+    let sources = Sources::of(engine, None).unwrap();
+    Load::packed(sources.sizes.iter().copied().enumerate()).unwrap()
+}
+
 #[test]
 fn chunks_of_any_size_hold_the_same_bytes() {
     let engine = engine("cuda", &[]);
-    let (layout, whole) = image(&engine, usize::MAX >> 1).unwrap();
-    assert_eq!(layout.offsets, [0, 16640, 33280]);
-    assert_eq!((layout.bytes, layout.weights), (49920, 3 * 16396));
+    let load = all(&engine);
+    let whole = image(&engine, &load, usize::MAX >> 1);
+    assert_eq!(load.pieces.iter().map(|p| p.to).collect::<Vec<_>>(), [0, 16640, 33280]);
+    assert_eq!(load.bytes, 49920);
     assert_eq!(whole[..16396], stored());
     let mut reader = WeightReader::new(engine.module());
-    for (id, at) in layout.ids.iter().zip(&layout.offsets).skip(1) {
+    let ids = engine.module().used_weights();
+    for (id, piece) in ids.iter().zip(&load.pieces).skip(1) {
         let mut expected = vec![0; 16396];
         reader.read(*id, 0, &mut expected).unwrap();
-        let at = *at as usize;
+        let at = piece.to as usize;
         assert_eq!(whole[at..at + 16396], expected, "{id}");
         assert!(whole[at + 16396..(at + 16640).min(whole.len())].iter().all(|b| *b == 0));
     }
     for chunk in [1, 100, 256, 16396, 16640, 20000] {
-        assert_eq!(image(&engine, chunk).unwrap().1, whole, "{chunk}");
+        assert_eq!(image(&engine, &load, chunk), whole, "{chunk}");
     }
 }
 
 #[test]
-fn ranges_lie_in_the_block() {
+fn parts_of_weights_are_read() {
     let engine = engine("cuda", &[]);
-    let layout = Layout::of(&engine).unwrap();
-    let ranges = layout.ranges(3, Range { base: 0x1000, len: layout.bytes });
-    let expected = Range { base: 0x1000 + 16640, len: 16396 };
-    assert_eq!(ranges[WeightId::from_index(1).index()], Some(expected));
-    assert!(layout.ranges(3, Range::EMPTY).iter().all(Option::is_none));
+    let load = Load { pieces: vec![Piece { index: 0, from: 400, len: 1000, to: 24 }], bytes: 1280 };
+    let mut out = vec![0xaa; 1280];
+    Sources::of(&engine, None).unwrap().read(vec![(&load, &mut out)], 2).unwrap();
+    assert_eq!(out[24..1024], stored()[400..1400]);
+    assert!(out[..24].iter().chain(&out[1024..]).all(|b| *b == 0));
 }
 
 #[test]

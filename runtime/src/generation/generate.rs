@@ -5,6 +5,10 @@
 //! of each sequence that decodes, then prompt chunks of the others, up to the model's limits; a request takes
 //! the place of a finished one in the very next step.
 //!
+//! A step that only decodes greedily, for the same sequences as the step before it, is begun *ahead* of that step's
+//! tokens, with which the model feeds it by itself. If one of them ends a sequence, its row of the step ahead is for
+//! nothing, and its place is taken one step later.
+//!
 //! Invariants: the schedule depends on nothing but the requests, the limits and the tokens drawn; no page
 //! outlives the call.
 
@@ -13,7 +17,7 @@ use std::fmt;
 
 use millrace_ir::{Error, Kind, Result};
 
-use super::step::{StepBuilder, check_logits, check_tokens};
+use super::step::{StepBuilder, check_logits, check_rows, check_tokens, token_of};
 use super::{BlockPool, ModelLimits, Sampler, SamplingParams, StepModel};
 
 /// One prompt to continue.
@@ -142,6 +146,11 @@ impl<'m, M: StepModel + ?Sized> Generator<'m, M> {
         while schedule.pack(&mut builder)? {
             let inputs = builder.finish();
             let greedy = schedule.draws_greedily();
+            if greedy && self.model.start_argmax(inputs, false)? {
+                let rows = inputs.logit_rows.len();
+                run_ahead(self.model, &mut schedule, &mut builder, rows, &mut self.stats, &mut on_token)?;
+                continue;
+            }
             if greedy {
                 self.model.step_argmax(inputs, &mut tokens)?;
                 check_tokens(&tokens, inputs, &self.limits)?;
@@ -149,11 +158,7 @@ impl<'m, M: StepModel + ?Sized> Generator<'m, M> {
                 self.model.step(inputs, &mut logits)?;
                 check_logits(&logits, inputs, &self.limits)?;
             }
-            self.stats.steps += 1;
-            self.stats.prefill_tokens += schedule.prefill_tokens;
-            self.stats.decode_tokens += schedule.decode_tokens;
-            self.stats.peak_pages =
-                self.stats.peak_pages.max(schedule.pool.pages() - schedule.pool.free_pages());
+            schedule.count(&mut self.stats);
             let rows = if greedy { Rows::Tokens(&tokens) } else { Rows::Logits(&logits) };
             schedule.advance(rows, &mut on_token)?;
         }
@@ -203,6 +208,33 @@ impl<'m, M: StepModel + ?Sized> Generator<'m, M> {
     }
 }
 
+/// Takes the tokens of the step that was begun, with `rows` rows of logits, and of all that can be begun ahead from there.
+fn run_ahead<M: StepModel + ?Sized>(
+    model: &mut M,
+    schedule: &mut Schedule<'_>,
+    builder: &mut StepBuilder,
+    mut rows: usize,
+    stats: &mut GenerationStats,
+    on_token: &mut impl FnMut(usize, u32),
+) -> Result<()> {
+    loop {
+        let ahead = schedule.pack_ahead(builder);
+        let next = if ahead { schedule.live.len() } else { 0 };
+        if ahead && !model.start_argmax(builder.finish(), true)? {
+            let message = "a model that begins steps has refused one";
+            return Err(Error::new(Kind::Internal, "generation/not-begun", message));
+        }
+        let indices = model.take_argmax()?;
+        check_rows(indices.len(), rows)?;
+        schedule.count(stats);
+        schedule.advance(Rows::Indices(&indices), on_token)?;
+        if !ahead || !schedule.turn_ahead() {
+            return Ok(());
+        }
+        rows = next;
+    }
+}
+
 /// Most tokens that `request` may draw.
 fn new_tokens(request: &Request, limits: &ModelLimits) -> usize {
     request.max_new_tokens.min(limits.max_seq_len.saturating_sub(request.prompt_ids.len()))
@@ -240,8 +272,10 @@ struct Schedule<'r> {
     waiting: VecDeque<usize>,
     /// In order of admission.
     live: Vec<Live>,
-    /// Index into `live` of each row of logits that is to be drawn from.
-    draws: Vec<usize>,
+    /// For each row of logits the index into `live` of the sequence that draws from it; none if it has ended.
+    draws: Vec<Option<usize>>,
+    /// Indices into `live` after the last step by those before it; none for sequences that have ended.
+    places: Vec<Option<usize>>,
     completions: Vec<Option<Completion>>,
     prefill_tokens: u64,
     decode_tokens: u64,
@@ -253,6 +287,8 @@ enum Rows<'a> {
     Logits(&'a [f32]),
     /// The most likely tokens.
     Tokens(&'a [u32]),
+    /// The same as [`StepModel::take_argmax`] tells them.
+    Indices(&'a [i32]),
 }
 
 /// What a step may still take.
@@ -275,7 +311,7 @@ impl<'r> Schedule<'r> {
             }
         }
         let pool = BlockPool::new(limits.pages, limits.tokens_per_block)?;
-        let (live, draws) = (Vec::new(), Vec::new());
+        let (live, draws, places) = (Vec::new(), Vec::new(), Vec::new());
         let (prefill_tokens, decode_tokens) = (0, 0);
         Ok(Schedule {
             requests,
@@ -284,6 +320,7 @@ impl<'r> Schedule<'r> {
             waiting,
             live,
             draws,
+            places,
             completions,
             prefill_tokens,
             decode_tokens,
@@ -334,7 +371,7 @@ impl<'r> Schedule<'r> {
         if count == live.missing() {
             room.logit_rows -= 1;
             builder.want_logits(row + count as i32 - 1);
-            self.draws.push(index);
+            self.draws.push(Some(index));
         }
         let prompt = self.requests[live.request].prompt_ids.len();
         let of_prompt = prompt.saturating_sub(live.stored).min(count);
@@ -342,16 +379,49 @@ impl<'r> Schedule<'r> {
         self.decode_tokens += (count - of_prompt) as u64;
     }
 
+    /// The first waiting request, if there is a place in the batch for it and the pool can serve it.
+    fn admissible(&self) -> Option<usize> {
+        let index = *self.waiting.front()?;
+        let stored = stored_tokens(&self.requests[index], self.limits);
+        let full = self.live.len() >= self.limits.max_batch_size;
+        (!full && self.pool.pages_for(stored) <= self.pool.free_pages()).then_some(index)
+    }
+
+    /// Packs the step after the one that was packed, if it is known before that one's tokens: every sequence takes one
+    /// token of that step, all of them the most likely one, none ends for its length, and none can join them.
+    fn pack_ahead(&self, builder: &mut StepBuilder) -> bool {
+        let in_order = self.draws.len() == self.live.len()
+            && self.draws.iter().enumerate().all(|(row, index)| *index == Some(row));
+        let goes_on = |live: &Live| {
+            let drawn = live.tokens.len() + 1 - self.requests[live.request].prompt_ids.len();
+            live.sampler.is_greedy() && drawn < new_tokens(&self.requests[live.request], self.limits)
+        };
+        if !in_order || !self.live.iter().all(goes_on) || self.admissible().is_some() {
+            return false;
+        }
+        builder.begin();
+        for live in &self.live {
+            let table = self.pool.table(live.request);
+            // Whatever the token is: the model feeds it.
+            let row = builder.push(&[0], live.stored + live.packed, table, self.limits.tokens_per_block);
+            builder.want_logits(row);
+        }
+        true
+    }
+
+    /// Makes the step packed ahead the one that was packed; false if none of its rows is drawn from.
+    fn turn_ahead(&mut self) -> bool {
+        std::mem::swap(&mut self.draws, &mut self.places);
+        self.live.iter_mut().for_each(|live| live.packed = 1);
+        (self.prefill_tokens, self.decode_tokens) = (0, self.live.len() as u64);
+        !self.live.is_empty()
+    }
+
     /// Gives the first waiting request a place in the batch, if there is one and the pool can serve it.
     fn admit(&mut self) -> Result<bool> {
-        let Some(&index) = self.waiting.front() else { return Ok(false) };
+        let Some(index) = self.admissible() else { return Ok(false) };
         let request = &self.requests[index];
-        let stored = stored_tokens(request, self.limits);
-        let full = self.live.len() >= self.limits.max_batch_size;
-        if full || self.pool.pages_for(stored) > self.pool.free_pages() {
-            return Ok(false);
-        }
-        self.pool.reserve(index, stored)?;
+        self.pool.reserve(index, stored_tokens(request, self.limits))?;
         self.waiting.pop_front();
         let sampler = Sampler::new(request.sampling, request.sequence)?;
         let tokens = request.prompt_ids.clone();
@@ -362,7 +432,16 @@ impl<'r> Schedule<'r> {
     /// Whether the step that was packed has draws and every one takes the most likely token. A row that nobody draws
     /// from is not judged.
     fn draws_greedily(&self) -> bool {
-        !self.draws.is_empty() && self.draws.iter().all(|index| self.live[*index].sampler.is_greedy())
+        !self.draws.is_empty()
+            && self.draws.iter().flatten().all(|index| self.live[*index].sampler.is_greedy())
+    }
+
+    /// Counts the step that was packed.
+    fn count(&self, stats: &mut GenerationStats) {
+        stats.steps += 1;
+        stats.prefill_tokens += self.prefill_tokens;
+        stats.decode_tokens += self.decode_tokens;
+        stats.peak_pages = stats.peak_pages.max(self.pool.pages() - self.pool.free_pages());
     }
 
     /// Takes the rows of the step that was packed: draws, reports, and retires finished sequences.
@@ -371,9 +450,12 @@ impl<'r> Schedule<'r> {
             live.stored += std::mem::take(&mut live.packed);
         }
         for (row, &index) in self.draws.iter().enumerate() {
+            let Some(index) = index else { continue };
             let live = &mut self.live[index];
             let token = match rows {
                 Rows::Tokens(tokens) => tokens[row],
+                Rows::Indices(indices) => token_of(indices[row], self.limits)
+                    .map_err(|e| e.at(format!("request {}", live.request)))?,
                 Rows::Logits(logits) => {
                     let width = self.limits.vocab_size;
                     let logits = &logits[row * width..(row + 1) * width];
@@ -391,6 +473,10 @@ impl<'r> Schedule<'r> {
                 live.finished = Some(FinishReason::MaxSeqLen);
             }
         }
+        let mut kept = 0..;
+        let place = |live: &Live| if live.finished.is_none() { kept.next() } else { None };
+        self.places.clear();
+        self.places.extend(self.live.iter().map(place));
         for live in self.live.extract_if(.., |live| live.finished.is_some()) {
             let Live { request, tokens, finished, .. } = live;
             self.pool.release(request);

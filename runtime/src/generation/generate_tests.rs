@@ -1,5 +1,7 @@
 //! The scheduler against a loop without batches, pages or chunks.
 
+use std::collections::VecDeque;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -290,5 +292,114 @@ fn greedy_steps_ask_for_tokens_and_others_for_logits() {
     assert_eq!(told, 0, "one sequence that draws needs the logits");
     for wrong in [vec![], vec![1, 1], vec![23]] {
         assert_eq!(run(&greedy[..1], Some(wrong)).0.unwrap_err().code(), "generation/bad-logits");
+    }
+}
+
+/// Begins steps ahead, and feeds them with its own tokens.
+struct Feeder {
+    model: HashModel,
+    begun: VecDeque<Vec<i32>>,
+    fed: usize,
+    most: usize,
+    /// Tells this for the first row of every step after so many.
+    spoiled: Option<(usize, i32)>,
+}
+
+impl Feeder {
+    fn new(limits: ModelLimits) -> Self {
+        Feeder { model: HashModel::new(limits), begun: VecDeque::new(), fed: 0, most: 0, spoiled: None }
+    }
+}
+
+impl StepModel for Feeder {
+    fn limits(&self) -> ModelLimits {
+        self.model.limits()
+    }
+
+    fn step(&mut self, inputs: &StepInputs, logits: &mut Vec<f32>) -> Result<()> {
+        self.begun.clear();
+        self.model.step(inputs, logits)
+    }
+
+    fn start_argmax(&mut self, inputs: &StepInputs, fed: bool) -> Result<bool> {
+        let mut inputs = inputs.clone();
+        if fed {
+            self.fed += 1;
+            inputs.token_ids.clone_from(self.begun.back().expect("a step to feed from"));
+            assert_eq!(inputs.token_ids.len(), inputs.sequences());
+            // As a device does, whatever the argmax was.
+            inputs.token_ids.iter_mut().for_each(|t| *t = (*t).clamp(0, 22));
+        } else {
+            self.begun.clear();
+        }
+        let mut tokens = Vec::new();
+        self.model.step_argmax(&inputs, &mut tokens)?;
+        let mut indices: Vec<i32> = tokens.iter().map(|t| *t as i32).collect();
+        if let Some((after, index)) = self.spoiled
+            && self.model.log.len() > after
+        {
+            indices[0] = index;
+        }
+        self.begun.push_back(indices);
+        self.most = self.most.max(self.begun.len());
+        assert!(self.begun.len() <= 2);
+        Ok(true)
+    }
+
+    fn take_argmax(&mut self) -> Result<Vec<i32>> {
+        Ok(self.begun.pop_front().expect("a step to take"))
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn steps_ahead_change_no_token(
+        limits in any_limits(),
+        requests in prop::collection::vec(any_request(), 0..10),
+        greedy in any::<bool>(),
+    ) {
+        let cold = |r: Request| Request { sampling: SamplingParams::GREEDY, ..r };
+        let requests: Vec<Request> = requests.into_iter().map(|r| if greedy { cold(r) } else { r }).collect();
+        let mut model = Feeder::new(limits.clone());
+        let mut streamed = vec![Vec::new(); requests.len()];
+        let mut generator = Generator::new(&mut model).unwrap();
+        let completions = generator.generate(&requests, |r, token| streamed[r].push(token)).unwrap();
+        let stats = generator.stats();
+        let expected: Vec<Completion> = requests.iter().map(|r| alone(r, &limits)).collect();
+        prop_assert_eq!(&completions, &expected);
+        prop_assert!(streamed.iter().zip(&completions).all(|(s, c)| *s == c.token_ids));
+        // Each end of a sequence can make one step for nothing.
+        let eos = completions.iter().filter(|c| c.finish == FinishReason::Eos).count();
+        prop_assert!((stats.steps as usize..=stats.steps as usize + eos).contains(&model.model.log.len()));
+        let fed_back: usize = completions.iter().map(|c| c.token_ids.len().saturating_sub(1)).sum();
+        prop_assert_eq!(stats.decode_tokens as usize, fed_back);
+    }
+}
+
+#[test]
+fn decoding_for_the_same_sequences_is_always_ahead() {
+    let limits = ModelLimits { eos: vec![], ..limits() };
+    let requests: Vec<Request> = (0..3).map(|i| Request::greedy(prompt(4 + i, i as u32), 9)).collect();
+    let mut model = Feeder::new(limits.clone());
+    let completions = Generator::new(&mut model).unwrap().generate(&requests, |_, _| {}).unwrap();
+    assert_eq!(completions, requests.iter().map(|r| alone(r, &limits)).collect::<Vec<_>>());
+    // One prefill, and eight steps that the host never fed.
+    assert_eq!((model.model.log.len(), model.fed, model.most), (9, 8, 2));
+}
+
+#[test]
+fn broken_rows_of_steps_ahead_are_errors() {
+    for (index, code) in
+        [(-1, "generation/nan-logits"), (-2, "generation/infinite-logits"), (23, "generation/bad-logits")]
+    {
+        let mut model = Feeder::new(ModelLimits { eos: vec![], ..limits() });
+        model.spoiled = Some((2, index));
+        let requests = [Request::greedy(prompt(3, 1), 8), Request::greedy(prompt(3, 2), 8)];
+        let mut seen = 0;
+        let result = Generator::new(&mut model).unwrap().generate(&requests, |_, _| seen += 1);
+        let error = result.unwrap_err();
+        assert_eq!((error.code(), error.place(), seen), (code, Some("request 0"), 4));
     }
 }

@@ -34,7 +34,6 @@ pub use generate::{Completion, FinishReason, GenerationStats, Generator, Request
 pub use kv_arithmetic::{KvCapacity, blocks_per_sequence, bytes_per_token, host_blocks, kv_capacity};
 pub use kv_blocks::BlockPool;
 pub use perplexity::{Perplexity, PerplexityOptions, perplexity};
-pub(crate) use sampling::argmax;
 pub use sampling::{Sampler, SamplingParams};
 pub(crate) use step::argmax_rows;
 pub use step::{ModelLimits, StepInputs, StepModel};

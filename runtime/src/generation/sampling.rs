@@ -122,12 +122,7 @@ pub(crate) fn argmax(logits: &[f32]) -> Result<u32> {
     let mut best = 0;
     for (i, &logit) in logits.iter().enumerate() {
         if logit.is_nan() {
-            return Err(Error::new(
-                Kind::Internal,
-                "generation/nan-logits",
-                format!("logit {i} is not a number"),
-            )
-            .hint("the model overflowed or its weights are damaged: verify the engine, try f32 or bf16"));
+            return Err(nan_logits(format!("logit {i} is not a number")));
         }
         if logit > logits[best] {
             best = i;
@@ -136,14 +131,24 @@ pub(crate) fn argmax(logits: &[f32]) -> Result<u32> {
     match logits.get(best) {
         None => Err(Error::new(Kind::Internal, "generation/no-logits", "the row of logits is empty")),
         Some(value) if !value.is_finite() => {
-            let message = format!("the largest logit, {best}, is {value}");
-            Err(Error::new(Kind::Internal, "generation/infinite-logits", message)
-                .hint("the model overflowed or its weights are damaged: verify the engine, try f32 or bf16"))
+            Err(infinite_logits(format!("the largest logit, {best}, is {value}")))
         }
         Some(_) => u32::try_from(best).map_err(|_| {
             Error::new(Kind::Unsupported, "generation/no-logits", "the row of logits is too long")
         }),
     }
+}
+
+const BROKEN: &str = "the model overflowed or its weights are damaged: verify the engine, try f32 or bf16";
+
+/// There is a NaN among the logits.
+pub(super) fn nan_logits(message: impl Into<String>) -> Error {
+    Error::new(Kind::Internal, "generation/nan-logits", message).hint(BROKEN)
+}
+
+/// The largest logit is not finite.
+pub(super) fn infinite_logits(message: impl Into<String>) -> Error {
+    Error::new(Kind::Internal, "generation/infinite-logits", message).hint(BROKEN)
 }
 
 /// Larger logits first, then lower ids.

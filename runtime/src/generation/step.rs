@@ -5,7 +5,7 @@
 
 use millrace_ir::{Error, Kind, Result};
 
-use super::argmax;
+use super::sampling::{argmax, infinite_logits, nan_logits};
 
 /// The packed inputs of one step over `b` sequences with `t` tokens in all.
 ///
@@ -77,6 +77,25 @@ pub trait StepModel {
         check_logits(&logits, inputs, &limits)?;
         argmax_rows(&logits, limits.vocab_size, tokens)
     }
+
+    /// Begins a step whose most likely tokens [`StepModel::take_argmax`] will tell; false, and nothing done, if the model
+    /// cannot. If `fed`, its token ids are the tokens of the step begun before it, one a sequence and not taken yet;
+    /// what `inputs` names is not read. Two steps at most are begun and not taken, and those that are not taken are
+    /// forgotten when any step begins that is not fed.
+    ///
+    /// Errors: those of [`StepModel::step`].
+    fn start_argmax(&mut self, inputs: &StepInputs, fed: bool) -> Result<bool> {
+        let _ = (inputs, fed);
+        Ok(false)
+    }
+
+    /// Waits for the first step begun and not taken: for each of its `logit_rows` the most likely token, the lowest among
+    /// equals; -1 if a logit is NaN, another negative number if the largest is not finite.
+    ///
+    /// Errors: those of [`StepModel::step`]; `generation/not-begun` if no step was begun.
+    fn take_argmax(&mut self) -> Result<Vec<i32>> {
+        Err(Error::new(Kind::Internal, "generation/not-begun", "no step was begun"))
+    }
 }
 
 /// The most likely token of each row of `width` logits.
@@ -100,6 +119,14 @@ impl<M: StepModel + ?Sized> StepModel for &mut M {
     fn step_argmax(&mut self, inputs: &StepInputs, tokens: &mut Vec<u32>) -> Result<()> {
         (**self).step_argmax(inputs, tokens)
     }
+
+    fn start_argmax(&mut self, inputs: &StepInputs, fed: bool) -> Result<bool> {
+        (**self).start_argmax(inputs, fed)
+    }
+
+    fn take_argmax(&mut self) -> Result<Vec<i32>> {
+        (**self).take_argmax()
+    }
 }
 
 impl<M: StepModel + ?Sized> StepModel for Box<M> {
@@ -113,6 +140,14 @@ impl<M: StepModel + ?Sized> StepModel for Box<M> {
 
     fn step_argmax(&mut self, inputs: &StepInputs, tokens: &mut Vec<u32>) -> Result<()> {
         (**self).step_argmax(inputs, tokens)
+    }
+
+    fn start_argmax(&mut self, inputs: &StepInputs, fed: bool) -> Result<bool> {
+        (**self).start_argmax(inputs, fed)
+    }
+
+    fn take_argmax(&mut self) -> Result<Vec<i32>> {
+        (**self).take_argmax()
     }
 }
 
@@ -300,6 +335,15 @@ pub(super) fn check_logits(logits: &[f32], inputs: &StepInputs, limits: &ModelLi
     Err(Error::new(Kind::Internal, "generation/bad-logits", message))
 }
 
+/// Checks that a model told one token for each of `rows` wanted rows.
+pub(super) fn check_rows(told: usize, rows: usize) -> Result<()> {
+    if told == rows {
+        return Ok(());
+    }
+    let message = format!("the model told {told} tokens for {rows} rows");
+    Err(Error::new(Kind::Internal, "generation/bad-logits", message))
+}
+
 /// Checks that a model told one token of the vocabulary per wanted row.
 pub(super) fn check_tokens(tokens: &[u32], inputs: &StepInputs, limits: &ModelLimits) -> Result<()> {
     let bad = tokens.iter().find(|t| **t as usize >= limits.vocab_size);
@@ -312,6 +356,20 @@ pub(super) fn check_tokens(tokens: &[u32], inputs: &StepInputs, limits: &ModelLi
         limits.vocab_size
     );
     Err(Error::new(Kind::Internal, "generation/bad-logits", message))
+}
+
+/// The token that `index` names, as [`StepModel::take_argmax`] tells it.
+pub(super) fn token_of(index: i32, limits: &ModelLimits) -> Result<u32> {
+    match u32::try_from(index) {
+        Ok(token) if (token as usize) < limits.vocab_size => Ok(token),
+        Ok(token) => Err(Error::new(
+            Kind::Internal,
+            "generation/bad-logits",
+            format!("the model told token {token} of {}", limits.vocab_size),
+        )),
+        Err(_) if index == -1 => Err(nan_logits("a logit is not a number")),
+        Err(_) => Err(infinite_logits("the largest logit is not finite")),
+    }
 }
 
 #[cfg(test)]

@@ -129,9 +129,31 @@ fn lines(rows: &[Row], separator: &str) -> Vec<String> {
     std::iter::once(names).chain(rows.iter().map(cells)).collect()
 }
 
+/// Where weights are, for each row.
+fn placed(rows: &[Row]) -> Result<()> {
+    let mib = |row: &Row, column: &str| row.number(column) / f64::from(1 << 20);
+    for row in rows {
+        print(&format!(
+            "{}: weights {} resident {:.1} MiB, ring {:.1} MiB, {:.1} MiB streamed a step, predicted {:.3} ms of it {:.3} ms stalled\n",
+            row.title,
+            row.text("weights_budget"),
+            mib(row, "resident_bytes"),
+            mib(row, "ring_bytes"),
+            mib(row, "streamed_bytes_per_step"),
+            row.number("predicted_ms"),
+            row.number("predicted_stall_ms"),
+        ))?;
+    }
+    Ok(())
+}
+
 fn table(rows: &[Row]) -> Result<()> {
     let Some(first) = rows.first() else { return Ok(()) };
     print(&format!("{}, {}\n", first.text("hardware"), first.text("build")))?;
+    let streams = rows.iter().any(|row| row.number("ring_bytes") > 0.0);
+    if streams {
+        placed(rows)?;
+    }
     if first.get("step_ms").is_some() {
         print(&format!(
             "{:>6} {:>6} {:>28} {:>12} {:>12}\n",

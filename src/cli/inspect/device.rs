@@ -62,7 +62,7 @@ fn conditions(variant: &Variant) -> String {
 fn launch(table: &LaunchTable, launch: &Launch) -> Value {
     json!({
         "entry": table.kernels[launch.kernel].entry,
-        "grid": launch.grid.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "grid": launch.whole_grid().iter().map(ToString::to_string).collect::<Vec<_>>(),
         "block": launch.block,
         "cluster": launch.cluster,
         "shared": launch.shared,
@@ -128,7 +128,7 @@ pub fn print_kernels(engine: &Engine) -> Result<()> {
             for variant in &step.variants {
                 for (at, launch) in variant.launches.iter().enumerate() {
                     let when = if at == 0 { conditions(variant) } else { "then".to_string() };
-                    let [x, y, z] = &launch.grid;
+                    let [x, y, z] = launch.whole_grid();
                     let _ = writeln!(
                         text,
                         "    {when}: {} grid [{x}, {y}, {z}]",

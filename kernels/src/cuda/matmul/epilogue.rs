@@ -30,10 +30,12 @@ fn activation(function: UnaryFn) -> Option<&'static str> {
     })
 }
 
-/// Addresses that [`declare`] calls `PARAMETERS`, in order: operands of steps, then results.
+/// What [`declare`] calls `PARAMETERS`, in order: addresses of operands of steps, of results, then the bounds of the tile
+/// for launches that have one.
 pub fn arguments(problem: &Problem<'_>) -> Vec<Argument> {
     let operands = problem.epilogue.iter().filter_map(|term| term.operand);
-    operands.chain(problem.results.iter().copied()).map(Argument::Address).collect()
+    let addresses = operands.chain(problem.results.iter().copied()).map(Argument::Address);
+    addresses.chain(problem.tile_arguments()).collect()
 }
 
 /// Declares the types `T` of operands and `OUT` of results, `PARAMETERS` and their names `ARGUMENTS`, and
@@ -78,6 +80,12 @@ pub fn declare(writer: SourceWriter, problem: &Problem<'_>) -> Option<SourceWrit
             body,
             "    if (segment == {index}) y{index}[(u64)row * {width} + feature] = from_f32<OUT>(v);"
         );
+    }
+    if problem.tiles().is_some() {
+        for name in ["tile_first", "tile_count"] {
+            types.push(format!("int {name}"));
+            names.push(name.into());
+        }
     }
     Some(
         writer
@@ -173,5 +181,30 @@ pub fn locate_columns(writer: SourceWriter, problem: &Problem<'_>) -> SourceWrit
         }
         Layout::Cores => "DEVICE int weight_step(int k) { return k / 8 * 64 + k % 8; }",
     };
-    writer.line(&place).line(&row).line(step)
+    let writer = writer.line(&place).line(&row).line(step);
+    match problem.tiles() {
+        Some(_) => writer.line(&slice_columns(problem)),
+        None => writer,
+    }
+}
+
+/// `slice_column(slice)`, the first column over all segments, or of the one gated result, that a slice of the weight along
+/// axis 0 makes, and for the end of the weight the end of the columns; `SLICE`, elements of a slice.
+fn slice_columns(problem: &Problem<'_>) -> String {
+    let (elements, mut text) = match problem.layout {
+        Layout::Rows => ("K", String::from("    return slice;\n")),
+        Layout::Cores => ("8 * K", String::new()),
+    };
+    if problem.layout == Layout::Cores && problem.gated() {
+        let _ = writeln!(text, "    return min({}, slice / 2 * 8);", problem.segments[0]);
+    } else if problem.layout == Layout::Cores {
+        let (mut first, mut panel) = (0, 0);
+        for n in &problem.segments {
+            let end = panel + n.div_ceil(8);
+            let _ = writeln!(text, "    if (slice < {end}) return {first} + (slice - {panel}) * 8;");
+            (first, panel) = (first + n, end);
+        }
+        let _ = writeln!(text, "    return {first};");
+    }
+    format!("constexpr int SLICE = {elements};\nDEVICE int slice_column(int slice) {{\n{text}}}")
 }

@@ -245,7 +245,9 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
     }
     let (k, panels) = (problem.k as u64, problem.panels() as u64);
     let row_tiles = problem.m.ceil_div(i64::from(tile.rows()));
-    let tiles = row_tiles.mul(&Dim::from(panels.div_ceil(u64::from(tile.columns() / 8))));
+    let slices = problem.tile_slices();
+    let tiles = row_tiles.mul(&slices.ceil_div(i64::from(tile.columns() / 8)));
+    let tiled = problem.tiles();
     let one = || Dim::from(1u64);
     let arch = problem.site.arch;
     let mut writer = SourceWriter::new(match tile {
@@ -270,7 +272,7 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
                 .int("CONSUMERS", consumers)
                 .int("GROUP", group)
                 .body(&wgmma_instruction(columns, problem.dtype))
-                .body(include_str!("wgmma.cu"));
+                .body_for(include_str!("wgmma.cu"), tiled.is_some());
             let resident = u64::from(arch.multiprocessors() / cluster);
             let clusters = if split > 1 { tiles } else { tiles.min_of(&Dim::from(resident)) };
             let x = TensorMap {
@@ -284,7 +286,7 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
             let w = TensorMap {
                 of: MapBase::Address(problem.weight),
                 dtype: problem.dtype,
-                shape: vec![Dim::from(64u64), Dim::from(k / 8), Dim::from(panels)],
+                shape: vec![Dim::from(64u64), Dim::from(k / 8), slices],
                 strides: vec![Dim::from(128u64), Dim::from(16 * k)],
                 tile: vec![64, WGMMA_K / 8, columns / 8 / cluster],
                 swizzle: 0,
@@ -297,7 +299,7 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
                 .int("WARPS_N", warps_n)
                 .int("STAGES", stages)
                 .int("GROUP", group)
-                .body(include_str!("mma.cu"));
+                .body_for(include_str!("mma.cu"), tiled.is_some());
             (tiles, [Argument::Address(problem.x), Argument::Address(problem.weight)])
         }
     };
@@ -306,6 +308,7 @@ pub fn launch(problem: &Problem<'_>, tile: Tile) -> Option<SiteLaunch> {
     launch.cluster = tile.cluster();
     launch.shared = tile.shared();
     launch.dependent = arch.has_tma();
+    launch.tiles = tiled;
     Some(launch.args(maps).args([Argument::I32(problem.m.clone())]).args(tile_epilogue::arguments(problem)))
 }
 

@@ -5,13 +5,23 @@ constexpr int BM = 64 * WARPS_M, BN = 64 * WARPS_N, BK = 32;
 constexpr int THREADS = WARPS_M * WARPS_N * 32;
 constexpr int A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int STEPS = (K + BK - 1) / BK;
+//# tiled
+// Column tiles of the launch, which has the panels [tile_first, tile_first + tile_count); the weight begins with the first.
+#define TILES_N ((tile_count + BN / 8 - 1) / (BN / 8))
+//# whole
 constexpr int TILES_N = (PANELS + BN / 8 - 1) / (BN / 8);
+//# end
 
 // Activations in shared memory: rows of 64 bytes whose 16-byte units are permuted so that eight rows of one unit are in
 // distinct banks.
 DEVICE u32 a_slot(int row, int unit) { return row * 64 + ((unit ^ ((row >> 1) & 3)) << 4); }
 
+//# tiled
+DEVICE void load_stage(u32 at, const ELEMENT *x, const ELEMENT *w, int m, int row, int panel, int step,
+                       int tile_count) {
+//# whole
 DEVICE void load_stage(u32 at, const ELEMENT *x, const ELEMENT *w, int m, int row, int panel, int step) {
+//# end
 #pragma unroll
     for (int i = threadIdx.x; i < BM * 4; i += THREADS) {
         const int r = i / 4, unit = i % 4, column = step * BK + unit * 8;
@@ -21,7 +31,11 @@ DEVICE void load_stage(u32 at, const ELEMENT *x, const ELEMENT *w, int m, int ro
 #pragma unroll
     for (int i = threadIdx.x; i < BN * 4; i += THREADS) {
         const int p = i / 32, block = step * 4 + i % 32 / 8;
+//# tiled
+        const bool valid = panel + p < tile_count && block * 8 < K;
+//# whole
         const bool valid = panel + p < PANELS && block * 8 < K;
+//# end
         copy_async(at + A_BYTES + i * 16, valid ? w + ((i64)(panel + p) * (K / 8) + block) * 64 + i % 8 * 8 : w, valid);
     }
 }
@@ -48,7 +62,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for (int c = 0; c < 4; ++c) acc[i][j][c] = 0.0f;
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
+//# tiled
+        if (s < STEPS) load_stage(base + s * STAGE_BYTES, x, w, m, row, panel, s, tile_count);
+//# whole
         if (s < STEPS) load_stage(base + s * STAGE_BYTES, x, w, m, row, panel, s);
+//# end
         copy_async_commit();
     }
 
@@ -84,7 +102,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int next = step + STAGES - 1;
         if (next < STEPS) {
             const int slot = stage == 0 ? STAGES - 1 : stage - 1;
+//# tiled
+            load_stage(base + slot * STAGE_BYTES, x, w, m, row, panel, next, tile_count);
+//# whole
             load_stage(base + slot * STAGE_BYTES, x, w, m, row, panel, next);
+//# end
         }
         copy_async_commit();
         if (++stage == STAGES) stage = 0;
@@ -113,8 +135,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         Ahead<8> ahead;
+//# tiled
+        ahead.begin(pointers, row + warp_m * 64 + i * 16, tile_first + panel + warp_n * 8, m);
+        store_rows(acc[i], ahead, pointers, row + warp_m * 64 + i * 16, tile_first + panel + warp_n * 8, 0,
+                   m, base + warp * SCRATCH);
+//# whole
         ahead.begin(pointers, row + warp_m * 64 + i * 16, panel + warp_n * 8, m);
         store_rows(acc[i], ahead, pointers, row + warp_m * 64 + i * 16, panel + warp_n * 8, 0, m,
                    base + warp * SCRATCH);
+//# end
     }
 }

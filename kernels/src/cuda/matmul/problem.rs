@@ -1,9 +1,10 @@
 //! What a matmul site asks for, taken apart once for all families.
 
+use millrace_ir::launch::{Tiles, tile_count, tile_first};
 use millrace_ir::ops::fused_matmul::Epilogue;
 use millrace_ir::{DType, Dim, Op, Operand};
 
-use crate::cuda::plan::{Site, rows};
+use crate::cuda::plan::{Argument, Site, rows};
 
 /// Order of a weight's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -123,5 +124,34 @@ impl<'a> Problem<'a> {
     /// Panels of eight rows that a weight in [`Layout::Cores`] has.
     pub fn panels(&self) -> usize {
         self.segments.iter().map(|s| s.div_ceil(8)).sum()
+    }
+
+    /// How launches read the weight in parts; `None` if they read it as a whole: it may not be streamed, or no part of it
+    /// holds the rows of a gate and those it gates.
+    pub fn tiles(&self) -> Option<Tiles> {
+        let Operand::Weight(weight) = self.weight else { return None };
+        self.site.module.weights.get(weight)?.stream.as_ref().filter(|s| s.tile_axis == 0)?;
+        let (slices, granule) = match self.layout {
+            Layout::Cores => (self.panels(), if self.gated() { 2 } else { 1 }),
+            Layout::Rows if self.gated() => return None,
+            Layout::Rows => (self.n(), 1),
+        };
+        (slices > 0).then_some(Tiles { weight, slices: slices as u64, granule })
+    }
+
+    /// Slices of the weight that a launch computes.
+    pub fn tile_slices(&self) -> Dim {
+        match self.tiles() {
+            Some(_) => Dim::from(tile_count()),
+            None => Dim::from(if self.layout == Layout::Cores { self.panels() } else { self.n() }),
+        }
+    }
+
+    /// The arguments `int tile_first, int tile_count` of kernels whose launches read the weight in parts.
+    pub fn tile_arguments(&self) -> Vec<Argument> {
+        match self.tiles() {
+            Some(_) => [tile_first(), tile_count()].map(|s| Argument::I32(Dim::from(s))).to_vec(),
+            None => Vec::new(),
+        }
     }
 }

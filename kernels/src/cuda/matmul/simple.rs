@@ -6,7 +6,7 @@ use millrace_ir::{Dim, Op, TensorType};
 
 use super::epilogue::{arguments, computes, declare, locate_columns};
 use super::norm;
-use super::problem::Problem;
+use super::problem::{Layout, Problem};
 use crate::cuda::plan::{Argument, Planned, Site, SiteLaunch};
 use crate::cuda::source::{Promise, SourceWriter, type_name};
 
@@ -23,14 +23,27 @@ pub fn launches(problem: &Problem<'_>) -> Option<Vec<SiteLaunch>> {
         .int("K", problem.k)
         .int("FEATURES", features)
         .int("GATED", i32::from(problem.gated()));
-    let writer = locate_columns(declare(writer, problem)?, problem).body(include_str!("simple.cu"));
+    let tiles = problem.tiles();
+    let writer = locate_columns(declare(writer, problem)?, problem)
+        .body_for(include_str!("simple.cu"), tiles.is_some());
     let source = writer.promise(Promise { registers: 0, no_local: true }).finish();
-    let grid = [Dim::from(features).ceil_div(EDGE), problem.m.ceil_div(EDGE), Dim::from(1u64)];
+    // Columns that a slice of the weight makes at most.
+    let columns = match problem.layout {
+        Layout::Rows => 1u64,
+        Layout::Cores if problem.gated() => 4,
+        Layout::Cores => 8,
+    };
+    let columns = match tiles {
+        Some(_) => problem.tile_slices().mul(&Dim::from(columns)),
+        None => Dim::from(features),
+    };
+    let grid = [columns.ceil_div(EDGE), problem.m.ceil_div(EDGE), Dim::from(1u64)];
     let mut launch = SiteLaunch::new(source, grid, 256)
         .args([Argument::Address(problem.x), Argument::Address(problem.weight)])
         .args(arguments(problem))
         .args([Argument::I32(problem.m.clone())]);
     launch.dependent = problem.site.arch.has_tma();
+    launch.tiles = tiles;
     Some(norm::launch(problem).into_iter().chain([launch]).collect())
 }
 

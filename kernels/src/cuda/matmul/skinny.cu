@@ -10,12 +10,19 @@
 // NORM and EPS, GATED, ALIAS (sums lie over the ring: each block has one tile), RELEASE (units before the last at which
 // the successor may start), ROTATE (chunks by which neighbouring tiles are apart in their walk over K, so that blocks
 // in step with each other read from different memory channels).
+//# tiled
+//
+// A launch computes the panels [tile_first, tile_first + tile_count), and `w` begins with the first of them. Tiles are those
+// of the whole weight all the same: a panel's walk over K, and with it every sum, is that of one launch over all panels.
+//# end
 
 constexpr int WARPS = WARPS_N * WARPS_K;
 constexpr int THREADS = WARPS * 32;
 constexpr int WARP_PANELS = TILE / WARPS_N;
 constexpr int PAIRS = (WARP_PANELS + 1) / 2;
+//# whole
 constexpr int TILES = (PANELS + TILE - 1) / TILE;
+//# end
 constexpr int COLUMN_TILES = COLUMNS / 8;
 constexpr int SLABS = CHUNK / 32;
 constexpr int CHUNKS = (K + CHUNK - 1) / CHUNK;
@@ -126,17 +133,33 @@ struct Cursor {
     }
     DEVICE int chunk() const { return (step + tile * ROTATE) % CHUNKS; }
 };
+//# tiled
+// Tiles of a block: [first_tile(b), first_tile(b + 1)) of those that have panels of the launch.
+DEVICE int first_tile(int block, int tile_first, int tile_count) {
+    int first = tile_first / TILE, tiles = (tile_first + tile_count + TILE - 1) / TILE - first, blocks = gridDim.x;
+    return first + tiles / blocks * block + min(block, tiles % blocks);
+}
+//# whole
 // Tiles of a block: [first_tile(b), first_tile(b + 1)).
 DEVICE int first_tile(int block) {
     int blocks = gridDim.x;
     return TILES / blocks * block + min(block, TILES % blocks);
 }
+//# end
 
 #if ARCH >= 900
+//# tiled
+DEVICE void copy_weights(WEIGHT_TYPE w, u32 stage, u32 full, int tile, int chunk, u64 policy, int tile_first, int) {
+    barrier_expect(full, STAGE);
+    // Panels before the first are zeros like those behind the last.
+    copy_box(stage, &w, 0, chunk * (CHUNK / 8), tile * TILE - tile_first, full, policy);
+}
+//# whole
 DEVICE void copy_weights(WEIGHT_TYPE w, u32 stage, u32 full, int tile, int chunk, u64 policy) {
     barrier_expect(full, STAGE);
     copy_box(stage, &w, 0, chunk * (CHUNK / 8), tile * TILE, full, policy);
 }
+//# end
 DEVICE void copy_x(X_TYPE x, u32 stage, u32 full, int chunk, int m) {
 #if !WHOLE_ON
 #pragma unroll
@@ -145,10 +168,22 @@ DEVICE void copy_x(X_TYPE x, u32 stage, u32 full, int chunk, int m) {
 #endif
 }
 #else
+//# tiled
+DEVICE void copy_weights(WEIGHT_TYPE w, u32 stage, u32 full, int tile, int chunk, u64 policy, int tile_first,
+                         int tile_count) {
+    // Panels of the tile that come before the launch's.
+    const int before = tile_first - tile * TILE;
+    const u8 *from = (const u8 *)w - (i64)before * K * 16 + (u64)chunk * PANEL_STAGE;
+//# whole
 DEVICE void copy_weights(WEIGHT_TYPE w, u32 stage, u32 full, int tile, int chunk, u64 policy) {
     const u8 *from = (const u8 *)w + (u64)tile * TILE * K * 16 + (u64)chunk * PANEL_STAGE;
+//# end
     int bytes = K % CHUNK == 0 ? PANEL_STAGE : min(CHUNK, K - chunk * CHUNK) * 16;
+//# tiled
+    for (int p = max(0, before); p < min(TILE, before + tile_count); ++p)
+//# whole
     for (int p = 0; p < min(TILE, PANELS - tile * TILE); ++p)
+//# end
         for (int at = threadIdx.x % 32 * 16; at < PANEL_STAGE; at += 512)
             copy_async(stage + p * PANEL_STAGE + at, from + (u64)p * K * 16 + (at < bytes ? at : 0), at < bytes);
 }
@@ -165,9 +200,18 @@ DEVICE void copy_x(X_TYPE x, u32 stage, u32 full, int chunk, int m) {
 }
 #endif
 
+//# tiled
+DEVICE void copy_all(X_TYPE x, WEIGHT_TYPE w, u32 shared, int m, int tile_first, int tile_count) {
+//# whole
 DEVICE void copy_all(X_TYPE x, WEIGHT_TYPE w, u32 shared, int m) {
+//# end
     if (ARCH >= 900 && threadIdx.x % 32 != 0) return;
+//# tiled
+    int first = first_tile(blockIdx.x, tile_first, tile_count);
+    int units = (first_tile(blockIdx.x + 1, tile_first, tile_count) - first) * CHUNKS;
+//# whole
     int first = first_tile(blockIdx.x), units = (first_tile(blockIdx.x + 1) - first) * CHUNKS;
+//# end
     u64 policy = 0;
 #if ARCH >= 900
     policy = evict_first_policy();
@@ -177,7 +221,11 @@ DEVICE void copy_all(X_TYPE x, WEIGHT_TYPE w, u32 shared, int m) {
     int ahead = min(units, STAGES);
     Cursor at = {first, 0};
     for (int u = 0; u < ahead; ++u) {
+//# tiled
+        copy_weights(w, shared + u * STAGE, full + u * 8, at.tile, at.chunk(), policy, tile_first, tile_count);
+//# whole
         copy_weights(w, shared + u * STAGE, full + u * 8, at.tile, at.chunk(), policy);
+//# end
         if (u == release) release_successor();
         at.next();
     }
@@ -192,7 +240,12 @@ DEVICE void copy_all(X_TYPE x, WEIGHT_TYPE w, u32 shared, int m) {
     int stage = 0, round = 0;
     for (int u = ahead; u < units; ++u) {
         barrier_wait(empty + stage * 8, round & 1);
+//# tiled
+        copy_weights(w, shared + stage * STAGE, full + stage * 8, at.tile, at.chunk(), policy, tile_first,
+                     tile_count);
+//# whole
         copy_weights(w, shared + stage * STAGE, full + stage * 8, at.tile, at.chunk(), policy);
+//# end
         if (!WHOLE || ARCH < 900) copy_x(x, shared + stage * STAGE, full + stage * 8, at.chunk(), m);
         if (u == release) release_successor();
         at.next();
@@ -334,17 +387,41 @@ DEVICE bool feature_of(int tile, int i, int &row, int &segment, int &at) {
     return locate(tile * TILE + row / 8, row % 8, segment, at);
 }
 
+//# tiled
+// Whether all panels of a tile are of the launch.
+DEVICE bool whole_tile(int tile, int tile_first, int tile_count) {
+    int before = tile * TILE - tile_first;
+    return before >= 0 && before + TILE <= tile_count;
+}
+// Whether feature number i of a tile is made of panels of the launch.
+DEVICE bool launched(int tile, int i, int tile_first, int tile_count) {
+    return (u32)(tile * TILE + (GATED ? i / 8 * 2 : i / 8) - tile_first) < (u32)tile_count;
+}
+
+//# end
 // Brings what the steps before the store read near, while the sums are still being made.
 DEVICE void touch_tile(PARAMETERS, int tile, int m) {
+//# tiled
+    const bool whole = whole_tile(tile, tile_first, tile_count);
+//# end
     for (int i = threadIdx.x; i < FEATURES * m; i += THREADS) {
         int row, segment, at;
+//# tiled
+        if (!whole && !launched(tile, i % FEATURES, tile_first, tile_count)) continue;
+//# end
         if (feature_of(tile, i % FEATURES, row, segment, at)) touch(ARGUMENTS, i / FEATURES, segment, at);
     }
 }
 
 DEVICE void finish_tile(PARAMETERS, const float *sums, int tile, int m) {
+//# tiled
+    const bool whole = whole_tile(tile, tile_first, tile_count);
+//# end
     for (int i = threadIdx.x; i < FEATURES * m; i += THREADS) {
         int row, segment, at, column = i / FEATURES;
+//# tiled
+        if (!whole && !launched(tile, i % FEATURES, tile_first, tile_count)) continue;
+//# end
         if (!feature_of(tile, i % FEATURES, row, segment, at)) continue;
         float v = total(sums, row, column);
         float u = GATED ? total(sums, row + 8, column) : 0.0f;
@@ -370,7 +447,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     }
     __syncthreads();
     if (warp == WARPS) {
+//# tiled
+        copy_all(x, w, shared, m, tile_first, tile_count);
+//# whole
         copy_all(x, w, shared, m);
+//# end
     } else {
 #if NORM_ON
         load_norm_weight(norm_weight, memory);
@@ -381,7 +462,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
 #endif
         int stage = 0, round = 0;
         float *kept = (float *)(memory + AT_SUMS);
+//# tiled
+        const int end = first_tile(blockIdx.x + 1, tile_first, tile_count);
+        for (int tile = first_tile(blockIdx.x, tile_first, tile_count); tile < end; ++tile) {
+//# whole
         for (int tile = first_tile(blockIdx.x), end = first_tile(blockIdx.x + 1); tile < end; ++tile) {
+//# end
             Sums sums = {};
             if (TOUCH) touch_tile(ARGUMENTS, tile, m);
             for (Cursor at = {tile, 0}; at.tile == tile; at.next()) {

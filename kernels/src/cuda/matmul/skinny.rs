@@ -4,7 +4,7 @@
 //! multiprocessor, and starts to before its predecessor ends. Terms: a *panel* is eight rows of the weight, a *tile* the
 //! panels that a block sums up at a time, a *chunk* the columns of one stage of the ring.
 
-use millrace_ir::launch::{MapBase, TensorMap};
+use millrace_ir::launch::{MapBase, TensorMap, tile_first};
 use millrace_ir::{DType, Dim, Operand};
 
 use super::epilogue::{arguments, computes, declare, locate_panels, touch};
@@ -206,20 +206,35 @@ pub fn launch(problem: &Problem<'_>, shape: &Shape) -> Option<SiteLaunch> {
         .line(&format!("#define NORM_ON {}", i32::from(norm.is_some())))
         .line(&format!("#define NORM_PARAMETER {parameter}"))
         .float("EPS", norm.map_or(0.0, |n| n.eps));
-    let writer =
-        locate_panels(touch(declare(writer, problem)?, problem), problem).body(include_str!("skinny.cu"));
+    let tiles = problem.tiles();
+    let writer = locate_panels(touch(declare(writer, problem)?, problem), problem)
+        .body_for(include_str!("skinny.cu"), tiles.is_some());
     let source = writer.promise(Promise { registers: 0, no_local: true }).finish();
     let one = Dim::from(1u64);
     let x = norm.map_or(problem.x, |n| n.x);
     let mut launch =
-        SiteLaunch::new(source, [Dim::from(shape.blocks), one.clone(), one], shape.threads() as u32)
+        SiteLaunch::new(source, [blocks(problem, shape), one.clone(), one], shape.threads() as u32)
             .args([x_argument(problem, shape, x), weight_argument(problem, shape)])
             .args(norm.map(|n| Argument::Address(n.weight)))
             .args(arguments(problem))
             .args([Argument::I32(problem.m.clone())]);
     launch.shared = u32::try_from(shared).ok()?;
     launch.dependent = problem.site.arch.has_tma();
+    launch.tiles = tiles;
     Some(launch)
+}
+
+/// Blocks of a launch. A tile of the shape is one block's work, so parts of the weight have no more blocks than tiles of the
+/// whole weight that they have panels of.
+fn blocks(problem: &Problem<'_>, shape: &Shape) -> Dim {
+    if problem.tiles().is_none() {
+        return Dim::from(shape.blocks);
+    }
+    let (first, tile) = (Dim::from(tile_first()), shape.tile as i64);
+    let end = first.add(&problem.tile_slices()).ceil_div(tile);
+    // Rounded down, as the ceiling of something smaller.
+    let tiles = end.sub(&first.sub(&Dim::from(tile - 1)).ceil_div(tile));
+    tiles.min_of(&Dim::from(shape.blocks))
 }
 
 /// The weight: a descriptor whose box is the weights of a stage, or an address.
@@ -230,7 +245,7 @@ fn weight_argument(problem: &Problem<'_>, shape: &Shape) -> Argument {
     Argument::Map(TensorMap {
         of: MapBase::Address(problem.weight),
         dtype: problem.dtype,
-        shape: [64, problem.k / 8, problem.panels()].map(Dim::from).to_vec(),
+        shape: vec![Dim::from(64u64), Dim::from(problem.k / 8), problem.tile_slices()],
         strides: [128, problem.k * 16].map(Dim::from).to_vec(),
         tile: [64, shape.chunk / 8, shape.tile].map(|n| n as u32).to_vec(),
         swizzle: 0,
@@ -254,4 +269,4 @@ fn x_argument(problem: &Problem<'_>, shape: &Shape, x: Operand) -> Argument {
 
 #[cfg(test)]
 #[path = "skinny_tests.rs"]
-mod tests;
+pub(in crate::cuda) mod tests;

@@ -1,4 +1,4 @@
-use millrace_ir::{Dim, Module, NodeId, Op, text};
+use millrace_ir::{Dim, Module, NodeId, Op, Stream, text};
 
 use super::*;
 use crate::cuda::Arch;
@@ -6,20 +6,20 @@ use crate::cuda::matmul::plan;
 use crate::cuda::plan::{Planned, Site};
 
 /// `[rms_norm,] matmul.fused` on `x bf16[$t, k]` with a weight of `layout`.
-struct Case {
-    segments: Vec<usize>,
-    k: usize,
-    norm: bool,
-    epilogue: &'static str,
-    out: &'static str,
+pub(in crate::cuda) struct Case {
+    pub segments: Vec<usize>,
+    pub k: usize,
+    pub norm: bool,
+    pub epilogue: &'static str,
+    pub out: &'static str,
 }
 
-fn case(n: usize, k: usize) -> Case {
+pub(in crate::cuda) fn case(n: usize, k: usize) -> Case {
     Case { segments: vec![n], k, norm: false, epilogue: "", out: "" }
 }
 
 impl Case {
-    fn module(&self, layout: Layout, dtype: &str) -> Module {
+    pub fn module(&self, layout: Layout, dtype: &str) -> Module {
         let Case { segments, k, norm, epilogue, out } = self;
         let n: usize = segments.iter().sum();
         let results: Vec<String> = match epilogue.contains("glu(") {
@@ -197,6 +197,43 @@ fn a_known_number_of_rows_has_one_variant() {
     assert_eq!(planned.variants.len(), 1);
     assert!(planned.variants[0].when.is_empty());
     assert!(planned.variants[0].launches[0].source.text.contains("constexpr int COLUMNS = 8;"));
+}
+
+#[test]
+fn weights_that_may_be_streamed_are_read_in_parts() {
+    let glu = Case { segments: vec![264, 264], norm: true, epilogue: "glu(silu)", ..case(0, 512) };
+    let plain = Case { epilogue: "residual", ..case(1000, 512) };
+    for (case, layout, dtype, expected) in [
+        (&glu, Layout::Cores, "bf16", Some((66, 2))),
+        (&plain, Layout::Cores, "bf16", Some((125, 1))),
+        (&plain, Layout::Rows, "f32", Some((1000, 1))),
+        (&glu, Layout::Rows, "f32", None),
+    ] {
+        let mut module = case.module(layout, dtype);
+        for arch in Arch::ALL {
+            for variant in planned(&module, arch).variants {
+                for launch in variant.launches {
+                    assert!(launch.tiles.is_none() && !launch.source.text.contains("tile_first"));
+                    assert!(!launch.source.text.contains("//#"));
+                }
+            }
+        }
+        let w = module.weights.iter().find(|(_, w)| w.name == "w").unwrap().0;
+        module.weights[w].stream = Some(Stream { first_use: 0, tile_axis: 0, tile_bytes: 1 });
+        for arch in Arch::ALL {
+            for variant in planned(&module, arch).variants {
+                for launch in variant.launches {
+                    let norm = launch.source.family == "cuda.matmul.norm";
+                    let tiles = expected.filter(|_| !norm);
+                    let found = launch.tiles.map(|t| (t.slices, t.granule));
+                    assert_eq!(found, tiles, "{}", launch.source.family);
+                    assert!(launch.tiles.is_none_or(|t| t.weight == w));
+                    assert_eq!(launch.source.text.contains("tile_first"), tiles.is_some());
+                    assert!(!launch.source.text.contains("//#"));
+                }
+            }
+        }
+    }
 }
 
 /// `[$b, 1, 3, 4]` times `[5, 4, 2]`.

@@ -5,16 +5,26 @@
 
 use std::fmt::Write;
 
+use millrace_ir::Dim;
+use millrace_ir::launch::tile_first;
 use millrace_ir::ops::fused_matmul::Epilogue;
 use millrace_ir::ops::unary::UnaryFn;
 
 use super::problem::Problem;
 use crate::cuda::plan::Argument;
 
-/// Addresses of `POINTER_PARAMETERS` in order: operands of the epilogue, then results.
+/// `POINTER_PARAMETERS` in order: addresses of operands of the epilogue, of results, then the bounds of the tile for
+/// launches that have one.
 pub fn arguments(problem: &Problem<'_>) -> Vec<Argument> {
     let operands = problem.epilogue.iter().filter_map(|t| t.operand);
-    operands.chain(problem.results.iter().copied()).map(Argument::Address).collect()
+    let addresses = operands.chain(problem.results.iter().copied()).map(Argument::Address);
+    let mut arguments: Vec<Argument> = addresses.chain(problem.tile_arguments()).collect();
+    if problem.tiles().is_some() {
+        // End of the panels of results. A parameter is an operand of the comparisons with it and takes no register.
+        let end = Dim::from(tile_first()).add(&problem.tile_slices());
+        arguments.push(Argument::I32(if problem.gated() { end.ceil_div(2) } else { end }));
+    }
+    arguments
 }
 
 /// What `epilogue.cu` asks for: constants, `Pointers`, `place_of`, `operand_of`, `bias_pointer` and `finish`. `None` for steps
@@ -55,12 +65,27 @@ pub fn declare(problem: &Problem<'_>) -> Option<String> {
     let light = problem.epilogue.len() == 1 && matrices.len() == 1;
     line(format_args!("constexpr int LIGHT = {};", i32::from(light)));
     line(format_args!("constexpr int ALIGNED = {};", i32::from(problem.segments.iter().all(|s| s % 8 == 0))));
-    line(format_args!("constexpr int OUT_PANELS = {};", widths.iter().map(|w| w.div_ceil(8)).sum::<usize>()));
+    let tiled = problem.tiles().is_some();
+    if tiled {
+        line(format_args!(
+            "// The results end where the panels of the launch do; whoever asks has its `Pointers` as `p`."
+        ));
+        line(format_args!("#define OUT_PANELS p.end"));
+    } else {
+        let panels: usize = widths.iter().map(|w| w.div_ceil(8)).sum();
+        line(format_args!("constexpr int OUT_PANELS = {panels};"));
+    }
     line(format_args!("constexpr int SECOND = {};", problem.segments[0]));
     let join = |parts: Vec<&str>, by: &str| parts.join(by);
-    let declared: Vec<&str> = parameters.iter().map(|p| p.0.as_str()).collect();
-    let names: Vec<&str> = parameters.iter().map(|p| p.1.as_str()).collect();
-    line(format_args!("struct Pointers {{ {}; }};", join(declared.clone(), "; ")));
+    let mut declared: Vec<&str> = parameters.iter().map(|p| p.0.as_str()).collect();
+    let mut names: Vec<&str> = parameters.iter().map(|p| p.1.as_str()).collect();
+    let mut members = declared.clone();
+    if tiled {
+        members.push("int end");
+        declared.extend(["int tile_first", "int tile_count", "int out_end"]);
+        names.push("out_end");
+    }
+    line(format_args!("struct Pointers {{ {}; }};", join(members, "; ")));
     line(format_args!("#define POINTER_PARAMETERS {}", join(declared, ", ")));
     line(format_args!("#define POINTERS Pointers{{{}}}", join(names, ", ")));
     let at = bias.as_ref().map_or("(const ELEMENT *)0".to_string(), |b| format!("p.{b}"));

@@ -13,7 +13,12 @@ struct alignas(64) TensorMap { char bytes[128]; };
 constexpr int BM = 64 * CONSUMERS, BK = 64;
 constexpr int A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2;
 constexpr int STEPS = (K + BK - 1) / BK;
+//# tiled
+// Column tiles of the launch, which has the panels [tile_first, tile_first + tile_count); the weight begins with the first.
+#define TILES_N ((tile_count + BN / 8 - 1) / (BN / 8))
+//# whole
 constexpr int TILES_N = (PANELS + BN / 8 - 1) / (BN / 8);
+//# end
 constexpr int PART = BN / 8 / CLUSTER, SHARE = BN / 8 / SPLIT;
 constexpr int SPAN = CLUSTER * SPLIT;
 constexpr int BOX = BM / BOXES;
@@ -124,7 +129,11 @@ DEVICE void store_whole(const float (&)[N][4], Ahead<SHARE> &, const Pointers &,
 DEVICE int box_row(int row, int m) { return max(0, min(row, m - BOX)); }
 
 // Row tile (of the cluster's first block) and column tile of work item `item`.
+//# tiled
+DEVICE void tile_of(int item, int row_tiles, int &tm, int &tn, int tile_count) {
+//# whole
 DEVICE void tile_of(int item, int row_tiles, int &tm, int &tn) {
+//# end
     const int first = item / (GROUP * TILES_N) * GROUP;
     const int size = min(GROUP, row_tiles - first);
     const int within = item - first * TILES_N;
@@ -161,7 +170,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
             int ahead = 0;
             if (blockIdx.x / SPAN < items) {
                 int tm, tn;
+//# tiled
+                tile_of(blockIdx.x / SPAN, row_tiles, tm, tn, tile_count);
+//# whole
                 tile_of(blockIdx.x / SPAN, row_tiles, tm, tn);
+//# end
                 const int panel = tn * (BN / 8) + rank * PART;
                 for (; ahead < STAGES && first_step + ahead < last_step; ++ahead) {
                     barrier_expect(full + 8 * ahead, A_BYTES + B_BYTES);
@@ -172,7 +185,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
             wait_for_predecessor();
             for (int item = blockIdx.x / SPAN; item < items; item += gridDim.x / SPAN) {
                 int tm, tn;
+//# tiled
+                tile_of(item, row_tiles, tm, tn, tile_count);
+//# whole
                 tile_of(item, row_tiles, tm, tn);
+//# end
                 const int row = (tm + rank) * BM, panel = tn * (BN / 8) + rank * PART;
                 for (int step = first_step; step < last_step; ++step) {
                     if (ahead > 0) {
@@ -203,9 +220,17 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
         float acc[BN / 8][4];
         for (int item = blockIdx.x / SPAN; item < items; item += gridDim.x / SPAN) {
             int tm, tn;
+//# tiled
+            tile_of(item, row_tiles, tm, tn, tile_count);
+//# whole
             tile_of(item, row_tiles, tm, tn);
+//# end
             const int from = (tm + rank) * BM + warp * 16 / BOX * BOX;
+//# tiled
+            const int row = box_row(from, m) + warp * 16 % BOX, panel = tile_first + tn * (BN / 8);
+//# whole
             const int row = box_row(from, m) + warp * 16 % BOX, panel = tn * (BN / 8);
+//# end
             prefetch_rows<SHARE>(pointers, row, panel + slice * SHARE, m);
             int last = 0;
             hold(acc);
