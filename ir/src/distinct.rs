@@ -133,8 +133,11 @@ impl<T> Default for Dims<'_, T> {
 /// Most different parameters of one kind of op that are remembered.
 const REMEMBERED: usize = 64;
 
+/// Ops of one kind with what was found out about each.
+type Kind<'a, T> = (Discriminant<Op>, Vec<(&'a SharedOp, T)>);
+
 /// Ops that were seen, with what was found out about each.
-pub(crate) struct Ops<'a, T>(Vec<(Discriminant<Op>, Vec<(&'a SharedOp, T)>)>);
+pub(crate) struct Ops<'a, T>(Vec<Kind<'a, T>>);
 
 impl<'a, T> Ops<'a, T> {
     pub(crate) fn new() -> Self {

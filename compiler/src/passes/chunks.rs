@@ -219,7 +219,7 @@ impl Sum {
         match self.sum {
             Some(sum) => operands.push(From::New(sum, 0)),
             None => {
-                epilogue = down.epilogue.clone().to_vec();
+                epilogue = down.epilogue.to_vec();
                 operands.extend(node.operands[2..].iter().copied().map(From::Old));
                 if let Some((_, _, addend)) = &self.norm {
                     epilogue.push(Epilogue::Residual);

@@ -113,9 +113,7 @@ fn fold(
                 (literal, _) => literal?,
             }
         }
-        (Op::Concat(c), [_, ..]) if by_bytes => {
-            WeightExpr::Concat { axis: c.axis, parts: parts.to_vec().into() }
-        }
+        (Op::Concat(c), [_, ..]) if by_bytes => WeightExpr::Concat { axis: c.axis, parts: parts.into() },
         _ => literal(module, id, parts, &ty)?,
     };
     Ok((ty, expr))

@@ -8,7 +8,7 @@
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::fused_matmul::Epilogue;
 use millrace_ir::ops::{Binary, FusedMatmul};
-use millrace_ir::{NodeId, Op, Operand, Phase};
+use millrace_ir::{List, NodeId, Op, Operand, Phase};
 
 use super::{BEFORE_FUSION, rule_pass};
 use crate::rewrite::{From, Outcome, Patch, Rule, View};
@@ -42,7 +42,7 @@ impl Rule for FuseLinear {
                     segments: vec![rows].into(),
                     panel: 0,
                     cores: false,
-                    epilogue: Vec::new().into(),
+                    epilogue: List::new(),
                     out: matmul.out,
                 };
                 let mut patch = Patch::new([id]);

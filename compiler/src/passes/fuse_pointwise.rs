@@ -100,7 +100,7 @@ impl Part {
         let shape = Pointwise::shape(&types).ok()?;
         let mut part = Part {
             region,
-            operands: node.operands.clone().to_vec(),
+            operands: node.operands.to_vec(),
             shape,
             results: node.results.to_vec(),
             sources: vec![id],

@@ -1,6 +1,8 @@
 //! The module with few of its layers: the first ones and the last.
 
-use millrace_ir::{Arena, Def, Graph, Id, Module, Node, Operand, Output, StateId, Value, ValueId, WeightId};
+use millrace_ir::{
+    Arena, Def, Graph, Id, Module, Node, Operand, Output, Results, StateId, Value, ValueId, WeightId,
+};
 
 use super::Rolled;
 use super::layers::{Finder, Layers};
@@ -96,7 +98,7 @@ impl Layers {
             let id = graph.nodes.push(Node {
                 op: node.op.clone(),
                 operands: operands.into(),
-                results: Vec::with_capacity(node.results.len()).into(),
+                results: Results::new(),
                 loc: node.loc.clone(),
                 kernel: None,
                 joined: node.joined,

@@ -113,9 +113,7 @@ fn concat_of(view: &View<'_>, id: NodeId, axis: usize) -> Option<Patch> {
         let sources: Vec<NodeId> = parts.iter().filter_map(nested).chain([id]).collect();
         let flat: Vec<From> = parts
             .iter()
-            .flat_map(|p| {
-                nested(p).map_or_else(|| vec![*p], |inner| view.node(inner).operands.clone().to_vec())
-            })
+            .flat_map(|p| nested(p).map_or_else(|| vec![*p], |inner| view.node(inner).operands.to_vec()))
             .map(From::Old)
             .collect();
         let mut patch = Patch::new(sources);
