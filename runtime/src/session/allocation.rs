@@ -336,8 +336,8 @@ impl<'e> Session<'e> {
     fn lent_need(&self, need: &Need) -> Result<u64> {
         let align = alignment(&self.backend);
         let sizes = need.sizes.arenas.iter().copied().chain([need.scratch]);
-        let rounded = sizes.map(|n| n.checked_next_multiple_of(align));
-        rounded.fold(Some(0u64), |sum, n| sum?.checked_add(n?)).ok_or_else(|| no_size("lent memory"))
+        let mut rounded = sizes.map(|n| n.checked_next_multiple_of(align));
+        rounded.try_fold(0u64, |sum, n| sum.checked_add(n?)).ok_or_else(|| no_size("lent memory"))
     }
 
     /// Checks that memory was lent if steps need it, and enough.
