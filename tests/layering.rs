@@ -90,9 +90,12 @@ fn unsafe_code_stays_in_the_named_modules() {
         "runtime/src/memory.rs",
         "runtime/src/mapping.rs",
         "runtime/src/cpu/execute.rs",
+        "runtime/src/cpu/readers.rs",
+        "runtime/src/cpu/residence.rs",
         "runtime/src/cuda/driver.rs",
         "runtime/src/cuda/transfer.rs",
         "runtime/src/cuda/launch.rs",
+        "runtime/src/cuda/library.rs",
     ];
     let crates = ["compiler/src", "kernels/src", "runtime/src"];
     for file in crates.iter().flat_map(|c| sources(&root.join(c))) {

@@ -338,7 +338,8 @@ impl<'e> Session<'e> {
         let required = self.required(bindings)?;
         let rest: u64 = required.iter().filter(|(c, _)| !weights(c)).map(|(_, b)| b).sum();
         let held = |c: &Class| self.ledger.now(*c);
-        let own: u64 = Class::ALL.iter().filter(|c| **c != Class::Staging).map(held).sum();
+        let pinned = |c: &Class| matches!(c, Class::Staging | Class::HostWeights);
+        let own: u64 = Class::ALL.iter().filter(|c| !pinned(c)).map(held).sum();
         let (free, _) = self.memory()?;
         Ok(free.saturating_add(own).min(self.cap.unwrap_or(u64::MAX)).saturating_sub(rest))
     }
@@ -636,10 +637,12 @@ impl<'e> Session<'e> {
         let result = match &mut self.backend {
             Backend::Cpu(cpu) => {
                 let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
-                cpu.run(Supply::new(self.engine, source), module, inputs, &sizes, &bindings, profile)
+                let supply = Supply::new(self.engine, source);
+                cpu.run(supply, module, inputs, &sizes, &bindings, profile)
             }
             Backend::Cuda(cuda) => rows.transpose().and_then(|argmax| {
-                cuda.start(module, inputs, &sizes, &bindings, After { argmax, fed }, profile)
+                let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
+                cuda.start((self.engine, source), inputs, &sizes, &bindings, After { argmax, fed }, profile)
             }),
         };
         if let Some(profile) = &mut self.profile {

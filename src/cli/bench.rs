@@ -15,11 +15,12 @@ use millrace::kernels::cpu::Isa;
 use millrace::{Allocation, Class, Decoder, Encoder, Engine, Profile, Result, Session, WeightBudget};
 use serde_json::json;
 
+use super::ceilings::Ceilings;
 use super::compile::ModelOptions;
 use super::memory::{MemoryOptions, tell_shrinks};
 use super::run::open;
 use super::usage;
-use profile::{Ceilings, Trace};
+use profile::Trace;
 
 /// Time prefill and decoding, or encoding, over batch sizes and lengths.
 #[derive(clap::Args)]
@@ -95,12 +96,16 @@ fn generate(engine: &Engine, session: &mut Session<'_>, work: Work) -> Result<Ti
     let mut model = Decoder::new(session)?;
     let mut generator = Generator::new(&mut model)?;
     let start = Instant::now();
+    // A prefill of several steps gives some sequences later tokens before others have their first.
     let mut first = None;
-    let mut seen = 0;
-    generator.generate(&requests, |_, _| {
-        seen += 1;
-        if seen == work.batch {
-            first = Some(start.elapsed());
+    let mut begun = vec![false; work.batch];
+    let mut waiting = work.batch;
+    generator.generate(&requests, |request, _| {
+        if !std::mem::replace(&mut begun[request], true) {
+            waiting -= 1;
+            if waiting == 0 {
+                first = Some(start.elapsed());
+            }
         }
     })?;
     let total = start.elapsed().as_secs_f64();
@@ -287,7 +292,7 @@ pub fn main(args: &Args) -> Result<()> {
             &millrace::compiler::compile::hex(&engine.file().identity())[..12]
         ),
     };
-    let ceilings = args.profile.then(|| Ceilings::measure(threads));
+    let mut ceilings = None;
     let mut trace = args.trace.as_ref().map(|_| Trace::default());
     let mut rows = Vec::new();
     // One session serves all rows if its memory does not depend on them: loading weights may take longer than a row. Budgets
@@ -313,13 +318,17 @@ pub fn main(args: &Args) -> Result<()> {
         if budget.is_some() && session.current_weight_budget() != options.budget {
             session.set_weight_budget(options.budget)?;
         }
+        if args.profile && ceilings.is_none() {
+            // Beside the session: what it measures needs little memory.
+            ceilings = Some(Ceilings::of(session.device(), threads)?);
+        }
         let (cells, recorded) = sweep.row(session, work, args.profile || args.trace.is_some())?;
         let title = match budget {
             Some(part) => format!("batch {}, input {}, {}% of weights", work.batch, work.input, part * 100.0),
             None => format!("batch {}, input {}", work.batch, work.input),
         };
         if let (Some(trace), Some(recorded)) = (&mut trace, &recorded) {
-            trace.add(&title, engine.module(), recorded);
+            trace.add(&title, engine.module(), recorded, ceilings);
         }
         let profile =
             ceilings.zip(recorded).map(|(c, recorded)| profile::summarise(engine.module(), &recorded, c));

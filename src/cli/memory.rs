@@ -33,6 +33,9 @@ pub struct MemoryOptions {
     /// Weights of fewer bytes never stream [default: 1MiB]
     #[arg(long, value_name = "SIZE")]
     ring_small: Option<String>,
+    /// On a GPU, bound on pinned host memory for weights that stream; the rest comes from the engine file in every step
+    #[arg(long, value_name = "SIZE")]
+    host_cap: Option<String>,
     /// What to do when memory does not suffice: fail, or shrink the weight budget and say so
     #[arg(long, value_name = "ACTION", default_value = "fail")]
     on_oom: String,
@@ -89,6 +92,7 @@ impl MemoryOptions {
             on_out_of_memory,
             kv_pages: self.kv_pages,
             threads: self.threads,
+            host_cap: self.host_cap.as_deref().map(size::parse).transpose()?,
             cap: self.memory_cap.as_deref().map(size::parse).transpose()?,
             weights: self.weights.clone(),
             graphs: !self.no_graphs,

@@ -1,7 +1,7 @@
 //! Reproducible random weights: element `i` of seed `s` is a pure function of both, so any range can be read.
 //!
-//! [`normal`] defines the numbers. [`fill`] gives the same bits many at a time: it computes each number to a relative
-//! error far below [`DOUBT`], and asks [`normal`] where a number so near could round to either side.
+//! [`normal`] defines the numbers. [`fill`] gives the same bits many at a time: it computes each number to a known
+//! error, and asks [`normal`] where a number so near could round to either side.
 
 use crate::dtype::DType;
 
@@ -35,40 +35,47 @@ pub fn normal(seed: u64, index: u64) -> f64 {
 /// Numbers computed at once.
 const BLOCK: usize = 64;
 
-/// Units in the last place of an f64 by which [`near`] may differ from [`normal`]: its series end below 2^-41, the
-/// factors round below 2^-50, and where [`normal`] itself is less exact, at zeros of the cosine, it is asked.
-const DOUBT: u64 = 1 << 18;
+/// The arguments of a block: 1 less the first uniform number, and the second as [`cos_turn`] takes it.
+struct Arguments {
+    x: [f64; BLOCK],
+    z: [f64; BLOCK],
+}
 
-/// What the finished bits of an f64 are kept of.
+/// An element, and the arithmetic that comes near it.
 trait Rounded: Copy + Default {
     /// Bytes of an element.
     type Bytes: AsRef<[u8]>;
-    /// The element nearest to every number within [`DOUBT`] of the number with these bits; a flag is set if there is none.
-    fn near(bits: u64) -> (Self, bool);
+    /// Elements, each with whether it is in doubt.
+    fn near(arguments: &Arguments, std: f64) -> [(Self, bool); BLOCK];
     /// The element that [`crate::tensor::encode`] makes.
     fn exact(value: f64) -> Self;
     fn bytes(self) -> Self::Bytes;
 }
 
-/// The upper `64 - dropped` bits, rounded to nearest, and whether that is in doubt: `dropped` bits near their half, from
-/// which on `slack` more count as the half itself. Doubtful too where `8 - 11` bits of exponent do not suffice.
-fn round(bits: u64, dropped: u32, slack: u64) -> (u64, bool) {
-    let half = 1u64 << (dropped - 1);
-    let low = bits & (2 * half - 1);
-    // Normal numbers of 8 bits of exponent, with room for a carry.
-    let exponent = (bits >> 52 & 0x7ff).wrapping_sub(1023 - 120);
-    let doubt = (low.wrapping_sub(half - DOUBT) <= 2 * DOUBT + slack) | (exponent > 240);
-    // The exponent's bias goes from 1023 to 127; the sign goes to its new place.
-    let magnitude = (bits & !(1 << 63)).wrapping_sub(896 << 52).wrapping_add(half) >> dropped;
-    (bits >> 63 << (60 - dropped) | magnitude, doubt)
-}
+/// Units in the last place by which numbers that are computed may differ from [`normal`]. In f64 series end below 2^-41 and
+/// factors round below 2^-50; in f32 all errors together stay below 2^-20. Where [`normal`] itself is less exact, at zeros
+/// of the cosine, it is asked.
+const DOUBT: u64 = 1 << 18;
+const DOUBT_F32: u32 = 64;
 
 impl Rounded for u16 {
     type Bytes = [u8; 2];
-    fn near(bits: u64) -> (u16, bool) {
-        // What the conversion of half drops first are 32 bits.
-        let (rounded, doubt) = round(bits, 45, 1 << 32);
-        (rounded as u16, doubt)
+    fn near(Arguments { x, z }: &Arguments, std: f64) -> [(u16, bool); BLOCK] {
+        const HALF: u32 = 1 << 15;
+        let std = std as f32;
+        let mut out = [(0, false); BLOCK];
+        // One kind of arithmetic a loop, so that the loops run on several numbers at once.
+        let parts = x.map(split_f32);
+        let radii = parts.map(|(m, k)| minus_twice_ln_f32(m, k).sqrt());
+        let turns = z.map(cos_turn_f32);
+        for ((out, radius), turn) in out.iter_mut().zip(radii).zip(turns) {
+            let bits = (std * (radius * turn)).to_bits();
+            // The conversion of half ignores what lies below 2^-20 of a number, which is below the doubt too.
+            let near_half = (bits & 0xffff).wrapping_sub(HALF - DOUBT_F32) <= 2 * DOUBT_F32;
+            let exponent = (bits >> 23 & 0xff).wrapping_sub(8) > 240;
+            *out = ((bits.wrapping_add(HALF) >> 16) as u16, near_half | exponent);
+        }
+        out
     }
     fn exact(value: f64) -> u16 {
         half::bf16::from_f64(value).to_bits()
@@ -80,9 +87,17 @@ impl Rounded for u16 {
 
 impl Rounded for u32 {
     type Bytes = [u8; 4];
-    fn near(bits: u64) -> (u32, bool) {
-        let (rounded, doubt) = round(bits, 29, 0);
-        (rounded as u32, doubt)
+    fn near(Arguments { x, z }: &Arguments, std: f64) -> [(u32, bool); BLOCK] {
+        const HALF: u64 = 1 << 28;
+        let mut out = [(0, false); BLOCK];
+        for ((out, x), z) in out.iter_mut().zip(x).zip(z) {
+            let value = std * (minus_twice_ln(*x).sqrt() * cos_turn(*z));
+            let bits = value.to_bits();
+            let near_half = (bits & (2 * HALF - 1)).wrapping_sub(HALF - DOUBT) <= 2 * DOUBT;
+            let exponent = (bits >> 52 & 0x7ff).wrapping_sub(1023 - 120) > 240;
+            *out = ((value as f32).to_bits(), near_half | exponent);
+        }
+        out
     }
     fn exact(value: f64) -> u32 {
         (value as f32).to_bits()
@@ -92,15 +107,47 @@ impl Rounded for u32 {
     }
 }
 
-/// `-2 ln(x)` for x in 2^-53..=1, from `m 2^k` with m around 1 and the series of the area tangent.
-fn minus_twice_ln(x: f64) -> f64 {
+/// `m - 1` and `k` for `x = m 2^k` with m around 1; x in 2^-53..=1.
+fn split(x: f64) -> (f64, f64) {
     const ROOT_HALF: u64 = 0x3fe6_a09e_667f_3bcd;
-    let above = x.to_bits().wrapping_sub(ROOT_HALF).wrapping_add(1024 << 52);
-    let k = above >> 52;
+    let k = x.to_bits().wrapping_sub(ROOT_HALF).wrapping_add(1024 << 52) >> 52;
     let m = f64::from_bits(x.to_bits().wrapping_sub(k.wrapping_sub(1024) << 52));
     // k as a number: the low bits of 2^52.
-    let k = f64::from_bits(k | 1075 << 52) - ((1u64 << 52) as f64 + 1024.0);
-    let s = (m - 1.0) / (m + 1.0);
+    (m - 1.0, f64::from_bits(k | 1075 << 52) - ((1u64 << 52) as f64 + 1024.0))
+}
+
+/// [`split`] in f32.
+fn split_f32(x: f64) -> (f32, f32) {
+    let (m, k) = split(x);
+    (m as f32, k as f32)
+}
+
+/// [`minus_twice_ln`] in f32, of what [`split`] gives.
+fn minus_twice_ln_f32(m: f32, k: f32) -> f32 {
+    let s = m / (m + 2.0);
+    let z = s * s;
+    let mut sum = 1.0 / 9.0;
+    for odd in [7.0, 5.0, 3.0, 1.0f32] {
+        sum = sum * z + 1.0 / odd;
+    }
+    -2.0 * (k * std::f32::consts::LN_2 + 2.0 * s * sum)
+}
+
+/// [`cos_turn`] in f32.
+fn cos_turn_f32(z: f64) -> f32 {
+    let w = (std::f64::consts::TAU * z) as f32;
+    let square = w * w;
+    let mut sum = 1.0 / 6_227_020_800.0;
+    for factorial in [-39_916_800.0, 362_880.0, -5040.0, 120.0, -6.0, 1.0f32] {
+        sum = sum * square + 1.0 / factorial;
+    }
+    w * sum
+}
+
+/// `-2 ln(x)` for x in 2^-53..=1, from `m 2^k` with m around 1 and the series of the area tangent.
+fn minus_twice_ln(x: f64) -> f64 {
+    let (m, k) = split(x);
+    let s = m / (m + 2.0);
     let z = s * s;
     let mut sum = 1.0 / 17.0;
     for odd in [15.0, 13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0f64] {
@@ -135,18 +182,14 @@ fn fill_as<T: Rounded>(seed: u64, std: f64, first: u64, out: &mut [u8]) {
     let size = size_of::<T>();
     let mut index = first;
     for out in out.chunks_mut(BLOCK * size) {
-        let (mut x, mut z) = ([0.5f64; BLOCK], [0.125f64; BLOCK]);
-        for (i, (x, z)) in x.iter_mut().zip(&mut z).enumerate() {
+        let mut arguments = Arguments { x: [0.5; BLOCK], z: [0.125; BLOCK] };
+        for (i, (x, z)) in arguments.x.iter_mut().zip(&mut arguments.z).enumerate() {
             let index = index.wrapping_add(i as u64);
             *x = 1.0 - bits(key, index, 0) as i64 as f64 * UNIT;
             *z = (bits(key, index, 1) as i64 as f64 * UNIT - 0.5).abs() - 0.25;
         }
-        let mut rounded = [(T::default(), false); BLOCK];
-        for ((to, x), z) in rounded.iter_mut().zip(&x).zip(&z) {
-            let value = std * (minus_twice_ln(*x).sqrt() * cos_turn(*z));
-            let (near, doubt) = T::near(value.to_bits());
-            *to = (near, doubt | (z.abs() < 1.0 / 4096.0));
-        }
+        let mut rounded = T::near(&arguments, std);
+        rounded.iter_mut().zip(&arguments.z).for_each(|(to, z)| to.1 |= z.abs() < 1.0 / 4096.0);
         for (i, (to, (near, doubt))) in out.chunks_exact_mut(size).zip(&rounded).enumerate() {
             let element = match doubt {
                 true => T::exact(std * normal(seed, index.wrapping_add(i as u64))),
@@ -173,6 +216,11 @@ pub(super) fn fill(dtype: DType, seed: u64, std: f64, first: u64, out: &mut [u8]
 mod tests {
     use super::*;
     use crate::tensor::encode;
+
+    fn f32_radius(x: f64) -> f32 {
+        let (m, k) = split_f32(x);
+        minus_twice_ln_f32(m, k).sqrt()
+    }
 
     /// Every element against its definition.
     fn check(dtype: DType, seed: u64, std: f64, first: u64, count: usize) {
@@ -208,18 +256,22 @@ mod tests {
 
     #[test]
     fn near_numbers_are_nearer_than_doubt() {
-        let (key, mut worst, mut asked) = (key_of(11), 0, 0);
+        let (key, mut worst, mut worst_f32, mut asked) = (key_of(11), 0, 0, 0);
         for index in 0..300_000 {
             let x = 1.0 - bits(key, index, 0) as f64 * UNIT;
             let z = (bits(key, index, 1) as f64 * UNIT - 0.5).abs() - 0.25;
-            let near = minus_twice_ln(x).sqrt() * cos_turn(z);
             if z.abs() < 1.0 / 4096.0 {
                 asked += 1;
                 continue;
             }
-            worst = near.to_bits().abs_diff(normal(11, index).to_bits()).max(worst);
+            let exact = normal(11, index);
+            let near = minus_twice_ln(x).sqrt() * cos_turn(z);
+            let near_f32 = f32_radius(x) * cos_turn_f32(z);
+            worst = near.to_bits().abs_diff(exact.to_bits()).max(worst);
+            worst_f32 = near_f32.to_bits().abs_diff((exact as f32).to_bits()).max(worst_f32);
         }
         assert!(worst < DOUBT / 16, "{worst}");
+        assert!(worst_f32 < DOUBT_F32 / 4, "{worst_f32}");
         assert!(asked < 600, "{asked}");
     }
 

@@ -1,4 +1,8 @@
-//! Where a step's time goes: times of nodes by kernel against what this machine can do, and as a Chrome trace.
+//! Where a step's time goes: times of nodes by kernel and source layers against what the hardware can do, and as a
+//! Chrome trace.
+//!
+//! Layers that differ in numbers alone are one row. Nodes that a device runs together are one call, with the work and the
+//! layers of all.
 //!
 //! Operations and bytes are those of [`millrace::ir::step_cost`]: each byte counts once, whatever caches do. A rate
 //! above a ceiling is therefore possible where data stays in a cache.
@@ -9,35 +13,17 @@ use std::time::Duration;
 use millrace::ir::cost::Cost;
 use millrace::ir::step_cost::step_cost;
 use millrace::ir::{Module, NodeId};
-use millrace::kernels::cpu::{Pool, ceilings};
 use millrace::runtime::profile::{Span, Step};
 use millrace::{Error, Profile, Result};
 use serde_json::{Value, json};
 
-/// What the threads of a run can do at most, measured.
-#[derive(Clone, Copy)]
-pub struct Ceilings {
-    /// Multiply-add rate in f32, in GFLOP/s.
-    pub gflops: f64,
-    /// Memory read rate in GB/s.
-    pub read_gbs: f64,
-}
-
-impl Ceilings {
-    /// Measures with `threads` threads; takes a second or two. The multiply-add rate is that of one thread times
-    /// `threads`.
-    pub fn measure(threads: usize) -> Self {
-        Ceilings {
-            gflops: ceilings::fma_gflops(&Pool::new(1)) * threads as f64,
-            read_gbs: ceilings::read_gbs(&Pool::new(threads)),
-        }
-    }
-}
+use crate::cli::ceilings::Ceilings;
 
 /// Time and work of some nodes.
 #[derive(Clone, Default)]
 struct Family {
     kernel: String,
+    layers: String,
     calls: usize,
     time: Duration,
     /// How much of that was waiting for streamed weights.
@@ -73,7 +59,7 @@ struct Phase {
     steps: usize,
     /// Of whole steps.
     total: Family,
-    /// By kernel, the longest first.
+    /// By kernel and layers, the longest first.
     families: Vec<Family>,
 }
 
@@ -84,7 +70,7 @@ impl Phase {
     }
 }
 
-/// A profile by phase and kernel.
+/// A profile by phase, kernel and layers.
 pub struct Summary {
     ceilings: Ceilings,
     phases: Vec<Phase>,
@@ -106,6 +92,43 @@ fn phase_of(module: &Module, step: &Step) -> &'static str {
     }
 }
 
+/// The layers of a node, numbers left out.
+fn layers(module: &Module, node: NodeId) -> Vec<String> {
+    let pattern = |layer: String| {
+        let part = |p: &str| if p.parse::<u64>().is_ok() { "*".to_string() } else { p.to_string() };
+        layer.split('.').map(part).collect::<Vec<_>>().join(".")
+    };
+    module
+        .graph
+        .nodes
+        .get(node)
+        .map_or_else(Vec::new, |n| n.loc.iter().map(|l| pattern(l.to_string())).collect())
+}
+
+/// A node with time, and what ran with it.
+struct Call<'a> {
+    span: &'a Span,
+    layers: Vec<String>,
+    cost: Cost,
+}
+
+/// The calls of a step. What has no time of its own ran with the next that has.
+fn calls<'a>(module: &Module, step: &'a Step) -> Vec<Call<'a>> {
+    let (mut calls, mut cost, mut names) = (Vec::new(), Cost::default(), Vec::new());
+    for (at, span) in step.spans.iter().enumerate() {
+        cost = cost.plus(step_cost(module, span.node, &step.bindings, &step.sequences).unwrap_or_default());
+        for layer in layers(module, span.node) {
+            if !names.contains(&layer) {
+                names.push(layer);
+            }
+        }
+        if !span.duration.is_zero() || at + 1 == step.spans.len() {
+            calls.push(Call { span, layers: std::mem::take(&mut names), cost: std::mem::take(&mut cost) });
+        }
+    }
+    calls
+}
+
 /// Adds up a profile of `module`.
 pub fn summarise(module: &Module, profile: &Profile, ceilings: Ceilings) -> Summary {
     let mut phases: Vec<Phase> = Vec::new();
@@ -118,11 +141,11 @@ pub fn summarise(module: &Module, profile: &Profile, ceilings: Ceilings) -> Summ
         let phase = &mut phases[index];
         phase.steps += 1;
         phase.total.time += step.duration;
-        for span in &step.spans {
-            let cost = step_cost(module, span.node, &step.bindings, &step.sequences).unwrap_or_default();
-            let kernel = kernel(module, span.node);
-            let index = phase.families.iter().position(|f| f.kernel == kernel).unwrap_or_else(|| {
-                phase.families.push(Family { kernel: kernel.to_string(), ..Family::default() });
+        for Call { span, layers, cost } in calls(module, step) {
+            let (kernel, layers) = (kernel(module, span.node), layers.join(", "));
+            let found = phase.families.iter().position(|f| f.kernel == kernel && f.layers == layers);
+            let index = found.unwrap_or_else(|| {
+                phase.families.push(Family { kernel: kernel.to_string(), layers, ..Family::default() });
                 phase.families.len() - 1
             });
             phase.families[index].add(span, cost);
@@ -136,8 +159,8 @@ pub fn summarise(module: &Module, profile: &Profile, ceilings: Ceilings) -> Summ
     Summary { ceilings, phases }
 }
 
-const COLUMNS: [&str; 8] =
-    ["kernel", "calls", "ms", "share %", "GFLOP/s", "% of peak", "GB/s", "% of read rate"];
+const COLUMNS: [&str; 9] =
+    ["kernel", "calls", "ms", "share %", "GFLOP/s", "% of peak", "GB/s", "% of read rate", "layers"];
 
 fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
@@ -150,18 +173,17 @@ fn percent(part: f64, whole: f64) -> f64 {
 impl Summary {
     fn head(&self, phase: &Phase) -> String {
         format!(
-            "{}: {} steps of {:.3} ms, kernel by kernel; ceilings {:.0} GFLOP/s (f32) and {:.1} GB/s",
+            "{}: {} steps of {:.3} ms, kernel by kernel; ceilings {}",
             phase.name,
             phase.steps,
             ms(phase.total.time) / phase.steps.max(1) as f64,
-            self.ceilings.gflops,
-            self.ceilings.read_gbs
+            self.ceilings.line()
         )
     }
 
     /// Cells below [`COLUMNS`], the last ones for the time between kernels, for waiting inside kernels with the rate at which
     /// weights streamed, if any did, and for the whole.
-    fn cells(&self, phase: &Phase) -> Vec<[String; 8]> {
+    fn cells(&self, phase: &Phase) -> Vec<[String; 9]> {
         let share = |time: Duration| format!("{:.1}", percent(ms(time), ms(phase.total.time)));
         let line = |name: &str, f: &Family| {
             let (flops, bytes) = (f.rate(f.cost.flops), f.rate(f.bytes()));
@@ -171,21 +193,22 @@ impl Summary {
                 format!("{:.3}", ms(f.time)),
                 share(f.time),
                 format!("{flops:.1}"),
-                format!("{:.1}", percent(flops, self.ceilings.gflops)),
+                self.ceilings.percent_of_peak(flops),
                 format!("{bytes:.1}"),
                 format!("{:.1}", percent(bytes, self.ceilings.read_gbs)),
+                f.layers.clone(),
             ]
         };
         let mut lines: Vec<_> = phase.families.iter().map(|f| line(&f.kernel, f)).collect();
         let outside = phase.outside();
-        let mut between = [const { String::new() }; 8];
+        let mut between = [const { String::new() }; 9];
         between[0] = "between kernels".to_string();
         between[2] = format!("{:.3}", ms(outside));
         between[3] = share(outside);
         lines.push(between);
         if phase.total.streamed > 0 {
             let Family { stall, streamed, .. } = phase.total;
-            let mut waiting = [const { String::new() }; 8];
+            let mut waiting = [const { String::new() }; 9];
             waiting[0] = "waiting for weights".to_string();
             waiting[2] = format!("{:.3}", ms(stall));
             waiting[3] = share(stall);
@@ -203,9 +226,10 @@ impl Summary {
             text += &format!("{}\n", self.head(phase));
             let mut lines = self.cells(phase);
             lines.insert(0, COLUMNS.map(str::to_string));
-            for [name, cells @ ..] in lines {
+            for [name, cells @ .., layers] in lines {
                 let cells: String = cells.iter().map(|c| format!(" {c:>14}")).collect();
-                text += &format!("  {name:<24}{cells}\n");
+                text += format!("  {name:<28}{cells}  {layers}").trim_end();
+                text += "\n";
             }
         }
         text
@@ -219,7 +243,7 @@ impl Summary {
                 "\n{}\n\n| {} |\n| ---{}\n",
                 self.head(phase),
                 COLUMNS.join(" | "),
-                " | ---:".repeat(7) + " |"
+                " | ---:".repeat(7) + " | --- |"
             );
             for line in self.cells(phase) {
                 text += &format!("| {} |\n", line.join(" | "));
@@ -242,14 +266,14 @@ impl Summary {
                 "read_bytes": f.cost.read,
                 "written_bytes": f.cost.written,
                 "gflops": flops,
-                "of_peak": percent(flops, self.ceilings.gflops) / 100.0,
+                "of_peak": self.ceilings.gflops.map(|most| flops / most),
                 "gbs": bytes,
                 "of_read_rate": percent(bytes, self.ceilings.read_gbs) / 100.0,
             })
         };
         let phases = self.phases.iter().map(|phase| {
             let kernels = phase.families.iter().map(|f| {
-                let mut object = json!({"kernel": f.kernel});
+                let mut object = json!({"kernel": f.kernel, "layers": f.layers});
                 if let (Value::Object(object), Value::Object(rest)) = (&mut object, family(f, phase)) {
                     object.extend(rest);
                 }
@@ -264,7 +288,7 @@ impl Summary {
             })
         });
         json!({
-            "ceilings": {"gflops": self.ceilings.gflops, "read_gbs": self.ceilings.read_gbs},
+            "ceilings": self.ceilings.json(),
             "phases": phases.collect::<Vec<_>>(),
         })
     }
@@ -279,14 +303,27 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// Adds a row's profile.
-    pub fn add(&mut self, title: &str, module: &Module, profile: &Profile) {
+    /// Adds a row's profile; with ceilings, calls say how near they come.
+    pub fn add(&mut self, title: &str, module: &Module, profile: &Profile, ceilings: Option<Ceilings>) {
         self.rows += 1;
         let pid = self.rows;
         self.events.push(json!({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": title}}));
         let us = |time: Duration| time.as_nanos() as f64 / 1e3;
         for (index, step) in profile.steps.iter().enumerate() {
+            let mut calls = calls(module, step).into_iter().peekable();
             for span in &step.spans {
+                let call = calls.next_if(|c| c.span == span);
+                let rates = call.zip(ceilings).map_or(Value::Null, |(call, ceilings)| {
+                    let seconds = span.duration.as_secs_f64().max(1e-9);
+                    let gflops = call.cost.flops as f64 / seconds / 1e9;
+                    let gbs = call.cost.read.saturating_add(call.cost.written) as f64 / seconds / 1e9;
+                    json!({
+                        "gflops": gflops,
+                        "of_peak": ceilings.gflops.map(|most| gflops / most),
+                        "gbs": gbs,
+                        "of_read_rate": gbs / ceilings.read_gbs,
+                    })
+                });
                 let node = module.graph.nodes.get(span.node);
                 let cost = step_cost(module, span.node, &step.bindings, &step.sequences).unwrap_or_default();
                 let kernel = kernel(module, span.node);
@@ -309,6 +346,7 @@ impl Trace {
                         "written_bytes": cost.written,
                         "stall_us": us(span.stall),
                         "streamed_bytes": span.streamed,
+                        "rates": rates,
                     },
                 }));
             }

@@ -80,6 +80,8 @@ pub struct Judged {
     prepared: Prepared,
     judge: Judge,
     path: std::path::PathBuf,
+    /// Whether a step may read a cache before it writes its own rows.
+    reads_first: bool,
 }
 
 /// How many cases use the device side by side. A fault is the fault of one of them.
@@ -106,7 +108,8 @@ impl Judged {
         let mut random = Random::new(seed ^ 0x6a75_6467);
         let judge = Judge::over(subject, prepared.states.clone(), prepared.steps.clone(), &mut random)
             .map_err(|e| format!("reference: {e}"))?;
-        Ok(Judged { prepared, judge, path })
+        let reads_first = matches!(case.source, Source::Random(_)) && !prepared.states.is_empty();
+        Ok(Judged { prepared, judge, path, reads_first })
     }
 
     /// Steps that are run.
@@ -196,10 +199,14 @@ impl Judged {
                 run(&mut session, &poison(inputs)).map_err(shown)?;
             }
             let times = if backend == Backend::CudaGraph { 3 } else { 1 };
+            // What a step finds in a cache it reads first must be what the steps before it wrote, not what it wrote itself.
+            let again = self.reads_first && at > 0 && backend.on_gpu();
             for _ in 0..times {
-                // A graph may read a cache before it writes its own rows: the first step begins with empty ones.
-                if at == 0 {
+                if at == 0 || again {
                     session.reset_states();
+                }
+                for (_, before) in &self.prepared.steps[..if again { at } else { 0 }] {
+                    run(&mut session, before).map_err(shown)?;
                 }
                 run(&mut session, inputs).map_err(shown)?;
             }

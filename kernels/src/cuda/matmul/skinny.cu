@@ -388,6 +388,11 @@ DEVICE bool feature_of(int tile, int i, int &row, int &segment, int &at) {
 }
 
 //# tiled
+// Whether all panels of a tile are of the launch.
+DEVICE bool whole_tile(int tile, int tile_first, int tile_count) {
+    int before = tile * TILE - tile_first;
+    return before >= 0 && before + TILE <= tile_count;
+}
 // Whether feature number i of a tile is made of panels of the launch.
 DEVICE bool launched(int tile, int i, int tile_first, int tile_count) {
     return (u32)(tile * TILE + (GATED ? i / 8 * 2 : i / 8) - tile_first) < (u32)tile_count;
@@ -396,20 +401,26 @@ DEVICE bool launched(int tile, int i, int tile_first, int tile_count) {
 //# end
 // Brings what the steps before the store read near, while the sums are still being made.
 DEVICE void touch_tile(PARAMETERS, int tile, int m) {
+//# tiled
+    const bool whole = whole_tile(tile, tile_first, tile_count);
+//# end
     for (int i = threadIdx.x; i < FEATURES * m; i += THREADS) {
         int row, segment, at;
 //# tiled
-        if (!launched(tile, i % FEATURES, tile_first, tile_count)) continue;
+        if (!whole && !launched(tile, i % FEATURES, tile_first, tile_count)) continue;
 //# end
         if (feature_of(tile, i % FEATURES, row, segment, at)) touch(ARGUMENTS, i / FEATURES, segment, at);
     }
 }
 
 DEVICE void finish_tile(PARAMETERS, const float *sums, int tile, int m) {
+//# tiled
+    const bool whole = whole_tile(tile, tile_first, tile_count);
+//# end
     for (int i = threadIdx.x; i < FEATURES * m; i += THREADS) {
         int row, segment, at, column = i / FEATURES;
 //# tiled
-        if (!launched(tile, i % FEATURES, tile_first, tile_count)) continue;
+        if (!whole && !launched(tile, i % FEATURES, tile_first, tile_count)) continue;
 //# end
         if (!feature_of(tile, i % FEATURES, row, segment, at)) continue;
         float v = total(sums, row, column);

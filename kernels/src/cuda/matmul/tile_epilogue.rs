@@ -5,6 +5,8 @@
 
 use std::fmt::Write;
 
+use millrace_ir::Dim;
+use millrace_ir::launch::tile_first;
 use millrace_ir::ops::fused_matmul::Epilogue;
 use millrace_ir::ops::unary::UnaryFn;
 
@@ -16,7 +18,13 @@ use crate::cuda::plan::Argument;
 pub fn arguments(problem: &Problem<'_>) -> Vec<Argument> {
     let operands = problem.epilogue.iter().filter_map(|t| t.operand);
     let addresses = operands.chain(problem.results.iter().copied()).map(Argument::Address);
-    addresses.chain(problem.tile_arguments()).collect()
+    let mut arguments: Vec<Argument> = addresses.chain(problem.tile_arguments()).collect();
+    if problem.tiles().is_some() {
+        // End of the panels of results. A parameter is an operand of the comparisons with it and takes no register.
+        let end = Dim::from(tile_first()).add(&problem.tile_slices());
+        arguments.push(Argument::I32(if problem.gated() { end.ceil_div(2) } else { end }));
+    }
+    arguments
 }
 
 /// What `epilogue.cu` asks for: constants, `Pointers`, `place_of`, `operand_of`, `bias_pointer` and `finish`. `None` for steps
@@ -74,8 +82,8 @@ pub fn declare(problem: &Problem<'_>) -> Option<String> {
     let mut members = declared.clone();
     if tiled {
         members.push("int end");
-        declared.extend(["int tile_first", "int tile_count"]);
-        names.push("(tile_first + tile_count) / (1 + GATED)");
+        declared.extend(["int tile_first", "int tile_count", "int out_end"]);
+        names.push("out_end");
     }
     line(format_args!("struct Pointers {{ {}; }};", join(members, "; ")));
     line(format_args!("#define POINTER_PARAMETERS {}", join(declared, ", ")));
