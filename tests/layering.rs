@@ -90,6 +90,8 @@ fn unsafe_code_stays_in_the_named_modules() {
         "runtime/src/memory.rs",
         "runtime/src/mapping.rs",
         "runtime/src/cpu/execute.rs",
+        "runtime/src/cpu/readers.rs",
+        "runtime/src/cpu/residence.rs",
         "runtime/src/cuda/driver.rs",
         "runtime/src/cuda/transfer.rs",
         "runtime/src/cuda/launch.rs",

@@ -63,7 +63,7 @@ impl DirectFile {
         while aligned && done < whole {
             match read_at(direct, &mut out[done..whole], offset + done as u64) {
                 // At the end of the file there may be less than a block.
-                Ok(count) if count > 0 && count % BLOCK == 0 => done += count,
+                Ok(count) if count > 0 && count.is_multiple_of(BLOCK) => done += count,
                 Ok(_) => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {

@@ -61,7 +61,6 @@ impl Shared {
             drop(state);
             let result = if skip { Ok(()) } else { self.file.read(job.offset, job.gap.bytes()) };
             let number = job.ticket;
-            drop(job);
             state = self.lock();
             let ticket = &mut state.tickets[number];
             ticket.pending -= 1;

@@ -169,8 +169,8 @@ fn cut(module: &Module, node: &Node, operand: usize) -> Cut {
     match &*node.op {
         Op::FusedMatmul(op) if operand == 1 => match (op.glu().is_some(), op.cores, op.panel > 0) {
             // The panels of gate and up alternate.
-            (true, true, _) => Cut::Tiles { granule: 2, parts: 1 },
-            (false, true, _) => Cut::Tiles { granule: 1, parts: 1 },
+            (true, true, _) if cuda => Cut::Tiles { granule: 2, parts: 1 },
+            (false, true, _) if cuda => Cut::Tiles { granule: 1, parts: 1 },
             (gated, false, true) if !cuda && runs("cpu.matmul.packed") => {
                 Cut::Tiles { granule: 1, parts: if gated { 2 } else { 1 } }
             }
