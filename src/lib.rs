@@ -17,10 +17,17 @@
 //! ```
 #![forbid(unsafe_code)]
 
+/// The programs of `docs/streaming.md` and `docs/memory.md` compile.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/streaming.md")]
+#[doc = include_str!("../docs/memory.md")]
+pub struct Documentation;
+
 pub mod diff;
 pub mod filetest;
 pub mod fit;
 pub mod page;
+pub mod tune;
 
 pub use millrace_compiler as compiler;
 pub use millrace_ir as ir;

@@ -32,7 +32,7 @@ fn nvrtc(test: &str) -> bool {
 
 fn options(target: &str, cache: Option<PathBuf>) -> CompileOptions {
     let target = TargetChoice::parse(target).unwrap();
-    let builder = Builder { cache, threads: None };
+    let builder = Builder { cache, ..Builder::default() };
     let mut options =
         CompileOptions { pipeline: target.level(2), target, builder, ..CompileOptions::default() };
     options.import.dummy_weights = true;
@@ -126,17 +126,26 @@ fn every_family_builds_for_every_architecture() {
     cases.push((root("tests/data/configs/minilm"), Precision::Fixed(DType::F16)));
     cases.push((root("tests/data/tiny-random/mistral-sliding"), Precision::Fixed(DType::F32)));
     for (path, precision) in cases {
-        let mut options = cached("cuda");
+        let mut options = cached("cuda,ptx");
         options.import.precision = precision;
         if path == single.path() {
             options.pipeline = options.target.level(0);
         }
         let compiled = compile(&path, &options, None).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        assert_eq!(compiled.device.bundles.len(), Arch::ALL.len());
+        assert_eq!(compiled.device.bundles.len(), Arch::ALL.len() + 1);
         for bundle in &compiled.device.bundles {
             Bundle::decode(&bundle.encode()).unwrap();
+            let ptx = bundle.table.arch == "compute_80";
             for kernel in &bundle.table.kernels {
-                assert!(kernel.registers > 0, "{} says nothing of {}", path.display(), kernel.entry);
+                // Registers of PTX are the driver's choice.
+                assert_eq!(kernel.registers == 0, ptx, "{} and {}", path.display(), kernel.entry);
+                let image = &bundle.images[kernel.image];
+                assert_eq!(image.starts_with(b"\x7fELF"), !ptx, "{}", kernel.entry);
+                if ptx {
+                    let text = std::str::from_utf8(image).unwrap();
+                    assert!(text.contains(".target compute_80") || text.contains(".target sm_80"), "{text}");
+                    assert!(text.contains(&format!(".entry {}(", kernel.entry)), "{text}");
+                }
                 seen.entry(bundle.table.arch.clone()).or_default().insert(kernel.family.clone());
             }
         }
@@ -305,7 +314,8 @@ fn inspect_shows_launches_and_texts() {
     let engine = engine.to_str().unwrap();
     let config = root("tests/data/configs/llama-3.1-8b");
     let config = config.to_str().unwrap();
-    let build = ["compile", config, "--dummy-weights", "--target", "cuda:sm_90a,cuda:sm_80", "-o", engine];
+    let build =
+        ["compile", config, "--dummy-weights", "--target", "cuda:sm_90a,cuda:sm_80,ptx", "-o", engine];
     let (done, text) = millrace(&build, true);
     assert!(done, "{text}");
     let inspect = |more: &[&str]| {
@@ -314,7 +324,17 @@ fn inspect_shows_launches_and_texts() {
         text
     };
     let kernels = inspect(&["--kernels"]);
-    for part in ["sm_90a: ", "sm_80: ", "registers", "model.layers.3", "grid [", "else: ", "$t"] {
+    for part in [
+        "sm_90a: ",
+        "sm_80: ",
+        "compute_80: ",
+        "threads, PTX, shared",
+        "registers",
+        "model.layers.3",
+        "grid [",
+        "else: ",
+        "$t",
+    ] {
         assert!(kernels.contains(part), "no {part} in {kernels}");
     }
     let at = inspect(&["--at", "t=1,b=1,r=1,p=8"]);
@@ -328,7 +348,8 @@ fn inspect_shows_launches_and_texts() {
     );
     assert!(inspect(&["--source", "all"]).len() > source.len());
     let whole: serde_json::Value = serde_json::from_str(&inspect(&["--json"])).unwrap();
-    assert_eq!(whole["device"].as_array().unwrap().len(), 2);
+    assert_eq!(whole["device"].as_array().unwrap().len(), 3);
+    assert!(whole["device"][2]["kernels"][0]["registers"].is_null());
     for wrong in [["--at", "q=1"], ["--at", "t=0"], ["--at", "t"], ["--source", "nothing"]] {
         let (done, text) = millrace(&["inspect", engine, wrong[0], wrong[1]], true);
         assert!(!done && text.contains("error[usage/"), "{wrong:?}: {text}");

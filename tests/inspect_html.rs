@@ -8,10 +8,11 @@ use std::path::Path;
 use std::process::Command;
 
 use common::root;
+use millrace::fit::{Question, Subject};
 use millrace::ir::manifest::{Manifest, ModelKind};
 use millrace::ir::{DType, Module, text};
-use millrace::page::{Facts, History, Recorder, page};
-use millrace::{CompileOptions, Compiled, compile};
+use millrace::page::{Facts, History, Recorder, Streaming, page, page_with};
+use millrace::{CompileOptions, Compiled, SessionOptions, WeightBudget, compile};
 use serde_json::Value;
 
 const OPEN: &str = "<script type=\"application/json\" id=\"data\">";
@@ -205,5 +206,35 @@ fn both_verbs_write_pages() {
     // The engine tells the same about the graph as the compiler did.
     for part in ["nodes", "values", "buffers", "memory", "kernels", "groups", "manifest"] {
         assert_eq!(built[part], read[part], "{part}");
+    }
+}
+
+#[test]
+fn a_page_shows_where_weights_are_under_a_budget() {
+    let (compiled, history) = compiled("examples/models/baker-street-6m", false);
+    let (module, manifest) = (&compiled.module, &compiled.manifest);
+    let facts = Facts { manifest, stored: true, file: None };
+    let plain = page(module, &facts, Some(&history));
+    assert_eq!(split(&plain).1["streaming"], Value::Null);
+    let session = SessionOptions { budget: WeightBudget::Fraction(0.3), ..SessionOptions::default() };
+    let subject = Subject { module, manifest, table: None };
+    let streaming = Streaming::of(subject, &Question { session, ..Question::default() }).unwrap();
+    let text = page_with(module, &facts, Some(&history), Some(&streaming));
+    assert_eq!(text, page_with(module, &facts, Some(&history), Some(&streaming)));
+    let data = split(&text).1;
+    let told = &data["streaming"];
+    assert_eq!(told["moved"], streaming.placement.moved());
+    assert_eq!(told["weights"].as_array().unwrap().len(), module.used_weights().len());
+    assert_eq!(told["copies"].as_array().unwrap().len(), streaming.placement.copies.len());
+    for (step, name) in told["steps"].as_array().unwrap().iter().zip(["decode", "prefill"]) {
+        assert_eq!(step["name"], name);
+        let spans = step["spans"].as_array().unwrap();
+        let busy = |kind: u64| -> u64 {
+            let mine = spans.iter().filter(|s| s[0] == kind);
+            mine.map(|s| s[3].as_u64().unwrap() - s[2].as_u64().unwrap()).sum()
+        };
+        assert_eq!(busy(1), step["stall"].as_u64().unwrap());
+        assert_eq!(busy(2), step["copies"].as_u64().unwrap());
+        assert!(busy(0) <= step["compute"].as_u64().unwrap());
     }
 }

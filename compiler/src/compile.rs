@@ -1,5 +1,6 @@
 //! `compile`: the whole way from a folder or an IR file to an engine.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use crate::pass::Context;
 use crate::passes::{PlanReport, plan_report};
 use crate::pipeline::{Controls, Manager, Observer, PassRun, Pipeline};
 use crate::target::TargetChoice;
+use crate::tuning::Tuning;
 
 /// How to compile.
 #[derive(Clone, Debug)]
@@ -39,6 +41,8 @@ pub struct CompileOptions {
     pub target: TargetChoice,
     /// How device kernels are built.
     pub builder: Builder,
+    /// What measurements chose for sites of a GPU engine.
+    pub tuning: Tuning,
 }
 
 impl Default for CompileOptions {
@@ -52,6 +56,7 @@ impl Default for CompileOptions {
             controls: Controls::default(),
             target: TargetChoice::default(),
             builder: Builder::usual(),
+            tuning: Tuning::default(),
         }
     }
 }
@@ -80,6 +85,8 @@ pub struct Compiled {
     /// Kernels of a GPU engine.
     pub device: DeviceCode,
     weights: WeightMode,
+    /// Candidates of the tuning that code generation took, by key.
+    tuned: BTreeMap<String, String>,
     source_hash: [u8; 32],
 }
 
@@ -163,9 +170,31 @@ pub fn compile<'a>(
 pub fn compile_with<'a>(
     path: &Path,
     options: &CompileOptions,
-    mut observer: Option<&'a mut Observer<'a>>,
+    observer: Option<&'a mut Observer<'a>>,
     progress: &mut Progress,
 ) -> Result<Compiled> {
+    finish(prepare_with(path, options, observer, progress)?, options, progress)
+}
+
+/// A planned module, ready for code generation.
+pub struct Prepared {
+    /// The module.
+    pub module: Module,
+    folder: Option<SourceFolder>,
+    limits: Option<Limits>,
+    source_hash: [u8; 32],
+}
+
+/// The first part of [`compile_with`]: reads the model and runs the pipeline. Architectures and tuning do not matter yet.
+///
+/// # Errors
+/// As [`compile`].
+pub fn prepare_with<'a>(
+    path: &Path,
+    options: &CompileOptions,
+    mut observer: Option<&'a mut Observer<'a>>,
+    progress: &mut Progress,
+) -> Result<Prepared> {
     let SourceModel { mut module, folder, limits, hash: source_hash } =
         SourceModel::read(path, &options.import)?;
     if let Some(observer) = &mut observer {
@@ -187,18 +216,31 @@ pub fn compile_with<'a>(
         module.weights.iter_mut().for_each(|(_, w)| w.stream = None);
     }
     module.compact();
+    Ok(Prepared { module, folder, limits, source_hash })
+}
+
+/// The second part of [`compile_with`]: chooses and builds kernels. The options are those of the first part.
+///
+/// # Errors
+/// As [`compile`].
+pub fn finish(prepared: Prepared, options: &CompileOptions, progress: &mut Progress) -> Result<Compiled> {
+    let Prepared { module, folder, limits, source_hash } = prepared;
     let mut device = DeviceCode::default();
+    let mut tuned = BTreeMap::new();
     let module = if options.target.archs.is_empty() {
         lower(module)?
     } else {
-        let lowered = cuda::lower(check(&module)?, &options.target.archs, &options.builder)?;
+        let choices = options.tuning.choices();
+        tuned = cuda::tuned(&module, &options.target.archs, &options.tuning, &mut progress.context);
+        let lowered = cuda::lower(check(&module)?, &options.target.archs, &options.builder, &choices)?;
         device = DeviceCode { bundles: lowered.bundles, counts: lowered.counts, sources: lowered.sources };
         lowered.module
     };
     check(&module)?;
     let manifest = manifest(&module, folder.as_ref(), limits, options);
     let Progress { runs, context } = std::mem::take(progress);
-    Ok(Compiled { module, manifest, runs, context, folder, device, weights: options.weights, source_hash })
+    let weights = options.weights;
+    Ok(Compiled { module, manifest, runs, context, folder, device, weights, tuned, source_hash })
 }
 
 fn manifest(
@@ -271,13 +313,16 @@ impl Compiled {
             files.extend(optional.into_iter().filter_map(|(k, b)| b.as_deref().map(|b| (k, b))));
             files.push((SectionKind::Config, &f.config_bytes));
         }
-        let provenance = serde_json::json!({
+        let mut provenance = serde_json::json!({
             "producer": format!("millrace {}", env!("CARGO_PKG_VERSION")),
             "source_hash": hex(&self.source_hash),
             "pipeline": self.manifest.pipeline,
             "weights": if self.weights == WeightMode::Stored { "stored" } else { "stripped" },
             "passes": self.runs.iter().map(|r| r.name).collect::<Vec<_>>(),
         });
+        if !self.tuned.is_empty() {
+            provenance["tuning"] = serde_json::json!(self.tuned);
+        }
         let provenance = serde_json::to_vec_pretty(&provenance).unwrap_or_default();
         let parts = EngineParts {
             manifest: &self.manifest,

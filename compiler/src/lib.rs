@@ -19,6 +19,8 @@ pub mod registry;
 pub mod rewrite;
 mod rolled;
 pub mod target;
+pub mod tuning;
 
 pub use compile::{CompileOptions, Compiled, compile};
 pub use registry::Registry;
+pub use tuning::Tuning;

@@ -33,7 +33,7 @@ pub struct Target {
 pub struct TargetChoice {
     /// The target's facts.
     pub target: Target,
-    /// Architectures of a CUDA engine, each once; none for other targets.
+    /// Architectures of a CUDA engine, each once, PTX last; none for other targets.
     pub archs: Vec<Arch>,
 }
 
@@ -46,8 +46,8 @@ impl Default for TargetChoice {
 }
 
 impl TargetChoice {
-    /// Reads `cpu`, `cuda` (every architecture), or a list such as `cuda:sm_90a,cuda:sm_80`; `cuda:` may be left out
-    /// after the first.
+    /// Reads `cpu`, `cuda` (every architecture), or a list such as `cuda:sm_90a,cuda:sm_80,ptx`; `cuda:` may be left out
+    /// after the first. `ptx` adds PTX text for parts that none of the others is for.
     ///
     /// # Errors
     /// `compile/target` for an unknown target or architecture.
@@ -57,7 +57,7 @@ impl TargetChoice {
         let bad = |what: String| {
             let known: Vec<&str> = Arch::ALL.iter().map(|a| a.name()).collect();
             Error::new(Kind::Unsupported, "compile/target", what)
-                .hint(format!("write cuda:sm_90a,cuda:sm_80; architectures are {}", known.join(", ")))
+                .hint(format!("write cuda:sm_90a,cuda:sm_80; architectures are {}, ptx", known.join(", ")))
         };
         if text == name {
             let archs = if name == "cuda" { Arch::ALL.to_vec() } else { Vec::new() };
@@ -69,11 +69,22 @@ impl TargetChoice {
         let mut archs = Vec::new();
         for part in text.split(',') {
             let arch = part.strip_prefix("cuda:").unwrap_or(part);
-            let arch = Arch::parse(arch).ok_or_else(|| bad(format!("there is no architecture `{arch}`")))?;
-            if !archs.contains(&arch) {
-                archs.push(arch);
+            match arch {
+                "cuda" => archs.extend(Arch::ALL),
+                "ptx" => archs.push(Arch::Compute80),
+                _ => archs.push(
+                    Arch::parse(arch).ok_or_else(|| bad(format!("there is no architecture `{arch}`")))?,
+                ),
             }
         }
+        let mut seen = Vec::new();
+        archs.retain(|a| {
+            !seen.contains(a) && {
+                seen.push(*a);
+                true
+            }
+        });
+        archs.sort_by_key(|a| a.is_virtual());
         Ok(TargetChoice { target, archs })
     }
 
@@ -125,7 +136,9 @@ mod tests {
         assert_eq!(archs("cpu").unwrap(), []);
         assert_eq!(archs("cuda").unwrap(), Arch::ALL);
         assert_eq!(archs("cuda:sm_90a,cuda:sm_80,sm_80").unwrap(), [Arch::Sm90a, Arch::Sm80]);
-        for bad in ["tpu", "cpu:sm_80", "cuda:sm_91", "cuda:", "cuda,cpu"] {
+        assert_eq!(archs("cuda:ptx,sm_90a,ptx").unwrap(), [Arch::Sm90a, Arch::Compute80]);
+        assert_eq!(archs("cuda,ptx").unwrap().len(), Arch::ALL.len() + 1);
+        for bad in ["ptx", "tpu", "cpu:sm_80", "cuda:sm_91", "cuda:", "cuda,cpu"] {
             assert_eq!(archs(bad).unwrap_err().code(), "compile/target", "{bad}");
         }
         let cuda = TargetChoice::parse("cuda").unwrap();

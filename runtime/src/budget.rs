@@ -9,6 +9,12 @@ use millrace_ir::cost::Sustained;
 use millrace_ir::plan::stream::{self, Demand, Placement, Ring};
 use millrace_ir::{Bindings, Error, Kind, Module, Result};
 
+/// Most slots of a ring.
+const SLOTS: usize = 1024;
+
+/// Least alignment of weights: that of all buffers.
+const ALIGN: u64 = 64;
+
 /// How much device memory the weights may take; for a CPU session, how much host memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum WeightBudget {
@@ -62,7 +68,7 @@ impl WeightBudget {
             WeightBudget::Resident => u64::MAX,
             WeightBudget::Bytes(bytes) => bytes,
             WeightBudget::Auto { reserve } => free()?.saturating_sub(reserve).max(least),
-            WeightBudget::Fraction(part) if part == 1.0 => u64::MAX,
+            WeightBudget::Fraction(1.0) => u64::MAX,
             WeightBudget::Fraction(part) if (0.0..1.0).contains(&part) => {
                 least.saturating_add((part * demand.streamable(ring.small) as f64) as u64)
             }
@@ -97,8 +103,10 @@ pub(crate) struct Residency {
 }
 
 impl Residency {
-    /// All weights of `module` resident.
+    /// All weights of `module` resident. A ring has two slots or more, and what is in it is aligned for every kernel.
     pub fn new(module: &Module, demand: Demand, ring: Ring) -> Result<Residency> {
+        let align = ring.align.max(ALIGN).checked_next_power_of_two().unwrap_or(ALIGN);
+        let ring = Ring { slots: ring.slots.clamp(2, SLOTS), align, ..ring };
         let work = typical_work(module, &demand);
         let placement = stream::place(&demand, u64::MAX, &ring, &work)?;
         Ok(Residency { demand, ring, budget: WeightBudget::Resident, placement, work })

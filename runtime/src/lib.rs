@@ -2,13 +2,15 @@
 //!
 //! An [`Engine`] is a checked file; a [`Session`] holds memory and runs steps. [`generation`] stands above sessions and
 //! knows nothing of them. `unsafe` is confined to `memory` (aligned buffers and typed views), `mapping` (the mapped
-//! weights of an engine file), `cpu::execute` (typed views of one node) and, under [`cuda`], `driver` (handles and device
-//! memory), `transfer` (pinned memory) and `launch` (launches and graphs).
+//! weights of an engine file), `cpu::execute` (typed views of one node), `cpu::readers` and `cpu::residence` (memory that threads
+//! fill) and, under [`cuda`], `driver` (handles and device memory), `transfer` (pinned memory), `launch` (launches and
+//! graphs) and `library` (cuBLASLt).
 #![deny(unsafe_code)]
 
 pub mod budget;
 mod cpu;
 pub mod cuda;
+mod direct;
 pub mod engine;
 pub mod generation;
 pub mod ledger;

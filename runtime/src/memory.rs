@@ -109,7 +109,38 @@ impl Piece for Region {
     }
 }
 
+/// A range of memory that one thread fills while no other touches it.
+#[derive(Debug)]
+pub(crate) struct Gap {
+    pointer: *mut u8,
+    len: usize,
+}
+
+// SAFETY: whoever made the gap vouches that nobody else touches its memory while it exists.
+unsafe impl Send for Gap {}
+
+impl Gap {
+    /// The bytes.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: live, writable and untouched by others, as vouched for by `Region::lend`.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer, self.len) }
+    }
+}
+
 impl Region {
+    /// A region that may be written.
+    pub fn writable(bytes: &mut [u8]) -> Region {
+        Region { pointer: bytes.as_mut_ptr(), len: bytes.len(), writable: true }
+    }
+
+    /// Gives the region to another thread to fill; `None` if it must not be written.
+    ///
+    /// # Safety
+    /// Until the gap is dropped the memory lives, and nobody reads or writes it in another way.
+    pub unsafe fn lend(self) -> Option<Gap> {
+        self.writable.then_some(Gap { pointer: self.pointer, len: self.len })
+    }
+
     /// A region that is only read.
     pub fn read_only(bytes: &[u8]) -> Region {
         Region { pointer: bytes.as_ptr().cast_mut(), len: bytes.len(), writable: false }
@@ -177,4 +208,13 @@ impl Region {
         // SAFETY: range and alignment hold, every bit pattern is valid; the caller vouches for the rest.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), n) })
     }
+}
+
+/// A line of the system's account of host memory, in bytes; all there could be where it tells nothing.
+pub(crate) fn host_memory(name: &str) -> u64 {
+    let line = |text: String| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name))?.trim().strip_suffix("kB")?;
+        line.trim().parse::<u64>().ok()?.checked_mul(1024)
+    };
+    std::fs::read_to_string("/proc/meminfo").ok().and_then(line).unwrap_or(u64::MAX)
 }

@@ -4,15 +4,41 @@
 
 use std::fmt;
 
-use millrace_ir::launch::LaunchTable;
-use millrace_ir::plan::stream::{self, Demand, Placement, Ring};
+use millrace_ir::launch::{LaunchTable, Tiles};
+use millrace_ir::plan::stream::{self, Cut, Demand, Placement, Ring};
 use millrace_ir::{Bindings, Error, Kind, Module, Result};
 
+use crate::cuda::reads;
 use crate::ledger::Class;
 use crate::sizes::{StepSizes, no_size, state_bytes};
 
 /// The symbol that sizes caches.
 pub(crate) const PAGES: &str = "pages";
+
+/// What the weights of `module` can do: on a device, weights stream in tiles where its launch `table` computes with tiles.
+///
+/// # Errors
+/// As [`Demand::of`].
+pub fn demand(module: &Module, table: Option<&LaunchTable>) -> Result<Demand> {
+    let mut demand = Demand::of(module)?;
+    for step in table.map_or(&[][..], |t| &t.steps) {
+        let first = demand.uses.partition_point(|u| u.node < step.first);
+        let uses = demand.uses[first..].iter().take_while(|u| u.node < step.first + step.nodes);
+        let items: Vec<usize> = uses.map(|u| u.item).collect();
+        for index in items {
+            let item = &mut demand.items[index];
+            let Some(Cut::Tiles { granule, .. }) = item.cut else { continue };
+            let mut launches =
+                step.variants.iter().flat_map(|v| &v.launches).filter(|l| reads(l, item.weight));
+            let fits =
+                |t: Tiles| t.weight == item.weight && t.slices == item.slices && granule % t.granule == 0;
+            if !launches.all(|l| l.tiles.is_some_and(fits)) {
+                (item.cut, item.slices, item.slice_bytes) = (Some(Cut::Whole), 1, item.bytes);
+            }
+        }
+    }
+    Ok(demand)
+}
 
 /// Bytes that a session holds in each class at `bindings` with its weights placed by `placement`; staging memory left out.
 /// `table` is the launch table of a device, which needs scratch memory.
@@ -123,7 +149,7 @@ impl fmt::Display for Remedy {
 pub fn option_size(bytes: u64) -> String {
     const UNITS: [(u64, &str); 3] = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
     for (unit, name) in UNITS {
-        if bytes >= unit && (bytes % unit == 0 || bytes / unit >= 128) {
+        if bytes >= unit && (bytes.is_multiple_of(unit) || bytes / unit >= 128) {
             return format!("{}{name}", bytes / unit);
         }
     }

@@ -52,6 +52,9 @@ pub struct SessionOptions {
     pub ring: Ring,
     /// What to do when memory does not suffice.
     pub on_out_of_memory: OnOutOfMemory,
+    /// Bound on pinned host memory for the weights of a device session that stream; what exceeds it comes from the engine
+    /// file in every step.
+    pub host_cap: Option<u64>,
     /// Bound on all bytes the session holds, but for staging memory.
     pub cap: Option<u64>,
     /// Cache pages; the engine's maximum by default.
@@ -72,6 +75,7 @@ impl Default for SessionOptions {
             allocation: Allocation::default(),
             budget: WeightBudget::default(),
             ring: Ring::DEFAULT,
+            host_cap: None,
             on_out_of_memory: OnOutOfMemory::default(),
             device: None,
             threads: None,

@@ -20,8 +20,12 @@ pub struct Span {
     pub node: NodeId,
     /// From the start of the profile.
     pub start: Duration,
-    /// How long the kernel took.
+    /// How long the kernel took, waiting for streamed weights included.
     pub duration: Duration,
+    /// How much of that was waiting for streamed weights.
+    pub stall: Duration,
+    /// Bytes of weights that were brought in for it.
+    pub streamed: u64,
 }
 
 /// One step.
@@ -69,7 +73,15 @@ impl Profile {
     pub(crate) fn node(&mut self, node: NodeId, start: Instant) {
         let duration = start.elapsed();
         if let Some(step) = self.steps.last_mut() {
-            step.spans.push(Span { node, start: start.saturating_duration_since(self.origin), duration });
+            let start = start.saturating_duration_since(self.origin);
+            step.spans.push(Span { node, start, duration, stall: Duration::ZERO, streamed: 0 });
+        }
+    }
+
+    /// Enters that the last node waited for weights, of which so many bytes were brought in.
+    pub(crate) fn streamed(&mut self, stall: Duration, bytes: u64) {
+        if let Some(span) = self.steps.last_mut().and_then(|step| step.spans.last_mut()) {
+            (span.stall, span.streamed) = (stall, bytes);
         }
     }
 
@@ -77,7 +89,8 @@ impl Profile {
     pub(crate) fn device_node(&mut self, node: NodeId, after: f64, seconds: f64) {
         let span = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or_default();
         if let Some(step) = self.steps.last_mut() {
-            step.spans.push(Span { node, start: step.start + span(after), duration: span(seconds) });
+            let (start, duration) = (step.start + span(after), span(seconds));
+            step.spans.push(Span { node, start, duration, stall: Duration::ZERO, streamed: 0 });
         }
     }
 

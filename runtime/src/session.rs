@@ -16,10 +16,12 @@ use crate::cpu::Cpu;
 use crate::cuda::{After, Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger};
+use crate::memory::host_memory;
 use crate::needs::{self, PAGES, Squeeze};
 use crate::options::{Allocation, Device, OnOutOfMemory, SessionOptions};
 use crate::profile::{Profile, sequences};
 use crate::sizes::{StepSizes, no_size, state_bytes};
+use crate::weights::Supply;
 
 /// A tensor of the caller or of a session, dense and row-major, little-endian.
 #[derive(Clone, Copy, Debug)]
@@ -313,9 +315,12 @@ impl<'e> Session<'e> {
     fn note_weights(&mut self) {
         let placement = &self.residency.placement;
         let (mut resident, mut ring) = (placement.resident_bytes, placement.ring_bytes());
-        if let Backend::Cuda(cuda) = &self.backend {
-            (resident, ring) = cuda.weight_bytes();
-            self.ledger.set(Class::HostWeights, cuda.host_weight_bytes());
+        match &self.backend {
+            Backend::Cpu(cpu) => (resident, ring) = cpu.weight_bytes().unwrap_or((resident, ring)),
+            Backend::Cuda(cuda) => {
+                (resident, ring) = cuda.weight_bytes();
+                self.ledger.set(Class::HostWeights, cuda.host_weight_bytes());
+            }
         }
         self.ledger.set(Class::Weights, resident);
         self.ledger.set(Class::Ring, ring);
@@ -333,7 +338,8 @@ impl<'e> Session<'e> {
         let required = self.required(bindings)?;
         let rest: u64 = required.iter().filter(|(c, _)| !weights(c)).map(|(_, b)| b).sum();
         let held = |c: &Class| self.ledger.now(*c);
-        let own: u64 = Class::ALL.iter().filter(|c| **c != Class::Staging).map(held).sum();
+        let pinned = |c: &Class| matches!(c, Class::Staging | Class::HostWeights);
+        let own: u64 = Class::ALL.iter().filter(|c| !pinned(c)).map(held).sum();
         let (free, _) = self.memory()?;
         Ok(free.saturating_add(own).min(self.cap.unwrap_or(u64::MAX)).saturating_sub(rest))
     }
@@ -629,9 +635,13 @@ impl<'e> Session<'e> {
         let rows = argmax.map(|output| self.rows(output).map(|(rows, width)| (output, rows, width)));
         let profile = self.profile.as_mut();
         let result = match &mut self.backend {
-            Backend::Cpu(cpu) => cpu.run(module, inputs, &sizes, &bindings, profile),
+            Backend::Cpu(cpu) => {
+                let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
+                cpu.run(Supply::new(self.engine, source), module, inputs, &sizes, &bindings, profile)
+            }
             Backend::Cuda(cuda) => rows.transpose().and_then(|argmax| {
-                cuda.start(module, inputs, &sizes, &bindings, After { argmax, fed }, profile)
+                let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
+                cuda.start((self.engine, source), inputs, &sizes, &bindings, After { argmax, fed }, profile)
             }),
         };
         if let Some(profile) = &mut self.profile {
@@ -801,15 +811,6 @@ fn argmax_row(row: &[f32]) -> i32 {
 
 fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// A line of the system's account of host memory, in bytes; all there could be where it tells nothing.
-fn host_memory(name: &str) -> u64 {
-    let line = |text: String| {
-        let line = text.lines().find_map(|l| l.strip_prefix(name))?.trim().strip_suffix("kB")?;
-        line.trim().parse::<u64>().ok()?.checked_mul(1024)
-    };
-    std::fs::read_to_string("/proc/meminfo").ok().and_then(line).unwrap_or(u64::MAX)
 }
 
 /// Restores a session's weight budget when dropped.

@@ -1,5 +1,8 @@
 //! Weights of a session: mapped from the engine, bound from a model folder, or computed from their expressions.
 
+use std::fs::File;
+use std::path::Path;
+
 use millrace_ir::checkpoint::TensorSource;
 use millrace_ir::engine::WeightRecord;
 use millrace_ir::weights::{WeightReader, needs_source};
@@ -59,17 +62,87 @@ impl Weights {
         Ok(Weights { mapping, places })
     }
 
-    /// No weights.
-    pub fn none() -> Weights {
-        Weights { mapping: Mapping::new_empty(), places: Vec::new() }
-    }
-
     /// The bytes of a weight.
     pub fn region(&self, id: WeightId) -> Option<Region> {
         match self.places.get(id.index())?.as_ref()? {
             Place::Mapped { start, len } => Region::read_only(self.mapping.bytes()).part(*start, *len),
             Place::Owned(buffer) => Some(Region::read_only(buffer.bytes())),
         }
+    }
+}
+
+/// The bytes of an engine's weights, any range of them at a time.
+pub(crate) struct Supply<'a> {
+    engine: &'a Engine,
+    reader: WeightReader<'a>,
+    bound: bool,
+}
+
+impl<'a> Supply<'a> {
+    /// Over `engine`, whose weights `source` has if it is stripped.
+    pub fn new(engine: &'a Engine, source: Option<&'a dyn TensorSource>) -> Supply<'a> {
+        let reader = WeightReader::new(engine.module());
+        let reader = match source {
+            Some(source) => reader.with_source("model", source),
+            None => reader,
+        };
+        Supply { engine, reader, bound: source.is_some() }
+    }
+
+    /// Where a weight of `len` bytes comes from.
+    pub fn origin(&self, id: WeightId, len: u64) -> Result<Origin<'a>> {
+        Origin::of(self.engine, id, len, self.bound)
+    }
+
+    /// The open engine file with its path, if there is one.
+    pub fn file(&self) -> Option<(&'a File, &'a Path)> {
+        self.engine.file().file().zip(self.engine.file().path())
+    }
+
+    /// The byte of the engine file at which a stored weight begins; `None` for an engine in memory.
+    pub fn in_file(&self, record: &WeightRecord) -> Result<Option<u64>> {
+        let file = self.engine.file();
+        let Some((start, section)) = file.weights_range().filter(|_| file.file().is_some()) else {
+            return Ok(None);
+        };
+        let inside = record.offset.checked_add(record.len).is_some_and(|end| end <= section);
+        let outside = || {
+            Error::new(Kind::BadInput, "engine/weight-mismatch", "the weight leaves its section")
+                .at(format!("@{}", record.name))
+        };
+        start.checked_add(record.offset).filter(|_| inside).map(Some).ok_or_else(outside)
+    }
+
+    /// Fills `out` from byte `offset` of a weight.
+    pub fn read(&mut self, id: WeightId, offset: u64, out: &mut [u8]) -> Result<()> {
+        let len = self.reader.len(id)?;
+        if let Origin::Stored(record) = self.origin(id, len)? {
+            return self.engine.file().read_weight_at(record, offset, out);
+        }
+        let mut at = offset;
+        for piece in out.chunks_mut(CHUNK as usize) {
+            self.reader.read(id, at, piece)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Compares every bound weight with its hash.
+    pub fn check_bound(&mut self) -> Result<()> {
+        let mut buffer = Vec::new();
+        for id in self.engine.module().used_weights() {
+            let len = self.reader.len(id)?;
+            let Origin::Bound(record) = self.origin(id, len)? else { continue };
+            let (mut hasher, mut at) = (blake3::Hasher::new(), 0);
+            while at < len {
+                buffer.resize(CHUNK.min(len - at) as usize, 0);
+                self.reader.read(id, at, &mut buffer)?;
+                hasher.update(&buffer);
+                at += buffer.len() as u64;
+            }
+            check_hash(record, hasher.finalize())?;
+        }
+        Ok(())
     }
 }
 

@@ -5,13 +5,15 @@ use std::path::PathBuf;
 use indicatif::{ProgressBar, ProgressStyle};
 use millrace::compiler::Registry;
 use millrace::compiler::codegen::WeightMode;
-use millrace::compiler::compile::{Progress, SourceModel, compile_with};
+use millrace::compiler::compile::{Progress, SourceModel, finish, prepare_with};
 use millrace::compiler::import::{Options, Precision};
 use millrace::compiler::pass::Context;
-use millrace::compiler::pipeline::{Manager, Pipeline};
+use millrace::compiler::pipeline::{Manager, Observer, Pipeline};
 use millrace::compiler::target::TargetChoice;
+use millrace::compiler::tuning::Tuning;
 use millrace::ir::{DType, Module, text};
 use millrace::page::{Facts, Recorder, page};
+use millrace::runtime::cuda::Timer;
 use millrace::{CompileOptions, Compiled, Error, Result};
 use serde_json::json;
 
@@ -33,6 +35,9 @@ pub struct Args {
     strip_weights: bool,
     #[command(flatten)]
     control: Control,
+    /// Measure kernels on this machine's GPU for this time first; with --tuning, into that file
+    #[arg(long, value_name = "TIME", value_parser = super::tune::duration)]
+    tune: Option<std::time::Duration>,
     /// Write a page about the engine and what the passes did
     #[arg(long, value_name = "PAGE")]
     html: Option<PathBuf>,
@@ -47,9 +52,12 @@ pub struct Args {
 /// Options that shape the engine; `run DIR` and `eval DIR` take them too.
 #[derive(clap::Args, Clone, Default)]
 pub struct ModelOptions {
-    /// Target of the kernels
-    #[arg(long, default_value = "cpu")]
-    target: String,
+    /// Target of the kernels: cpu, cuda, or architectures such as cuda:sm_90a,sm_80,ptx [default: cpu]
+    #[arg(long)]
+    target: Option<String>,
+    /// Files of `millrace tune` that choose kernels of GPU engines
+    #[arg(long, value_name = "FILE")]
+    tuning: Vec<PathBuf>,
     /// Element type: auto, float32, float16 or bfloat16
     #[arg(long, default_value = "auto")]
     pub dtype: String,
@@ -91,7 +99,19 @@ impl ModelOptions {
     /// # Errors
     /// Unknown target or element type, malformed pipeline.
     pub fn resolve(&self) -> Result<CompileOptions> {
-        let target = TargetChoice::parse(&self.target)?;
+        let mut options = self.resolve_or("cpu")?;
+        for path in &self.tuning {
+            options.tuning.merge(Tuning::read(path)?);
+        }
+        Ok(options)
+    }
+
+    /// The same with another default target, and without the tuning.
+    ///
+    /// # Errors
+    /// As [`ModelOptions::resolve`].
+    pub fn resolve_or(&self, target: &str) -> Result<CompileOptions> {
+        let target = TargetChoice::parse(self.target.as_deref().unwrap_or(target))?;
         let precision = match self.dtype.as_str() {
             "auto" => Precision::Auto,
             "float32" | "f32" => Precision::Fixed(DType::F32),
@@ -123,6 +143,29 @@ impl ModelOptions {
             target,
             ..CompileOptions::default()
         })
+    }
+}
+
+impl Args {
+    /// The options of a compilation that measures first: a target with kernels to choose from, a GPU, and the tuning
+    /// file, which need not be there yet.
+    fn tuned(&self) -> Result<CompileOptions> {
+        let mut options = self.model_options.resolve_or("cpu")?;
+        if options.target.archs.is_empty() {
+            return Err(
+                usage("usage/tune-target", "--tune measures kernels of GPUs").hint("add --target cuda")
+            );
+        }
+        let files = self.model_options.tuning.as_slice();
+        if files.len() > 1 {
+            return Err(usage("usage/one-tuning", "--tune writes one tuning file")
+                .hint("join the files by `millrace tune --merge`"));
+        }
+        drop(Timer::open(0)?);
+        for path in files.iter().filter(|p| p.exists()) {
+            options.tuning.merge(Tuning::read(path)?);
+        }
+        Ok(options)
     }
 }
 
@@ -201,7 +244,10 @@ fn stop(
 
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
-    let mut options = args.model_options.resolve()?;
+    let mut options = match args.tune {
+        Some(_) => args.tuned()?,
+        None => args.model_options.resolve()?,
+    };
     let registry = Registry::standard();
     args.control.insert(&mut options.pipeline, &registry)?;
     options.verify_each = args.control.verify_each;
@@ -225,10 +271,20 @@ pub fn main(args: &Args) -> Result<()> {
         return stop(args, &options, &mut observer);
     }
     let mut progress = Progress::default();
-    let compiled =
-        compile_with(&args.model, &options, if watched { Some(&mut observer) } else { None }, &mut progress)
-            // What was seen up to a failure matters most when there is one.
-            .inspect_err(|_| args.control.report(&progress.runs, &progress.context))?;
+    let observer: Option<&mut Observer<'_>> = if watched { Some(&mut observer) } else { None };
+    let prepared = prepare_with(&args.model, &options, observer, &mut progress);
+    let tuned = prepared.and_then(|prepared| {
+        if let Some(time) = args.tune {
+            let (tuning, _) = super::tune::measure(&prepared.module, &options.target.archs, &[], 0, time)?;
+            options.tuning.merge(tuning);
+            if let [path] = args.model_options.tuning.as_slice() {
+                options.tuning.write(path)?;
+            }
+        }
+        finish(prepared, &options, &mut progress)
+    });
+    // What was seen up to a failure matters most when there is one.
+    let compiled = tuned.inspect_err(|_| args.control.report(&progress.runs, &progress.context))?;
     args.control.report(&compiled.runs, &compiled.context);
     dumper.finish()?;
     let bytes = match &args.output {

@@ -1,9 +1,13 @@
 //! `millrace doctor`: what this machine has.
 
-use millrace::Result;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
 use millrace::compiler::codegen::cuda::nvrtc_version;
 use millrace::kernels::cpu::{Isa, Pool, ceilings};
 use millrace::runtime::cuda::{Rates, rates, survey};
+use millrace::{Error, Result};
 use serde_json::json;
 
 use super::ceilings::matmul_gflops;
@@ -15,6 +19,9 @@ pub struct Args {
     /// Measure arithmetic and memory rates (takes a few seconds)
     #[arg(long)]
     measure: bool,
+    /// With --measure, also the rate at which this file is read: an engine whose weights are to stream from it
+    #[arg(long, value_name = "FILE", requires = "measure")]
+    file: Option<PathBuf>,
     /// Report as JSON
     #[arg(long)]
     json: bool,
@@ -23,6 +30,22 @@ pub struct Args {
 /// A driver's number, 13000, as people write it: 13.0.
 fn cuda_version(number: u32) -> String {
     format!("{}.{}", number / 1000, number % 1000 / 10)
+}
+
+/// GB/s of reading `path` from its beginning in pieces of 32 MiB, for about two seconds at most. What the system has cached of it
+/// is read from there.
+fn file_gbs(path: &Path) -> Result<f64> {
+    let fail = |e: std::io::Error| Error::io("read", path, &e);
+    let mut file = std::fs::File::open(path).map_err(fail)?;
+    let mut buffer = vec![0; 32 << 20];
+    let (start, mut bytes) = (Instant::now(), 0);
+    while start.elapsed().as_secs_f64() < 2.0 {
+        match file.read(&mut buffer).map_err(fail)? {
+            0 => break,
+            read => bytes += read,
+        }
+    }
+    Ok(bytes as f64 / start.elapsed().as_secs_f64() / 1e9)
 }
 
 /// What a GPU can do at most.
@@ -55,6 +78,7 @@ pub fn main(args: &Args) -> Result<()> {
     let isa = Isa::detect();
     let rates =
         args.measure.then(|| (ceilings::fma_gflops(&Pool::new(1)), ceilings::read_gbs(&Pool::new(threads))));
+    let file = args.file.as_deref().map(file_gbs).transpose()?;
     let nvrtc = nvrtc_version();
     let gpus = survey();
     let measured: Vec<Option<Measured>> =
@@ -66,12 +90,14 @@ pub fn main(args: &Args) -> Result<()> {
             "cpu": {"threads": threads, "instruction_set": format!("{isa:?}").to_lowercase()},
             "fma_gflops_per_thread": rates.map(|r| r.0),
             "memory_read_gbs": rates.map(|r| r.1),
+            "file_read_gbs": file,
             "nvrtc": nvrtc.as_ref().ok().map(|v| format!("{}.{}", v.0, v.1)),
             "cuda_driver": gpus.driver.map(cuda_version),
             "gpus": gpus.devices.iter().zip(&measured).map(|(d, m)| json!({
                 "index": d.index,
                 "name": d.name,
                 "architecture": format!("sm_{}", d.capability),
+                "target": d.target().map(|t| format!("cuda:{t}")),
                 "multiprocessors": d.multiprocessors,
                 "memory_bytes": d.memory,
                 "read_gbs": m.as_ref().map(|m| m.rates.read_gbs),
@@ -89,10 +115,11 @@ pub fn main(args: &Args) -> Result<()> {
     }
     for (gpu, measured) in gpus.devices.iter().zip(&measured) {
         print(&format!(
-            "gpu {}: {}, sm_{}, {} multiprocessors, {}\n",
+            "gpu {}: {}, sm_{} ({}), {} multiprocessors, {}\n",
             gpu.index,
             gpu.name,
             gpu.capability,
+            gpu.target().map_or("too old".to_string(), |t| format!("--target cuda:{t}")),
             gpu.multiprocessors,
             size::show(gpu.memory)
         ))?;
@@ -102,6 +129,9 @@ pub fn main(args: &Args) -> Result<()> {
     }
     if let Some(problem) = &gpus.problem {
         print(&format!("gpu: none ({problem})\n"))?;
+    }
+    if let Some(gbs) = file {
+        print(&format!("file read: {gbs:.2} GB/s (`fit --link-rate {:.0}MB`)\n", gbs * 1e3))?;
     }
     match rates {
         Some((gflops, gbs)) => {

@@ -2,15 +2,18 @@
 
 mod device;
 
+pub use device::tables;
+
 use std::path::PathBuf;
 
+use millrace::fit::{Question, Subject};
 use millrace::ir::{Bindings, Module, text};
-use millrace::page::{Facts, FileFacts, page};
-use millrace::{Engine, Result};
+use millrace::page::{Facts, FileFacts, Streaming, page_with};
+use millrace::{Engine, Result, SessionOptions};
 use serde_json::{Value, json};
 
 use super::compile::{weight_bytes, write_page};
-use super::{print, print_json, size};
+use super::{memory, print, print_json, size};
 
 /// Show what an engine is made of.
 #[derive(clap::Args)]
@@ -27,11 +30,23 @@ pub struct Args {
     #[arg(long)]
     dot: bool,
     /// Write everything as one self-contained HTML page
-    #[arg(long, value_name = "PAGE", conflicts_with_all = ["json", "ir", "dot", "memory", "weights", "kernels"])]
+    #[arg(long, value_name = "PAGE", conflicts_with_all = ["json", "ir", "dot", "weights", "kernels"])]
     html: Option<PathBuf>,
-    /// Print the memory plan, one line a buffer
+    /// Print the memory plan, one line a buffer; with --weights-budget, the streaming schedule too
     #[arg(long)]
     memory: bool,
+    /// Weight budget whose residency and copies are shown: 6GiB, 40% or resident
+    #[arg(long, value_name = "BUDGET")]
+    weights_budget: Option<String>,
+    /// Bytes of a slot of the ring [default: 32MiB]
+    #[arg(long, value_name = "SIZE", requires = "weights_budget")]
+    ring_slot: Option<String>,
+    /// Slots of the ring [default: 2]
+    #[arg(long, value_name = "N", requires = "weights_budget")]
+    ring_slots: Option<usize>,
+    /// Weights of fewer bytes never stream [default: 1MiB]
+    #[arg(long, value_name = "SIZE", requires = "weights_budget")]
+    ring_small: Option<String>,
     /// Print the weights
     #[arg(long)]
     weights: bool,
@@ -46,7 +61,7 @@ pub struct Args {
     source: Option<String>,
 }
 
-fn memory(module: &Module) -> Value {
+fn memory_json(module: &Module) -> Value {
     let maxima = Bindings::maxima(&module.dims);
     let plan = millrace::compiler::passes::plan_report(module, &maxima);
     let streamable: u64 = module
@@ -136,12 +151,26 @@ fn facts(engine: &Engine) -> Facts<'_> {
     }
 }
 
+/// The placement that `--weights-budget` asks for.
+fn streaming(args: &Args, engine: &Engine) -> Result<Option<Streaming>> {
+    let Some(text) = &args.weights_budget else { return Ok(None) };
+    let session = SessionOptions {
+        budget: memory::budget(text)?,
+        ring: memory::ring(args.ring_slot.as_deref(), args.ring_slots, args.ring_small.as_deref())?,
+        ..SessionOptions::default()
+    };
+    let tables = tables(engine)?;
+    let subject = Subject { module: engine.module(), manifest: engine.manifest(), table: tables.first() };
+    Streaming::of(subject, &Question { session, ..Question::default() }).map(Some)
+}
+
 /// Runs the verb.
 pub fn main(args: &Args) -> Result<()> {
     let engine = Engine::open(&args.engine)?;
     let module = engine.module();
     if let Some(path) = &args.html {
-        let text = page(module, &facts(&engine), None);
+        let streaming = streaming(args, &engine)?;
+        let text = page_with(module, &facts(&engine), None, streaming.as_ref());
         write_page(path, &text)?;
         return print(&format!("wrote {} ({})\n", path.display(), size::show(text.len() as u64)));
     }
@@ -182,14 +211,18 @@ pub fn main(args: &Args) -> Result<()> {
             "inputs": named(module.input_types()),
             "outputs": named(module.output_types()),
             "nodes": module.graph.order.len(),
-            "memory": memory(module),
+            "memory": memory_json(module),
             "kernels": kernels(module),
             "device": device::json(&engine)?,
             "weights": weights(&engine),
         }));
     }
     if args.memory {
-        return print_memory(module);
+        print_memory(module)?;
+        return match streaming(args, &engine)? {
+            Some(s) => print(&millrace::ir::plan::stream::schedule(module, &s.demand, &s.placement)),
+            None => Ok(()),
+        };
     }
     if args.weights {
         for id in module.used_weights() {
@@ -214,7 +247,7 @@ pub fn main(args: &Args) -> Result<()> {
         return device::print_kernels(&engine);
     }
     let manifest = engine.manifest();
-    let memory = memory(module);
+    let memory = memory_json(module);
     print(&format!(
         "{} {:?} for {}, {}\n{} nodes, {} kernels, pipeline {}\n",
         manifest.family,

@@ -33,6 +33,9 @@ pub struct MemoryOptions {
     /// Weights of fewer bytes never stream [default: 1MiB]
     #[arg(long, value_name = "SIZE")]
     ring_small: Option<String>,
+    /// On a GPU, bound on pinned host memory for weights that stream; the rest comes from the engine file in every step
+    #[arg(long, value_name = "SIZE")]
+    host_cap: Option<String>,
     /// What to do when memory does not suffice: fail, or shrink the weight budget and say so
     #[arg(long, value_name = "ACTION", default_value = "fail")]
     on_oom: String,
@@ -89,6 +92,7 @@ impl MemoryOptions {
             on_out_of_memory,
             kv_pages: self.kv_pages,
             threads: self.threads,
+            host_cap: self.host_cap.as_deref().map(size::parse).transpose()?,
             cap: self.memory_cap.as_deref().map(size::parse).transpose()?,
             weights: self.weights.clone(),
             graphs: !self.no_graphs,
@@ -247,14 +251,11 @@ pub fn report(session: &Session<'_>, built: bool) -> Result<String> {
     ));
     if let Some(model) = engine.manifest().model.as_ref().filter(|_| session.kv_pages() > 0) {
         let pages = session.kv_pages();
-        let tokens = pages.saturating_mul(model.tokens_per_block as u64);
+        let tokens = pages.saturating_mul(model.tokens_per_block);
         line(format!("Number of blocks in KV cache primary pool: {pages}"));
         line("Number of blocks in KV cache secondary pool: 0".to_string());
         line(format!("Number of tokens per block: {}", model.tokens_per_block));
-        let most = millrace::generation::blocks_per_sequence(
-            model.max_seq_len as u64,
-            model.tokens_per_block as u64,
-        );
+        let most = millrace::generation::blocks_per_sequence(model.max_seq_len, model.tokens_per_block);
         line(format!("Max KV cache blocks per sequence: {most}"));
         let bytes = size::show(ledger.now(Class::Kv));
         line(format!("Allocated {bytes} for max tokens in paged KV cache ({tokens})."));

@@ -9,6 +9,7 @@ mod demo;
 mod diff;
 mod doctor;
 mod eval;
+mod fit;
 mod hunt;
 mod inspect;
 mod memory;
@@ -18,6 +19,7 @@ mod passes;
 mod plan;
 mod run;
 mod size;
+mod tune;
 mod verify;
 
 use std::process::ExitCode;
@@ -43,6 +45,8 @@ enum Verb {
     Inspect(inspect::Args),
     Eval(eval::Args),
     Bench(bench::Args),
+    Fit(fit::Args),
+    Tune(tune::Args),
     Opt(opt::Args),
     Passes(passes::Args),
     Explain(passes::Explain),
@@ -73,6 +77,8 @@ pub fn main() -> ExitCode {
         Verb::Inspect(args) => inspect::main(&args),
         Verb::Eval(args) => eval::main(&args),
         Verb::Bench(args) => bench::main(&args),
+        Verb::Fit(args) => fit::main(&args),
+        Verb::Tune(args) => tune::main(&args),
         Verb::Opt(args) => opt::main(&args),
         Verb::Passes(args) => passes::main(&args),
         Verb::Explain(args) => passes::explain(&args),

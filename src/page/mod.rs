@@ -5,20 +5,23 @@
 
 mod data;
 mod history;
+mod streaming;
 
 pub use history::{History, PassStep, Recorder};
+pub use streaming::Streaming;
 
 use millrace_ir::Module;
 use millrace_ir::manifest::Manifest;
 
 const SHELL: &str = include_str!("page.html");
 const STYLE: &str = include_str!("page.css");
-const SCRIPTS: [&str; 7] = [
+const SCRIPTS: [&str; 8] = [
     include_str!("js/model.js"),
     include_str!("js/table.js"),
     include_str!("js/graph.js"),
     include_str!("js/details.js"),
     include_str!("js/arena.js"),
+    include_str!("js/stream.js"),
     include_str!("js/tables.js"),
     include_str!("js/main.js"),
 ];
@@ -49,7 +52,19 @@ pub struct FileFacts {
 
 /// The page of a module. `history` adds remarks and what each pass did.
 pub fn page(module: &Module, facts: &Facts<'_>, history: Option<&History>) -> String {
-    let data = escape_json(&data::data(module, facts, history).to_string());
+    page_with(module, facts, history, None)
+}
+
+/// [`page`] with where weights are under a budget, and what processor and link do in a step.
+pub fn page_with(
+    module: &Module,
+    facts: &Facts<'_>,
+    history: Option<&History>,
+    streaming: Option<&Streaming>,
+) -> String {
+    let mut data = data::data(module, facts, history);
+    data["streaming"] = streaming.map(Streaming::json).into();
+    let data = escape_json(&data.to_string());
     let title = escape_html(&format!("{} for {}", facts.manifest.family, facts.manifest.target));
     let script = SCRIPTS.concat();
     let mut page = String::with_capacity(data.len() + script.len() + STYLE.len() + SHELL.len());

@@ -5,6 +5,7 @@
 //! inner extent runs in blocks that keep both operands in cache, in rising order, so that every element is one chain.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::element::Element;
 use super::math::{Activation, activate};
@@ -164,20 +165,39 @@ fn targets(segments: &[usize]) -> Vec<Target> {
 }
 
 impl<T: Element, B: Element> Matmul<'_, T, B> {
+    fn gated(&self) -> bool {
+        self.epilogue.iter().any(|e| matches!(e, Epilogue::Glu(_)))
+    }
+
+    /// Panels of all segments; of a gated product, of each of the two.
+    pub fn panels(&self) -> usize {
+        let all: usize = self.segments.iter().map(|n| n.div_ceil(PANEL)).sum();
+        if self.gated() { all / 2 } else { all }
+    }
+
     /// Runs the product. `outputs` hold `m * n_s` elements each; sizes are the caller's promise and are asserted.
     pub fn run<O: Element>(&self, pool: &Pool, outputs: &mut [&mut [O]]) {
+        self.run_panels(pool, 0..self.panels(), outputs);
+    }
+
+    /// Runs the part of the product that these panels make and writes its columns only, each bit as [`Matmul::run`]
+    /// would. `b` holds nothing but these panels; of a gated product, first those of the gate and then those of the other
+    /// segment. Everything else is whole.
+    pub fn run_panels<O: Element>(&self, pool: &Pool, range: Range<usize>, outputs: &mut [&mut [O]]) {
         let Matmul { m, k, a, b, segments, epilogue } = *self;
-        assert!(a.len() >= m * k && b.len() >= packed_len(segments, k), "operands are too short");
-        let glu = epilogue.iter().any(|e| matches!(e, Epilogue::Glu(_)));
+        let (glu, whole) = (self.gated(), self.panels());
+        assert!(range.start <= range.end && range.end <= whole, "panels outside the weight");
+        // A gated product computes panel p of both segments together.
+        let (first, panels) = (range.start, range.len());
+        let parts = if glu { 2 } else { 1 };
+        assert!(a.len() >= m * k && b.len() >= parts * panels * PANEL * k, "operands are too short");
         assert_eq!(outputs.len(), if glu { 1 } else { segments.len() }, "one output per segment");
         assert!(outputs.iter().zip(segments).all(|(o, n)| o.len() >= m * n), "outputs are too short");
-        if m == 0 {
+        if m == 0 || panels == 0 {
             return;
         }
         let accumulates = matches!(epilogue.last(), Some(Epilogue::Accumulate));
         let all = targets(segments);
-        // A gated product computes panel p of both segments together.
-        let panels = if glu { all.len() / 2 } else { all.len() };
         let blocks = m.div_ceil(ROWS);
         // A few panels per task amortise claiming it when rows are few, and packing when they are many.
         let by_bytes = (64 * 1024 / (k * PANEL * size_of::<B>()).max(1)).max(1);
@@ -201,14 +221,14 @@ impl<T: Element, B: Element> Matmul<'_, T, B> {
             let mut acc = [0f32; ROWS * PANEL];
             let mut up = [0f32; ROWS * PANEL];
             for panel in group_index * group..panels.min((group_index + 1) * group) {
-                let target = all[panel];
+                let target = all[first + panel];
                 let acc = &mut acc[..rows.len() * PANEL];
                 accumulate(pool, block_a, k, &b[panel * PANEL * k..][..PANEL * k], acc);
                 if glu {
                     let other = panel + panels;
                     let up = &mut up[..rows.len() * PANEL];
                     accumulate(pool, block_a, k, &b[other * PANEL * k..][..PANEL * k], up);
-                    gate(pool, epilogue, target, all[other], acc, up);
+                    gate(pool, epilogue, target, all[first + panel + whole], acc, up);
                 }
                 let width = segments[target.segment];
                 let after = epilogue.iter().position(|e| matches!(e, Epilogue::Glu(_))).map_or(0, |p| p + 1);
@@ -451,6 +471,55 @@ mod tests {
             })
             .collect();
         close(&x, &gated, 1e-4);
+    }
+
+    /// Panels one by one, in uneven runs, and all at once give the same bits, with what stands in other columns left alone.
+    #[test]
+    fn panels_in_runs_are_the_whole() {
+        let (k, n) = (70, 100);
+        let segments = [n, n];
+        let (w, bias) = (noise(2 * n * k, 15), noise(2 * n, 16));
+        let packed = pack_matrix(&w, &segments, k);
+        for (m, threads) in [(1, 1), (1, 2), (5, 2), (130, 2)] {
+            let pool = Pool::new(threads).eager();
+            let (a, x) = (noise(m * k, 14), noise(m * n, 17));
+            let plain = [Epilogue::Bias(&bias[..]), Epilogue::Activation(Activation::Silu)];
+            let gated = [Epilogue::Bias(&bias[..]), Epilogue::Glu(Activation::Silu), Epilogue::Mul(&x[..])];
+            let adding = [Epilogue::Glu(Activation::Gelu), Epilogue::Accumulate];
+            for (epilogue, parts) in [(&plain[..], 1), (&gated[..], 2), (&adding[..], 2)] {
+                let product = Matmul { m, k, a: &a, b: &packed, segments: &segments, epilogue };
+                let panels = product.panels();
+                assert_eq!(panels, 8 / parts);
+                let outputs = || vec![x.clone(); 3 - parts];
+                let run = |runs: &[Range<usize>]| {
+                    let mut outputs = outputs();
+                    for range in runs {
+                        let mut b = Vec::new();
+                        for part in 0..parts {
+                            let from = (part * panels + range.start) * PANEL * k;
+                            b.extend_from_slice(&packed[from..from + range.len() * PANEL * k]);
+                        }
+                        let mut refs: Vec<&mut [f32]> = outputs.iter_mut().map(|o| &mut o[..]).collect();
+                        Matmul { b: &b, ..product }.run_panels(&pool, range.clone(), &mut refs);
+                    }
+                    outputs
+                };
+                let mut whole = outputs();
+                let mut refs: Vec<&mut [f32]> = whole.iter_mut().map(|o| &mut o[..]).collect();
+                product.run(&pool, &mut refs);
+                let single: Vec<Range<usize>> = (0..panels).map(|p| p..p + 1).collect();
+                assert_eq!(run(&single), whole);
+                assert_eq!(run(&[0..3, 3..3, 3..panels]), whole);
+                // The second panel alone: the first columns stay.
+                let mut one = vec![run(&[1..2]).swap_remove(0)];
+                let (found, before) = (one.swap_remove(0), &x);
+                for (i, value) in found.iter().enumerate() {
+                    let expected =
+                        if (PANEL..2 * PANEL).contains(&(i % n)) { whole[0][i] } else { before[i] };
+                    assert_eq!(*value, expected);
+                }
+            }
+        }
     }
 
     #[test]

@@ -13,10 +13,12 @@ pub enum Arch {
     Sm100,
     /// Blackwell desktop: RTX 50.
     Sm120,
+    /// No part, but PTX text that the driver of any part from A100 on compiles for it.
+    Compute80,
 }
 
 impl Arch {
-    /// All architectures.
+    /// All architectures of parts.
     pub const ALL: [Arch; 5] = [Arch::Sm80, Arch::Sm89, Arch::Sm90a, Arch::Sm100, Arch::Sm120];
 
     /// Its spelling: `sm_90a`.
@@ -27,18 +29,24 @@ impl Arch {
             Arch::Sm90a => "sm_90a",
             Arch::Sm100 => "sm_100",
             Arch::Sm120 => "sm_120",
+            Arch::Compute80 => "compute_80",
         }
     }
 
     /// The architecture spelled `name`.
     pub fn parse(name: &str) -> Option<Arch> {
-        Arch::ALL.into_iter().find(|a| a.name() == name)
+        Arch::ALL.into_iter().chain([Arch::Compute80]).find(|a| a.name() == name)
     }
 
-    /// Compute capability, ten times the major number plus the minor one.
+    /// Whether its code is PTX text and not made for one part.
+    pub fn is_virtual(self) -> bool {
+        self == Arch::Compute80
+    }
+
+    /// Compute capability, ten times the major number plus the minor one; that of the oldest part for PTX.
     pub fn capability(self) -> u32 {
         match self {
-            Arch::Sm80 => 80,
+            Arch::Sm80 | Arch::Compute80 => 80,
             Arch::Sm89 => 89,
             Arch::Sm90a => 90,
             Arch::Sm100 => 100,
@@ -56,23 +64,24 @@ impl Arch {
         self == Arch::Sm90a
     }
 
-    /// Most bytes of shared memory a block may ask for (CUDA C++ programming guide, table of technical specifications).
+    /// Most bytes of shared memory a block may ask for (CUDA C++ programming guide, table of technical specifications);
+    /// for PTX the least of all parts.
     pub fn max_shared(self) -> u32 {
         match self {
             Arch::Sm80 => 163 << 10,
-            Arch::Sm89 | Arch::Sm120 => 99 << 10,
+            Arch::Sm89 | Arch::Sm120 | Arch::Compute80 => 99 << 10,
             Arch::Sm90a | Arch::Sm100 => 227 << 10,
         }
     }
 
     /// Multiprocessors of the largest part in wide use, for choices that fill the device: A100 108, L40S 142, H200 132,
-    /// B200 148, RTX 5090 170.
+    /// B200 148, RTX 5090 170. PTX is for parts that are not known; it takes the number of B200.
     pub fn multiprocessors(self) -> u32 {
         match self {
             Arch::Sm80 => 108,
             Arch::Sm89 => 142,
             Arch::Sm90a => 132,
-            Arch::Sm100 => 148,
+            Arch::Sm100 | Arch::Compute80 => 148,
             Arch::Sm120 => 170,
         }
     }

@@ -1,23 +1,24 @@
 //! Memory of a session on the CPU.
 
 use millrace_ir::checkpoint::TensorSource;
-use millrace_ir::{Bindings, Error, Id, Kind, Module, Result};
+use millrace_ir::{Bindings, Id, Module, Result};
 use millrace_kernels::cpu::Pool;
 
-use super::{Program, Regions};
+use super::residence::Residence;
+use super::{Program, Regions, Streaming};
 use crate::budget::Residency;
 use crate::engine::Engine;
 use crate::memory::{Buffer, Region};
 use crate::profile::Profile;
 use crate::session::TensorRef;
 use crate::sizes::{StepSizes, bytes_at, no_size};
-use crate::weights::Weights;
+use crate::weights::Supply;
 
 /// Buffers in host memory and the threads that compute in them.
 pub(crate) struct Cpu {
     pool: Pool,
     program: Program,
-    weights: Weights,
+    weights: Residence,
     states: Vec<Option<Buffer>>,
     arenas: Vec<Buffer>,
     inputs: Vec<Buffer>,
@@ -30,7 +31,7 @@ impl Cpu {
         Ok(Cpu {
             program: Program::new(module)?,
             pool: Pool::new(threads),
-            weights: Weights::none(),
+            weights: Residence::new(),
             states: Vec::new(),
             arenas: Vec::new(),
             inputs: Vec::new(),
@@ -63,11 +64,7 @@ impl Cpu {
         source: Option<&dyn TensorSource>,
         residency: &Residency,
     ) -> Result<()> {
-        if !residency.placement.is_resident() {
-            return Err(Error::new(Kind::Internal, "run/streaming", "weights do not stream yet"));
-        }
-        self.weights = Weights::load(engine, source)?;
-        Ok(())
+        self.weights.place(engine, source, residency)
     }
 
     /// Allocates what a step needs; an earlier allocation must have been released.
@@ -103,9 +100,15 @@ impl Cpu {
         self.pool.threads()
     }
 
+    /// Bytes of resident weights and of the ring, if less than all is resident.
+    pub fn weight_bytes(&self) -> Option<(u64, u64)> {
+        self.weights.bytes()
+    }
+
     /// Runs one step whose sizes are `sizes`.
     pub fn run(
         &mut self,
+        supply: Supply<'_>,
         module: &Module,
         inputs: &[TensorRef<'_>],
         sizes: &StepSizes,
@@ -120,16 +123,15 @@ impl Cpu {
                 |(b, n): (&mut Buffer, &u64)| b.region().part(0, *n).ok_or_else(|| no_size("a buffer"));
             buffers.iter_mut().zip(sizes).map(part).collect::<Result<Vec<Region>>>()
         };
-        let mut weights = vec![None; module.weights.bound()];
-        module.weights.ids().for_each(|id| weights[id.index()] = self.weights.region(id));
-        let regions = Regions {
+        let mut regions = Regions {
             inputs: parts(&mut self.inputs, &sizes.inputs)?,
             outputs: parts(&mut self.outputs, &sizes.outputs)?,
             arenas: self.arenas.iter_mut().map(Buffer::region).collect(),
             states: self.states.iter_mut().map(|s| s.as_mut().map(Buffer::region)).collect(),
-            weights,
+            weights: self.weights.regions(module.weights.bound()),
         };
-        self.program.run(module, &self.pool, &regions, bindings, profile)
+        let streamed = self.weights.streamed()?.map(|streamed| Streaming { streamed, supply });
+        self.program.run(module, &self.pool, &mut regions, bindings, streamed, profile)
     }
 
     /// The buffer of output `index`.

@@ -127,14 +127,14 @@ fn execute(module: &Module, tensors: &[Tensor], pool: &Pool, in_place: Option<us
     if let Some(operand) = in_place {
         inputs_at[operand] = outputs_at[0];
     }
-    let regions = Regions {
+    let mut regions = Regions {
         inputs: inputs_at,
         outputs: outputs_at,
         arenas: Vec::new(),
         states: Vec::new(),
         weights: Vec::new(),
     };
-    Program::new(module).unwrap().run(module, pool, &regions, &Bindings::new(), None).unwrap();
+    Program::new(module).unwrap().run(module, pool, &mut regions, &Bindings::new(), None, None).unwrap();
     drop(regions);
     outputs.iter().map(|b| b.bytes().to_vec()).collect()
 }
@@ -641,15 +641,21 @@ fn bad_indices_are_errors() {
                 })
                 .collect();
             let mut out = Buffer::zeroed(24, "a test").unwrap();
-            let regions = Regions {
+            let mut regions = Regions {
                 inputs: held.iter_mut().map(Buffer::region).collect(),
                 outputs: vec![out.region()],
                 arenas: Vec::new(),
                 states: Vec::new(),
                 weights: Vec::new(),
             };
-            let run =
-                Program::new(&module).unwrap().run(&module, &POOLS[0], &regions, &Bindings::new(), None);
+            let run = Program::new(&module).unwrap().run(
+                &module,
+                &POOLS[0],
+                &mut regions,
+                &Bindings::new(),
+                None,
+                None,
+            );
             assert_eq!(run.unwrap_err().code(), "run/bad-index");
         }
     }

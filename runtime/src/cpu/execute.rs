@@ -5,6 +5,7 @@
 //! which the operand was copied first if they differ.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use half::{bf16, f16};
 use millrace_ir::ops::add_norm::NormKind;
@@ -29,6 +30,9 @@ use millrace_kernels::cpu::select::{POINTWISE, POINTWISE_ROWS, REFERENCE};
 use super::reference;
 use crate::memory::{Plain, Region};
 
+/// Reads rows of a table that is not in memory: of so many bytes, at these places, into the result.
+pub(super) type Table<'a> = &'a dyn Fn(usize, &[usize], &mut [u8]) -> Result<()>;
+
 /// A node with its memory.
 pub(super) struct Node<'a> {
     pub module: &'a Module,
@@ -37,6 +41,10 @@ pub(super) struct Node<'a> {
     pub results: &'a [Region],
     pub bindings: &'a Bindings,
     pub frequencies: Option<&'a [f32]>,
+    /// The panels that operand 1 holds of the weight of a matmul, if not all.
+    pub panels: Option<Range<usize>>,
+    /// What reads operand 0 if it is not in memory.
+    pub table: Option<Table<'a>>,
 }
 
 pub(super) fn internal(message: &str) -> Error {
@@ -332,14 +340,16 @@ impl<'a> Node<'a> {
             .collect::<Result<Vec<_>>>()?;
         let mut outputs = (0..self.results.len()).map(|i| self.write::<O>(i)).collect::<Result<Vec<_>>>()?;
         let b = self.read::<T>(1)?;
+        let panels = self.panels.clone();
         let b = match op.panel {
             PANEL => Cow::Borrowed(b),
+            _ if panels.is_some() => return Err(internal("a weight of other panels has no tiles")),
             0 => Cow::Owned(repack(pool, b, Order::Rows, &op.segments, k)),
             width => Cow::Owned(repack(pool, b, Order::Panels(width), &op.segments, k)),
         };
         let product =
             Matmul { m, k, a: self.read::<T>(0)?, b: &b, segments: &op.segments, epilogue: &epilogue };
-        product.run(pool, &mut outputs);
+        product.run_panels(pool, panels.unwrap_or(0..product.panels()), &mut outputs);
         Ok(())
     }
 

@@ -67,6 +67,10 @@ impl Node<'_> {
                 let axis = if let Op::Gather(op) = &*self.node.op { op.axis } else { 0 };
                 let around = self.around(&operand(0)?, axis, size)?;
                 let places = self.places(1, around[1])?;
+                if let Some(table) = self.table {
+                    // The rows of axis 0; nothing stands before them.
+                    return table(around[2], &places, self.write::<u8>(0)?);
+                }
                 movement::gather(pool, self.read::<u8>(0)?, around, &places, self.write::<u8>(0)?)
             }
             Op::Scatter(op) => {

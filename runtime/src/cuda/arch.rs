@@ -12,25 +12,38 @@ pub(super) fn wanted(capability: u32) -> Option<Arch> {
     exact.or_else(below)
 }
 
-/// The index of the section to use.
+/// What to write after `cuda:` for a device of compute capability `capability`, if this version has code for it.
+pub(super) fn target(capability: u32) -> Option<&'static str> {
+    match wanted(capability) {
+        Some(arch) => Some(arch.name()),
+        None => (Arch::Compute80.capability() <= capability).then_some("ptx"),
+    }
+}
+
+/// The indices of the sections that a device can run, the best first: the code made for it, then PTX, which its driver
+/// compiles.
 ///
 /// # Errors
 /// `cuda/arch` names what the engine has, what the device is and how to build for it.
-pub(super) fn choose(sections: &[&str], capability: u32) -> Result<usize> {
+pub(super) fn choose(sections: &[&str], capability: u32) -> Result<Vec<usize>> {
     let wanted = wanted(capability);
-    if let Some(index) = wanted.and_then(|a| sections.iter().position(|s| *s == a.name())) {
-        return Ok(index);
+    let ptx = Some(Arch::Compute80).filter(|a| a.capability() <= capability);
+    let place = |arch: Arch| sections.iter().position(|s| *s == arch.name());
+    let found: Vec<usize> = [wanted, ptx].into_iter().flatten().filter_map(place).collect();
+    if !found.is_empty() {
+        return Ok(found);
     }
     let has = if sections.is_empty() { "no device code".to_string() } else { sections.join(", ") };
     let gpu = match wanted {
         Some(arch) if arch.capability() == capability => arch.name().to_string(),
         _ => format!("sm_{capability}"),
     };
-    let next = match wanted {
-        Some(arch) => format!("rebuild with --target cuda:{}, no GPU needed", arch.name()),
-        None => "this version generates no code for it; use --target cpu".to_string(),
+    let next = match (wanted, ptx) {
+        (Some(arch), _) => format!("rebuild with --target cuda:{}, no GPU needed", arch.name()),
+        (None, Some(_)) => "rebuild with --target cuda:ptx, no GPU needed".to_string(),
+        (None, None) => "this version generates no code for it; use --target cpu".to_string(),
     };
-    let kind = if wanted.is_some() { Kind::Incompatible } else { Kind::Unsupported };
+    let kind = if wanted.or(ptx).is_some() { Kind::Incompatible } else { Kind::Unsupported };
     Err(Error::new(kind, "cuda/arch", format!("engine has {has}; this GPU is {gpu}; {next}")))
 }
 
@@ -41,12 +54,23 @@ mod tests {
     #[test]
     fn sections_fit_exactly() {
         let sections = ["sm_80", "sm_90a", "sm_100"];
-        assert_eq!(choose(&sections, 80).unwrap(), 0);
-        assert_eq!(choose(&sections, 90).unwrap(), 1);
-        assert_eq!(choose(&sections, 100).unwrap(), 2);
+        assert_eq!(choose(&sections, 80).unwrap(), [0]);
+        assert_eq!(choose(&sections, 90).unwrap(), [1]);
+        assert_eq!(choose(&sections, 100).unwrap(), [2]);
         // Parts without an architecture of their own run the code of an older part of their generation.
-        assert_eq!(choose(&sections, 86).unwrap(), 0);
-        assert_eq!(choose(&sections, 103).unwrap(), 2);
+        assert_eq!(choose(&sections, 86).unwrap(), [0]);
+        assert_eq!(choose(&sections, 103).unwrap(), [2]);
+    }
+
+    #[test]
+    fn ptx_stands_in_where_nothing_else_fits() {
+        let sections = ["sm_90a", "compute_80"];
+        assert_eq!(choose(&sections, 90).unwrap(), [0, 1]);
+        // Older parts of the same generation, newer ones, and generations that came after this version.
+        for capability in [80, 86, 89, 100, 120, 121, 130] {
+            assert_eq!(choose(&sections, capability).unwrap(), [1], "{capability}");
+        }
+        assert_eq!(choose(&sections, 75).unwrap_err().kind(), Kind::Unsupported);
     }
 
     #[test]
@@ -71,6 +95,18 @@ mod tests {
         assert_eq!(
             refusal(&["sm_90a"], 86).1,
             "engine has sm_90a; this GPU is sm_86; rebuild with --target cuda:sm_80, no GPU needed"
+        );
+        assert_eq!(
+            refusal(&["sm_90a"], 130),
+            (
+                Kind::Incompatible,
+                "engine has sm_90a; this GPU is sm_130; rebuild with --target cuda:ptx, no GPU needed"
+                    .to_string()
+            )
+        );
+        assert_eq!(
+            refusal(&["sm_90a", "compute_80"], 75).1,
+            "engine has sm_90a, compute_80; this GPU is sm_75; this version generates no code for it; use --target cpu"
         );
         assert_eq!(refusal(&[], 75).0, Kind::Unsupported);
         assert!(refusal(&[], 75).1.starts_with("engine has no device code; this GPU is sm_75; "));

@@ -13,8 +13,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use millrace_ir::checkpoint::TensorSource;
-use millrace_ir::launch::Tiles;
-use millrace_ir::plan::stream::{Cut, Demand};
+use millrace_ir::plan::stream::Demand;
 use millrace_ir::{Bindings, Error, Id, Kind, Module, Result};
 
 use super::argmax::{Argmax, Tail};
@@ -24,12 +23,13 @@ use super::program::{Program, bundle};
 use super::range::Range;
 use super::recent::Recent;
 use super::report::{GraphReport, PoolReport};
-use super::residence::{Found, Residence};
-use super::resolve::{Addresses, Resolved, pack, parts, reads, resolve, workspace_bytes};
+use super::residence::{Copier, Found, Residence};
+use super::resolve::{Addresses, Limits, Resolved, pack, parts, resolve, workspace_bytes};
 use super::transfer::{Landing, Staging};
 use super::upload::Sources;
 use crate::budget::Residency;
 use crate::engine::Engine;
+use crate::needs;
 use crate::options::{Allocation, SessionOptions};
 use crate::places::{Piece, Regions};
 use crate::profile::Profile;
@@ -123,7 +123,6 @@ pub(crate) struct Cuda {
     /// Whether activations, inputs and outputs stay where they are.
     fixed: bool,
     report: GraphReport,
-    threads: usize,
     stream: Arc<Stream>,
     recording: Arc<Stream>,
     context: Arc<Context>,
@@ -141,7 +140,7 @@ impl Cuda {
     /// Opens the device and loads the engine's code for it; allocates no memory of the session.
     pub fn new(engine: &Engine, index: u32, threads: usize, options: &SessionOptions) -> Result<Cuda> {
         let context = Context::retain(index)?;
-        let program = Program::load(&context, bundle(engine, context.info.capability)?)?;
+        let program = Program::load(&context, bundle(engine, Limits::of(&context.info))?)?;
         let stream = match options.stream {
             Some(raw) => Stream::borrowed(&context, raw),
             None => Stream::new(&context)?,
@@ -159,11 +158,10 @@ impl Cuda {
             workspace: None,
             counters: None,
             states: Vec::new(),
-            residence: Residence::new(&context),
+            residence: Residence::new(&context, options.host_cap, threads),
             program,
             fixed: false,
             report: GraphReport { enabled: options.graphs, ..GraphReport::default() },
-            threads,
             stream,
             recording: Stream::new(&context)?,
             context,
@@ -199,24 +197,7 @@ impl Cuda {
 
     /// What the weights of `module` can do on this device: tiles as the launch table has them.
     pub fn demand(&self, module: &Module) -> Result<Demand> {
-        let mut demand = Demand::of(module)?;
-        for step in &self.program.table.steps {
-            let first = demand.uses.partition_point(|u| u.node < step.first);
-            let uses = demand.uses[first..].iter().take_while(|u| u.node < step.first + step.nodes);
-            let items: Vec<usize> = uses.map(|u| u.item).collect();
-            for index in items {
-                let item = &mut demand.items[index];
-                let Some(Cut::Tiles { granule, .. }) = item.cut else { continue };
-                let launches =
-                    step.variants.iter().flat_map(|v| &v.launches).filter(|l| reads(l, item.weight));
-                let fits =
-                    |t: Tiles| t.weight == item.weight && t.slices == item.slices && granule % t.granule == 0;
-                if !launches.map(|l| l.tiles.is_some_and(fits)).all(|fits| fits) {
-                    (item.cut, item.slices, item.slice_bytes) = (Some(Cut::Whole), 1, item.bytes);
-                }
-            }
-        }
-        Ok(demand)
+        needs::demand(module, Some(&self.program.table))
     }
 
     /// Brings the weights to where `residency` has them, once all work is done.
@@ -231,7 +212,7 @@ impl Cuda {
         // Launches and graphs name memory that may go.
         self.prepared.clear();
         let sources = Sources::of(engine, source)?;
-        self.residence.place(&sources, residency, self.threads)
+        self.residence.place(&sources, residency)
     }
 
     /// Bytes of resident weights and of the ring on the device.
@@ -401,15 +382,17 @@ impl Cuda {
     /// asked for and the device can tell it, [`Cuda::take`] does.
     pub fn start(
         &mut self,
-        module: &Module,
+        (engine, source): (&Engine, Option<&dyn TensorSource>),
         inputs: &[TensorRef<'_>],
         sizes: &StepSizes,
         bindings: &Bindings,
         after: After,
         profile: Option<&mut Profile>,
     ) -> Result<()> {
+        let module = engine.module();
         self.context.enter()?;
-        self.residence.heal()?;
+        let sources = if self.residence.is_fed() { Some(Sources::of(engine, source)?) } else { None };
+        self.residence.heal(sources.as_ref())?;
         self.retire_outputs();
         if self.ahead.len() >= TURNS || (after.fed.is_some() && self.ahead.is_empty()) {
             let message = "steps ahead are taken one by one, and the first is not fed";
@@ -437,12 +420,10 @@ impl Cuda {
         prepared.uses += 1;
         self.residence.begin();
         let result = match profile {
-            Some(profile) => self.run_timed(module, &prepared, turn, arrival, profile),
-            None => self.run_fast(&mut prepared, turn, arrival),
+            Some(profile) => self.run_timed(module, &prepared, turn, arrival, sources.as_ref(), profile),
+            None => self.run_fast(&mut prepared, turn, arrival, sources.as_ref()),
         };
-        if result.is_ok() {
-            self.residence.end();
-        }
+        let result = result.and_then(|()| self.residence.end(sources.as_ref()));
         let told = prepared.tail.is_some();
         self.prepared.put(key, prepared);
         result?;
@@ -497,16 +478,22 @@ impl Cuda {
     }
 
     /// Replays or launches one by one.
-    fn run_fast(&mut self, prepared: &mut Prepared, turn: usize, arrival: Range) -> Result<()> {
+    fn run_fast(
+        &mut self,
+        prepared: &mut Prepared,
+        turn: usize,
+        arrival: Range,
+        sources: Option<&Sources<'_>>,
+    ) -> Result<()> {
         let Turn { staging, landing } = &mut self.turns[turn];
         let staging = staging.as_mut().ok_or_else(no_memory)?;
         let mut landing = landing.as_mut();
-        let residence = &self.residence;
+        let copier = Copier { residence: &self.residence, sources };
         self.report.last_launches = prepared.launches();
-        let recurs = self.report.enabled && self.fixed && prepared.uses > 1;
+        let recurs = self.report.enabled && self.fixed && prepared.uses > 1 && sources.is_none();
         if recurs && prepared.graphs[turn].is_none() && !prepared.graph_failed {
             let recorded = Graph::record(&self.recording, |stream| {
-                enqueue(prepared, arrival, staging, landing.as_deref_mut(), residence, stream, true)
+                enqueue(prepared, arrival, staging, landing.as_deref_mut(), copier, stream, true)
             });
             match recorded {
                 Ok(graph) => {
@@ -526,7 +513,7 @@ impl Cuda {
                 self.report.replayed += 1;
             }
             None => {
-                enqueue(prepared, arrival, staging, landing.as_deref_mut(), residence, &self.stream, false)?;
+                enqueue(prepared, arrival, staging, landing.as_deref_mut(), copier, &self.stream, false)?;
                 self.report.plain += 1;
             }
         }
@@ -543,8 +530,10 @@ impl Cuda {
         prepared: &Prepared,
         turn: usize,
         arrival: Range,
+        sources: Option<&Sources<'_>>,
         profile: &mut Profile,
     ) -> Result<()> {
+        let copier = Copier { residence: &self.residence, sources };
         while self.events.len() <= prepared.resolved.steps.len() {
             self.events.push(Event::new(&self.context, true)?);
         }
@@ -552,28 +541,27 @@ impl Cuda {
         let staging = staging.as_mut().ok_or_else(no_memory)?;
         staging.send(&self.stream, arrival)?;
         if let Some(feed) = &prepared.feed {
-            feed.enqueue(&self.stream, &self.residence, false, false)?;
+            feed.enqueue(&self.stream, copier, false, false)?;
         }
         self.events[0].record(&self.stream)?;
         let mut done = 0;
         for ((_, actions), event) in prepared.resolved.steps.iter().zip(&self.events[1..]) {
             let mut overlap = false;
             for ready in &prepared.ready[actions.clone()] {
-                ready.enqueue(&self.stream, &self.residence, overlap, false)?;
+                ready.enqueue(&self.stream, copier, overlap, false)?;
                 overlap = ready.is_launch();
             }
             event.record(&self.stream)?;
             done = actions.end;
         }
         for ready in &prepared.ready[done..] {
-            ready.enqueue(&self.stream, &self.residence, false, false)?;
+            ready.enqueue(&self.stream, copier, false, false)?;
         }
         if let (Some(tail), Some(landing)) = (&prepared.tail, landing) {
             tail.launch.enqueue(&self.stream, false)?;
             landing.receive(&self.stream, tail.indices)?;
             landing.expect()?;
         }
-        self.residence.join(&self.stream, false)?;
         staging.sent(&self.stream)?;
         self.report.last_launches = prepared.launches();
         self.report.plain += 1;
@@ -640,25 +628,25 @@ fn enqueue(
     arrival: Range,
     staging: &mut Staging,
     landing: Option<&mut Landing>,
-    residence: &Residence,
+    copier: Copier<'_>,
     stream: &Stream,
     recorded: bool,
 ) -> Result<()> {
     staging.send(stream, arrival)?;
     if let Some(feed) = &prepared.feed {
-        feed.enqueue(stream, residence, false, recorded)?;
+        feed.enqueue(stream, copier, false, recorded)?;
     }
     // The first kernel follows a copy: there is nothing it could overlap.
     let mut overlap = false;
     for ready in &prepared.ready {
-        ready.enqueue(stream, residence, overlap, recorded)?;
+        ready.enqueue(stream, copier, overlap, recorded)?;
         overlap = ready.is_launch();
     }
     if let (Some(tail), Some(landing)) = (&prepared.tail, landing) {
         tail.launch.enqueue(stream, overlap)?;
         landing.receive(stream, tail.indices)?;
     }
-    residence.join(stream, recorded)
+    Ok(())
 }
 
 impl Drop for Cuda {

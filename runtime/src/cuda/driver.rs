@@ -97,9 +97,12 @@ fn check(result: sys::CUresult, what: &str) -> Result<()> {
                 .at(what)
                 .hint("build the engine again"));
         }
-        R::CUDA_ERROR_NO_BINARY_FOR_GPU
-        | R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
-        | R::CUDA_ERROR_JIT_COMPILER_NOT_FOUND => Kind::Incompatible,
+        R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | R::CUDA_ERROR_JIT_COMPILER_NOT_FOUND => {
+            let message = format!("the driver failed to {what}: {}", describe(result));
+            return Err(Error::new(Kind::Incompatible, "cuda/driver", message)
+                .hint("PTX needs a driver as new as the NVRTC that built the engine: install it, or build for this GPU"));
+        }
+        R::CUDA_ERROR_NO_BINARY_FOR_GPU => Kind::Incompatible,
         _ => Kind::Device,
     };
     Err(Error::new(kind, "cuda/driver", format!("the driver failed to {what}: {}", describe(result))))
@@ -120,6 +123,14 @@ pub struct DeviceInfo {
     pub memory: u64,
     /// Most bytes of shared memory a block may ask for.
     pub max_shared: u32,
+}
+
+impl DeviceInfo {
+    /// What `compile --target cuda:..` calls the code for the device: the name of an architecture, or `ptx` for parts that
+    /// this version does not know. `None` for parts that are too old.
+    pub fn target(&self) -> Option<&'static str> {
+        super::arch::target(self.capability)
+    }
 }
 
 /// Number of devices; the driver must have been started.
@@ -389,6 +400,14 @@ impl Stream {
         self.context.check(unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) }, "wait for an event")
     }
 
+    /// [`Stream::wait`] for an event that was recorded outside of the graph for which this stream records.
+    pub fn wait_outside(&self, event: &Event) -> Result<()> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_EXTERNAL as u32;
+        // SAFETY: both are live and of one context.
+        let done = unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, flags) };
+        self.context.check(done, "wait for an event of another graph")
+    }
+
     /// Fills device memory with zeros.
     pub fn zero(&self, range: Range) -> Result<()> {
         if range.len == 0 {
@@ -454,6 +473,15 @@ impl Event {
     pub fn record(&self, stream: &Stream) -> Result<()> {
         // SAFETY: both are live and of one context.
         self.context.check(unsafe { sys::cuEventRecord(self.raw, stream.raw) }, "record an event")
+    }
+
+    /// [`Event::record`] in a stream that records for a graph: each launch of the graph marks the point anew, for others
+    /// than the graph.
+    pub fn record_outside(&self, stream: &Stream) -> Result<()> {
+        let flags = sys::CUevent_record_flags::CU_EVENT_RECORD_EXTERNAL as u32;
+        // SAFETY: both are live and of one context.
+        let done = unsafe { sys::cuEventRecordWithFlags(self.raw, stream.raw, flags) };
+        self.context.check(done, "record an event of a graph")
     }
 
     /// Waits for the point; returns at once if it was never recorded.
@@ -641,7 +669,7 @@ impl Function {
                 "kernel `{name}` asks for {dynamic_shared} bytes of shared memory, this GPU has {room} for it"
             );
             return Err(Error::new(Kind::Incompatible, "cuda/shared-memory", message)
-                .hint("build the engine for this GPU"));
+                .hint("build the engine for this GPU, or with `ptx` among the architectures of --target"));
         }
         if dynamic_shared > PLAIN_SHARED.saturating_sub(shared) {
             let most = F::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

@@ -13,7 +13,7 @@ use millrace_ir::{DType, Error, Kind, Result};
 
 use super::driver::{Context, Function, Stream};
 use super::range::Range;
-use super::residence::Residence;
+use super::residence::Copier;
 use super::resolve::{Action, Map, Params, Resolution, check_params};
 
 /// Parameters of one launch, in memory that is aligned for tensor maps.
@@ -72,18 +72,12 @@ impl Ready {
 
     /// Enqueues it. `overlap` allows a dependent kernel to start before its predecessor has ended, which must be a
     /// kernel. `recorded` tells whether the stream records.
-    pub fn enqueue(
-        &self,
-        stream: &Stream,
-        residence: &Residence,
-        overlap: bool,
-        recorded: bool,
-    ) -> Result<()> {
+    pub fn enqueue(&self, stream: &Stream, copier: Copier<'_>, overlap: bool, recorded: bool) -> Result<()> {
         match self {
             Ready::Copy { from, to } => stream.copy(*from, *to),
             Ready::Launch(launch) => launch.enqueue(stream, overlap),
-            Ready::Arrive(copy) => residence.arrive(*copy, stream, recorded),
-            Ready::Leave(copy) => residence.leave(*copy, stream, recorded),
+            Ready::Arrive(copy) => copier.arrive(*copy, stream, recorded),
+            Ready::Leave(copy) => copier.leave(*copy, stream, recorded),
         }
     }
 

@@ -15,6 +15,8 @@ mod backend;
 mod driver;
 #[allow(unsafe_code)]
 mod launch;
+#[allow(unsafe_code)]
+mod library;
 mod program;
 mod range;
 mod rates;
@@ -24,12 +26,16 @@ mod residence;
 mod resolve;
 #[cfg(test)]
 mod testing;
+mod timing;
 #[allow(unsafe_code)]
 mod transfer;
 mod upload;
 
 pub use driver::{DeviceInfo, RawStream};
+pub use library::Product;
 pub use rates::{Rates, rates};
 pub use report::{GraphReport, PoolReport, Survey, survey};
+pub use timing::{Bench, Timed, TimedBuffer, Timer, distance};
 
 pub(crate) use backend::{After, Cuda};
+pub(crate) use resolve::reads;

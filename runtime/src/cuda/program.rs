@@ -26,18 +26,32 @@ pub(super) struct Program {
     entries: Vec<String>,
 }
 
-/// Chooses the section of `engine` for a device of compute capability `capability` and decodes it.
-pub(super) fn bundle(engine: &Engine, capability: u32) -> Result<Bundle> {
+/// Chooses the section of `engine` for a device and decodes it: the first that is for its compute capability and whose
+/// launches have enough shared memory, or the first if there is no such; its kernels then say what they lack.
+pub(super) fn bundle(engine: &Engine, device: Limits) -> Result<Bundle> {
     let sections: Vec<(&str, &[u8])> = engine.file().kernels().collect();
     let names: Vec<&str> = sections.iter().map(|(name, _)| *name).collect();
-    let (name, bytes) = sections[choose(&names, capability)?];
-    let bundle = Bundle::decode(bytes)?;
-    if bundle.table.arch != name {
-        let message = format!("section {name} holds a launch table for {}", bundle.table.arch);
-        return Err(forged(message));
+    let mut first = None;
+    for index in choose(&names, device.capability)? {
+        let (name, bytes) = sections[index];
+        let bundle = Bundle::decode(bytes)?;
+        if bundle.table.arch != name {
+            let message = format!("section {name} holds a launch table for {}", bundle.table.arch);
+            return Err(forged(message));
+        }
+        check_bundle(engine.module(), &bundle)?;
+        if most_shared(&bundle.table) <= device.max_shared {
+            return Ok(bundle);
+        }
+        first = first.or(Some(bundle));
     }
-    check_bundle(engine.module(), &bundle)?;
-    Ok(bundle)
+    first.ok_or_else(|| forged("the engine has no device code"))
+}
+
+/// Most bytes of dynamic shared memory of a launch.
+fn most_shared(table: &LaunchTable) -> u32 {
+    let launches = table.steps.iter().flat_map(|s| &s.variants).flat_map(|v| &v.launches);
+    launches.map(|l| l.shared).max().unwrap_or(0)
 }
 
 /// What can be checked without a device and without bindings.
@@ -73,7 +87,7 @@ impl Program {
             })
             .collect::<Result<Vec<_>>>()?;
         let entries = table.kernels.iter().map(|k| k.entry.clone()).collect();
-        let limits = Limits { capability: context.info.capability, max_shared: context.info.max_shared };
+        let limits = Limits::of(&context.info);
         let multiprocessors = context.info.multiprocessors;
         Ok(Program { table, limits, multiprocessors, functions, entries })
     }
@@ -81,6 +95,17 @@ impl Program {
     /// Prepares what was resolved.
     pub fn ready(&self, resolved: &Resolved) -> Result<Vec<Ready>> {
         resolved.actions.iter().map(|action| Ready::new(action, &self.functions, &self.entries)).collect()
+    }
+
+    /// Prepares launches alone.
+    pub fn launches(&self, launches: &[Resolution]) -> Result<Vec<ReadyLaunch>> {
+        let missing = || forged("a launch names no kernel");
+        let one = |launch: &Resolution| {
+            let function = self.functions.get(launch.kernel).ok_or_else(missing)?;
+            let entry = self.entries.get(launch.kernel).map_or("", String::as_str);
+            ReadyLaunch::new(launch, function, entry)
+        };
+        launches.iter().map(one).collect()
     }
 
     /// Whether the table has the argmax of rows.

@@ -2,10 +2,16 @@
 //!
 //! Weights that never move share one block; each of the others has a block of its own for the slices that are resident, so
 //! that a change of budget touches only what changes. A weight that streams is in host memory as a whole, and its
-//! host copy stays when it becomes resident again. Tables whose rows are read from afar are read there.
+//! host copy stays until nothing streams any more. Tables whose rows are read from afar are read there.
 //!
-//! Invariant: between steps the first copies of a step are in their slots. A step that fails breaks it; [`Residence::heal`]
-//! restores it before the next.
+//! Host memory may be bounded too. Then what does not fit it comes from the engine file through a few pinned buffers, filled by the
+//! thread that enqueues the step, which therefore cannot be a graph.
+//!
+//! A step's copies are enqueued with its kernels, into the same graph if there is one. The first copies of the next step follow
+//! outside of the graph, so that the link is busy while one step ends and another begins.
+//!
+//! Invariant: between steps the first copies of a step are in their slots or under way. A step that fails breaks it;
+//! [`Residence::heal`] restores it before the next.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -15,8 +21,8 @@ use millrace_ir::{Error, Id, Kind, Result};
 use super::driver::{Block, Context, Event, Stream};
 use super::range::Range;
 use super::resolve::{Ring, Tile};
-use super::transfer::Pinned;
-use super::upload::{Load, Sources, share, upload};
+use super::transfer::{Pinned, Staging};
+use super::upload::{Load, Piece, Sources, share, upload};
 use crate::budget::Residency;
 use crate::places::Piece as _;
 
@@ -27,8 +33,8 @@ struct Held {
     slices: u64,
 }
 
-/// Streams and events of copies. While a step is recorded for a graph it has others than while it runs.
-pub(super) struct Lanes {
+/// What orders the copies within a step. While a step is recorded for a graph it has others than while it runs.
+struct Lanes {
     copies: Arc<Stream>,
     /// By slot: its content has arrived.
     arrived: Vec<Event>,
@@ -38,9 +44,21 @@ pub(super) struct Lanes {
 
 impl Lanes {
     fn new(context: &Arc<Context>, slots: usize) -> Result<Lanes> {
-        let events = || (0..slots).map(|_| Event::new(context, false)).collect::<Result<Vec<_>>>();
-        Ok(Lanes { copies: Stream::new(context)?, arrived: events()?, left: events()? })
+        let (arrived, left) = (events(context, slots)?, events(context, slots)?);
+        Ok(Lanes { copies: Stream::new(context)?, arrived, left })
     }
+}
+
+/// What orders the first copies of a step after the step before.
+struct Turnover {
+    /// By slot: the first copy of the next step has arrived.
+    arrived: Vec<Event>,
+    /// By slot: the last kernel of a step that reads it has ended.
+    left: Vec<Event>,
+}
+
+fn events(context: &Arc<Context>, slots: usize) -> Result<Vec<Event>> {
+    (0..slots).map(|_| Event::new(context, false)).collect()
 }
 
 /// See the module.
@@ -51,15 +69,40 @@ pub(super) struct Residence {
     /// By item.
     held: Vec<Held>,
     ring: Option<Block>,
-    /// By item.
+    /// By item: its copy in host memory.
     host: Vec<Option<Pinned>>,
+    /// Most bytes of pinned memory for weights.
+    host_cap: Option<u64>,
+    /// Buffers for copies whose weight is not in host memory.
+    feeders: Mutex<Feeders>,
+    /// Threads that fill.
+    threads: usize,
     demand: Demand,
     placement: Option<Placement>,
     running: Option<Lanes>,
     recording: Option<Lanes>,
+    turnover: Option<Turnover>,
     /// Whether the ring holds what a step expects.
     intact: bool,
     context: Arc<Context>,
+}
+
+/// Buffers that take turns between the file and the ring.
+#[derive(Default)]
+struct Feeders {
+    buffers: Vec<Staging>,
+    next: usize,
+}
+
+/// Fewest and most buffers of [`Feeders`]: one is filled while others are copied.
+const FEEDERS: (u64, u64) = (2, 4);
+
+/// What enqueues the copies of a step.
+#[derive(Clone, Copy)]
+pub(super) struct Copier<'a> {
+    pub residence: &'a Residence,
+    /// Where weights come from that are not in host memory; not needed if all are.
+    pub sources: Option<&'a Sources<'a>>,
 }
 
 /// Where a step finds a weight.
@@ -82,17 +125,21 @@ fn not_placed() -> Error {
 
 impl Residence {
     /// No weight is anywhere.
-    pub fn new(context: &Arc<Context>) -> Residence {
+    pub fn new(context: &Arc<Context>, host_cap: Option<u64>, threads: usize) -> Residence {
         Residence {
             fixed: None,
             fixed_at: Vec::new(),
             held: Vec::new(),
             ring: None,
             host: Vec::new(),
+            host_cap,
+            feeders: Mutex::default(),
+            threads,
             demand: Demand::default(),
             placement: None,
             running: None,
             recording: None,
+            turnover: None,
             intact: false,
             context: context.clone(),
         }
@@ -104,7 +151,9 @@ impl Residence {
     }
 
     /// Brings the weights to where `residency` has them. No work that uses weights may be running.
-    pub fn place(&mut self, sources: &Sources<'_>, residency: &Residency, threads: usize) -> Result<()> {
+    pub fn place(&mut self, sources: &Sources<'_>, residency: &Residency) -> Result<()> {
+        let threads = self.threads;
+        self.settle()?;
         self.intact = false;
         let next = residency.placement.clone();
         let first = self.fixed_at.is_empty() && self.held.is_empty();
@@ -125,10 +174,7 @@ impl Residence {
         if self.ring.as_ref().map_or(0, |b| b.range().len) != next.ring_bytes() {
             self.ring = None;
         }
-        let streams =
-            |i: &usize| Self::moves(&self.demand.items[*i]) && slices[*i] < self.demand.items[*i].slices;
-        let wanted: Vec<usize> =
-            (0..slices.len()).filter(|i| streams(i) && self.host[*i].is_none()).collect();
+        let wanted = self.share_host(&next)?;
         self.bring_to_host(sources, &wanted, threads)?;
         let mut loads: Vec<(Range, Load)> = Vec::new();
         if first {
@@ -165,13 +211,70 @@ impl Residence {
         upload(&self.context, sources, &loads, threads)?;
         copies.synchronize()?;
         if next.copies.is_empty() {
-            (self.running, self.recording) = (None, None);
+            (self.running, self.recording, self.turnover) = (None, None, None);
         } else if self.running.as_ref().is_none_or(|lanes| lanes.arrived.len() != next.slots) {
             self.running = Some(Lanes::new(&self.context, next.slots)?);
             self.recording = Some(Lanes::new(&self.context, next.slots)?);
+            let (arrived, left) = (events(&self.context, next.slots)?, events(&self.context, next.slots)?);
+            self.turnover = Some(Turnover { arrived, left });
         }
         self.placement = Some(next);
-        self.heal()
+        self.heal(Some(sources))
+    }
+
+    /// Decides which weights are in host memory, within its bound: those are returned that are not there yet. Tables come
+    /// first, since rows are read there; what does not fit is left to [`Feeders`], which are made here.
+    fn share_host(&mut self, next: &Placement) -> Result<Vec<usize>> {
+        let items = &self.demand.items;
+        let streams = |i: &usize| Self::moves(&items[*i]) && next.resident[*i] < items[*i].slices;
+        let mut wanted: Vec<usize> = (0..items.len()).filter(streams).collect();
+        let Some(cap) = self.host_cap else {
+            if wanted.is_empty() {
+                self.host.iter_mut().for_each(|host| *host = None);
+            }
+            wanted.retain(|i| self.host[*i].is_none());
+            return Ok(wanted);
+        };
+        let table = |i: &usize| items[*i].cut == Some(Cut::Rows);
+        wanted.sort_by_key(|i| !table(i));
+        let all: u64 = wanted.iter().map(|i| items[*i].bytes).sum();
+        let tables: u64 = wanted.iter().filter(|i| table(i)).map(|i| items[*i].bytes).sum();
+        let slot = next.slot_bytes.max(1);
+        let feeders = if all <= cap { 0 } else { (cap.saturating_sub(tables) / slot).min(FEEDERS.1) };
+        if all > cap && (feeders < FEEDERS.0 || next.copies.is_empty()) {
+            let least = tables + if next.copies.is_empty() { 0 } else { FEEDERS.0 * next.slot_bytes };
+            let message = format!("weights need {least} bytes of host memory at least, the cap is {cap}");
+            return Err(Error::new(Kind::OutOfMemory, "run/host-cap", message)
+                .hint(format!("raise --host-cap to {least} bytes, or keep more weights on the device")));
+        }
+        let mut room = cap - feeders * next.slot_bytes;
+        wanted.retain(|i| {
+            let fits = items[*i].bytes <= room;
+            room -= if fits { items[*i].bytes } else { 0 };
+            fits
+        });
+        // What is in host memory without need goes first.
+        for (index, host) in self.host.iter_mut().enumerate() {
+            if !wanted.contains(&index) {
+                *host = None;
+            }
+        }
+        let held = self.feeders.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if held.buffers.len() as u64 != feeders
+            || held.buffers.iter().any(|b| b.len() as u64 != next.slot_bytes)
+        {
+            held.buffers.clear();
+            for _ in 0..feeders {
+                held.buffers.push(Staging::new(&self.context, next.slot_bytes as usize)?);
+            }
+        }
+        wanted.retain(|i| self.host[*i].is_none());
+        Ok(wanted)
+    }
+
+    /// Whether copies of a step come from elsewhere than host memory, so that no graph can make them.
+    pub fn is_fed(&self) -> bool {
+        self.placement.as_ref().is_some_and(|p| p.copies.iter().any(|c| self.host[c.item].is_none()))
     }
 
     /// Pins and fills host memory for items.
@@ -201,7 +304,9 @@ impl Residence {
 
     /// Bytes of pinned host memory.
     pub fn host_bytes(&self) -> u64 {
-        self.host.iter().flatten().map(|p| p.len() as u64).sum()
+        let feeders = self.feeders.lock().unwrap_or_else(PoisonError::into_inner);
+        let buffers = feeders.buffers.iter().map(|b| b.len() as u64);
+        self.host.iter().flatten().map(|p| p.len() as u64).chain(buffers).sum()
     }
 
     /// Bytes of blocks: residents and ring.
@@ -263,12 +368,25 @@ impl Residence {
     }
 
     /// Enqueues a copy into its slot in `stream`.
-    fn send(&self, copy: usize, stream: &Stream) -> Result<()> {
+    fn send(&self, copy: usize, stream: &Stream, sources: Option<&Sources<'_>>) -> Result<()> {
         let target = self.target(copy)?;
-        let placement = self.placement()?;
-        let part = &placement.copies[copy];
-        let host = self.host[part.item].as_ref().ok_or_else(not_placed)?;
-        host.send(stream, part.first * self.demand.items[part.item].slice_bytes, target)
+        let part = &self.placement()?.copies[copy];
+        let from = part.first * self.demand.items[part.item].slice_bytes;
+        if let Some(host) = &self.host[part.item] {
+            return host.send(stream, from, target);
+        }
+        let sources = sources.ok_or_else(not_placed)?;
+        let mut feeders = self.feeders.lock().unwrap_or_else(PoisonError::into_inner);
+        let Feeders { buffers, next } = &mut *feeders;
+        let turn = *next % buffers.len().max(1);
+        *next = next.wrapping_add(1);
+        let buffer = buffers.get_mut(turn).ok_or_else(not_placed)?;
+        let piece = Piece { index: part.item, from, len: part.bytes, to: 0 };
+        let load = Load { pieces: vec![piece], bytes: part.bytes };
+        let room = buffer.fill()?.get_mut(..part.bytes as usize).ok_or_else(not_placed)?;
+        sources.read(vec![(&load, room)], self.threads)?;
+        buffer.send(stream, target)?;
+        buffer.sent(stream)
     }
 
     fn lanes(&self, recorded: bool) -> Result<&Lanes> {
@@ -276,14 +394,24 @@ impl Residence {
         lanes.as_ref().ok_or_else(not_placed)
     }
 
+    fn turnover(&self) -> Result<&Turnover> {
+        self.turnover.as_ref().ok_or_else(not_placed)
+    }
+
+    /// Waits for copies under way.
+    fn settle(&self) -> Result<()> {
+        self.running.as_ref().map_or(Ok(()), |lanes| lanes.copies.synchronize())
+    }
+
     /// Brings the first copies of a step into their slots if a step may have failed since.
-    pub fn heal(&mut self) -> Result<()> {
+    pub fn heal(&mut self, sources: Option<&Sources<'_>>) -> Result<()> {
         let placement = self.placement()?;
         if !self.intact && !placement.copies.is_empty() {
-            let lanes = self.lanes(false)?;
+            let (lanes, turnover) = (self.lanes(false)?, self.turnover()?);
             lanes.copies.synchronize()?;
             for copy in 0..placement.copies.len().min(placement.slots) {
-                self.send(copy, &lanes.copies)?;
+                self.send(copy, &lanes.copies, sources)?;
+                turnover.arrived[copy].record(&lanes.copies)?;
             }
             lanes.copies.synchronize()?;
         }
@@ -301,41 +429,73 @@ impl Residence {
         self.placement.as_ref().map_or(0, Placement::moved)
     }
 
-    /// Lets `stream` wait for a copy. `recorded` tells whether the stream records.
-    pub fn arrive(&self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
+    fn arrive(&self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
         let placement = self.placement()?;
-        if placement.moved() == 0 || copy < placement.slots {
-            // It was there when the step began.
-            return Ok(());
+        let slot = placement.copies[copy].slot;
+        // A copy that has its slot to itself is there.
+        match (placement.next(copy), copy < placement.slots, recorded) {
+            (None, ..) => Ok(()),
+            (_, true, true) => stream.wait_outside(&self.turnover()?.arrived[slot]),
+            (_, true, false) => stream.wait(&self.turnover()?.arrived[slot]),
+            (_, false, _) => stream.wait(&self.lanes(recorded)?.arrived[slot]),
         }
-        stream.wait(&self.lanes(recorded)?.arrived[placement.copies[copy].slot])
     }
 
-    /// After the kernels that use a copy: enqueues the next into its slot.
-    pub fn leave(&self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
+    fn leave(
+        &self,
+        copy: usize,
+        stream: &Stream,
+        recorded: bool,
+        sources: Option<&Sources<'_>>,
+    ) -> Result<()> {
         let placement = self.placement()?;
-        let (true, Some(next)) = (placement.moved() > 0, placement.next(copy)) else { return Ok(()) };
-        let (lanes, slot) = (self.lanes(recorded)?, placement.copies[copy].slot);
+        let Some(next) = placement.next(copy) else { return Ok(()) };
+        let slot = placement.copies[copy].slot;
+        if next <= copy {
+            let left = &self.turnover()?.left[slot];
+            return if recorded { left.record_outside(stream) } else { left.record(stream) };
+        }
+        let lanes = self.lanes(recorded)?;
         lanes.left[slot].record(stream)?;
         lanes.copies.wait(&lanes.left[slot])?;
-        self.send(next, &lanes.copies)?;
+        self.send(next, &lanes.copies, sources)?;
         lanes.arrived[slot].record(&lanes.copies)
     }
 
-    /// Ends the copies of a step: `stream` waits for the first ones of the next.
-    pub fn join(&self, stream: &Stream, recorded: bool) -> Result<()> {
+    /// A step has been enqueued, in whatever way: enqueues the first copies of the next behind it.
+    pub fn end(&mut self, sources: Option<&Sources<'_>>) -> Result<()> {
         let placement = self.placement()?;
-        if placement.moved() == 0 {
-            return Ok(());
+        let (count, slots) = (placement.copies.len(), placement.slots);
+        if placement.moved() > 0 {
+            let (lanes, turnover) = (self.lanes(false)?, self.turnover()?);
+            // In the order in which the slots become free.
+            for copy in count.saturating_sub(slots)..count {
+                let Some(next) = placement.next(copy).filter(|next| *next <= copy) else { continue };
+                lanes.copies.wait(&turnover.left[next])?;
+                self.send(next, &lanes.copies, sources)?;
+                turnover.arrived[next].record(&lanes.copies)?;
+            }
         }
-        let lanes = self.lanes(recorded)?;
-        // A slot with a single copy keeps it.
-        let moving = placement.copies.len().saturating_sub(placement.slots).min(placement.slots);
-        lanes.arrived[..moving].iter().try_for_each(|event| stream.wait(event))
+        self.intact = true;
+        Ok(())
+    }
+}
+
+impl Copier<'_> {
+    /// Lets `stream` wait for a copy. `recorded` tells whether the stream records.
+    pub fn arrive(self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
+        self.residence.arrive(copy, stream, recorded)
     }
 
-    /// A step has been enqueued.
-    pub fn end(&mut self) {
-        self.intact = true;
+    /// After the kernels that use a copy: enqueues the next into its slot if that belongs to the same step.
+    pub fn leave(self, copy: usize, stream: &Stream, recorded: bool) -> Result<()> {
+        self.residence.leave(copy, stream, recorded, self.sources)
+    }
+}
+
+impl Drop for Residence {
+    fn drop(&mut self) {
+        // Copies read host memory that goes. On a failed device none runs.
+        let _ = self.settle();
     }
 }

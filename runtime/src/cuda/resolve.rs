@@ -10,6 +10,7 @@ use std::ops::Range as Span;
 use millrace_ir::launch::{Arg, Launch, LaunchStep, LaunchTable, MapBase, TensorMap, Tiles};
 use millrace_ir::{Bindings, DType, Dim, Error, Kind, Module, NodeId, Operand, Result, WeightId};
 
+use super::driver::DeviceInfo;
 use super::range::Range;
 use crate::places::{Piece, Regions, forged};
 
@@ -57,6 +58,13 @@ pub(super) struct Limits {
     pub capability: u32,
     /// Most bytes of shared memory of a block.
     pub max_shared: u32,
+}
+
+impl Limits {
+    /// Those of a device.
+    pub fn of(device: &DeviceInfo) -> Limits {
+        Limits { capability: device.capability, max_shared: device.max_shared }
+    }
 }
 
 /// A step with numbers for dims and operands.
@@ -199,6 +207,24 @@ pub(super) fn resolve(
     Ok(Resolved { actions, steps })
 }
 
+/// What the first step of a table launches, apart from any module: `values` are where its launches find values.
+pub(super) fn resolve_step(
+    table: &LaunchTable,
+    addresses: &Addresses,
+    values: &[Option<Range>],
+    bindings: &Bindings,
+    limits: Limits,
+) -> Result<Vec<Resolution>> {
+    let step = table.steps.first().ok_or_else(|| forged("a table has no steps"))?;
+    let variant = step.variant(bindings).ok_or_else(|| forged("no variant fits"))?;
+    let mut launches = Vec::new();
+    for launch in &variant.launches {
+        let scope = Scope { addresses, values, bindings, limits, tile: None };
+        launches.extend(scope.launch(table, launch)?);
+    }
+    Ok(launches)
+}
+
 /// Inside a group nobody knows which node runs when: ranges are the same or disjoint. Ranges that begin together are
 /// allowed too, since a view of an empty or joined tensor may differ in length.
 fn check_group(memory: &[(Vec<Range>, Vec<Range>)]) -> Result<()> {
@@ -250,7 +276,7 @@ struct Scope<'a> {
 }
 
 /// Whether a launch reads `weight`.
-pub(super) fn reads(launch: &Launch, weight: WeightId) -> bool {
+pub(crate) fn reads(launch: &Launch, weight: WeightId) -> bool {
     let wanted = Operand::Weight(weight);
     launch.args.iter().any(|arg| match arg {
         Arg::Address(operand) => *operand == wanted,

@@ -26,13 +26,19 @@ struct Family {
     layers: String,
     calls: usize,
     time: Duration,
+    /// How much of that was waiting for streamed weights.
+    stall: Duration,
+    /// Bytes of weights that were brought in meanwhile.
+    streamed: u64,
     cost: Cost,
 }
 
 impl Family {
-    fn add(&mut self, time: Duration, cost: Cost) {
+    fn add(&mut self, span: &Span, cost: Cost) {
         self.calls += 1;
-        self.time += time;
+        self.time += span.duration;
+        self.stall += span.stall;
+        self.streamed += span.streamed;
         self.cost = self.cost.plus(cost);
     }
 
@@ -142,7 +148,9 @@ pub fn summarise(module: &Module, profile: &Profile, ceilings: Ceilings) -> Summ
                 phase.families.push(Family { kernel: kernel.to_string(), layers, ..Family::default() });
                 phase.families.len() - 1
             });
-            phase.families[index].add(span.duration, cost);
+            phase.families[index].add(span, cost);
+            phase.total.stall += span.stall;
+            phase.total.streamed += span.streamed;
             phase.total.cost = phase.total.cost.plus(cost);
             phase.total.calls += 1;
         }
@@ -173,7 +181,8 @@ impl Summary {
         )
     }
 
-    /// Cells below [`COLUMNS`], the last two for the time between kernels and for the whole.
+    /// Cells below [`COLUMNS`], the last ones for the time between kernels, for waiting inside kernels with the rate at which
+    /// weights streamed, if any did, and for the whole.
     fn cells(&self, phase: &Phase) -> Vec<[String; 9]> {
         let share = |time: Duration| format!("{:.1}", percent(ms(time), ms(phase.total.time)));
         let line = |name: &str, f: &Family| {
@@ -197,6 +206,15 @@ impl Summary {
         between[2] = format!("{:.3}", ms(outside));
         between[3] = share(outside);
         lines.push(between);
+        if phase.total.streamed > 0 {
+            let Family { stall, streamed, .. } = phase.total;
+            let mut waiting = [const { String::new() }; 9];
+            waiting[0] = "waiting for weights".to_string();
+            waiting[2] = format!("{:.3}", ms(stall));
+            waiting[3] = share(stall);
+            waiting[6] = format!("{:.1}", phase.total.rate(streamed));
+            lines.push(waiting);
+        }
         lines.push(line("total", &phase.total));
         lines
     }
@@ -241,6 +259,8 @@ impl Summary {
             json!({
                 "calls": f.calls,
                 "ms": ms(f.time),
+                "stall_ms": ms(f.stall),
+                "streamed_bytes": f.streamed,
                 "share": percent(ms(f.time), ms(phase.total.time)) / 100.0,
                 "flops": f.cost.flops,
                 "read_bytes": f.cost.read,
@@ -325,6 +345,8 @@ impl Trace {
                         "read_bytes": cost.read,
                         "written_bytes": cost.written,
                         "rates": rates,
+                        "stall_us": us(span.stall),
+                        "streamed_bytes": span.streamed,
                     },
                 }));
             }

@@ -76,7 +76,8 @@ pub fn json(engine: &Engine) -> Result<Value> {
     let table = |table: &LaunchTable| {
         let kernels = table.kernels.iter().zip(blocks(table)).map(|(k, (threads, dynamic))| {
             json!({
-                "entry": k.entry, "family": k.family, "source": k.source, "registers": k.registers,
+                "entry": k.entry, "family": k.family, "source": k.source,
+                "registers": (k.registers > 0).then_some(k.registers),
                 "threads": threads, "shared": k.shared, "dynamic_shared": dynamic, "local": k.local,
             })
         });
@@ -116,11 +117,19 @@ pub fn print_kernels(engine: &Engine) -> Result<()> {
         );
         for (kernel, (threads, dynamic)) in table.kernels.iter().zip(blocks(&table)) {
             // Writing to a string cannot fail.
-            let _ = writeln!(
-                text,
-                "  {} {}: {threads} threads, {} registers, shared {} + {dynamic}, local {}",
-                kernel.entry, kernel.family, kernel.registers, kernel.shared, kernel.local
-            );
+            let _ = match kernel.registers {
+                // What the driver makes of PTX shows on the device.
+                0 => writeln!(
+                    text,
+                    "  {} {}: {threads} threads, PTX, shared {dynamic}",
+                    kernel.entry, kernel.family
+                ),
+                registers => writeln!(
+                    text,
+                    "  {} {}: {threads} threads, {registers} registers, shared {} + {dynamic}, local {}",
+                    kernel.entry, kernel.family, kernel.shared, kernel.local
+                ),
+            };
         }
         for step in table.steps.iter().filter(|s| s.variants.iter().any(|v| !v.launches.is_empty())) {
             let (nodes, layers) = nodes(engine.module(), step);

@@ -1,6 +1,6 @@
 // Header, tabs and the page's address: #tab=weights&q=rope&expand=all&node=n12.
 const TABS = [
-  ["graph", "Graph", COUNT], ["kernels", "Kernels", D.kernels.length], ["memory", "Memory map", D.buffers.length], ["weights", "Weights", D.weights.length],
+  ["graph", "Graph", COUNT], ["kernels", "Kernels", D.kernels.length], ["memory", "Memory map", D.buffers.length], ...(D.streaming ? [["stream", "Streaming", D.streaming.copies.length]] : []), ["weights", "Weights", D.weights.length],
   ["passes", "Passes", D.history ? D.history.passes.length - 1 : ""], ["remarks", "Remarks", D.history ? D.history.remarks.length : ""], ["about", "Engine", ""],
 ];
 function showTab(name) {
@@ -12,6 +12,7 @@ function showTab(name) {
   });
   if (name === "graph") draw();
   if (name === "memory") drawArena();
+  if (name === "stream") drawTimeline();
   if (tables[name]) tables[name].draw();
 }
 function drawTiles() {
@@ -72,5 +73,5 @@ function fromAddress() {
   showTab("graph");
   fromAddress();
   addEventListener("hashchange", fromAddress);
-  addEventListener("resize", () => { draw(); drawArena(); Object.values(tables).forEach(t => t.draw()); });
+  addEventListener("resize", () => { draw(); drawArena(); drawTimeline(); Object.values(tables).forEach(t => t.draw()); });
 }

@@ -46,6 +46,8 @@ pub struct Builder {
     pub cache: Option<PathBuf>,
     /// Threads; one for each processor by default.
     pub threads: Option<usize>,
+    /// Build nothing: kernels get names and no images. For plans of engines that are not written.
+    pub plan_only: bool,
 }
 
 /// A kernel and whether the cache had it, or why there is none.
@@ -62,7 +64,7 @@ impl Builder {
             let base = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|h| h.join(".cache")))?;
             Some(base.join("millrace").join("kernels"))
         });
-        Builder { cache, threads: None }
+        Builder { cache, ..Builder::default() }
     }
 
     /// Builds all of `orders`; results are in their order.
@@ -71,33 +73,11 @@ impl Builder {
     /// `compile/no-nvrtc` if something has to be compiled without NVRTC, `compile/nvrtc` and `compile/kernel-promise` for
     /// a kernel that does not compile or breaks its promise.
     pub fn build(&self, orders: &[Order<'_>]) -> Result<(Vec<Built>, BuildCounts)> {
-        let results: Vec<Mutex<Option<Outcome>>> = orders.iter().map(|_| Mutex::new(None)).collect();
-        let next = AtomicUsize::new(0);
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = self.threads.unwrap_or(processors).clamp(1, orders.len().max(1));
-        std::thread::scope(|scope| {
-            for _ in 0..threads {
-                scope.spawn(|| {
-                    while let Some(at) =
-                        Some(next.fetch_add(1, Ordering::Relaxed)).filter(|i| *i < orders.len())
-                    {
-                        let built = self.one(&orders[at]);
-                        let failed = built.is_err();
-                        if let Ok(mut slot) = results[at].lock() {
-                            *slot = Some(built);
-                        }
-                        if failed {
-                            next.store(orders.len(), Ordering::Relaxed);
-                        }
-                    }
-                });
-            }
-        });
         let mut counts = BuildCounts::default();
         let mut built = Vec::with_capacity(orders.len());
         let mut skipped = false;
-        for slot in results {
-            match slot.into_inner().unwrap_or_default() {
+        for outcome in self.outcomes(orders, true) {
+            match outcome {
                 Some(result) => {
                     let (kernel, cached) = result?;
                     counts.cached += usize::from(cached);
@@ -113,10 +93,50 @@ impl Builder {
         Ok((built, counts))
     }
 
+    /// Builds each of `orders` for itself; results are in their order.
+    pub fn build_each(&self, orders: &[Order<'_>]) -> Vec<Result<Built>> {
+        let missing = || Error::new(Kind::Internal, "compile/nvrtc", "a kernel was not built");
+        let outcomes = self.outcomes(orders, false).into_iter();
+        outcomes.map(|o| o.ok_or_else(missing).and_then(|built| Ok(built?.0))).collect()
+    }
+
+    /// What became of each order; none for those that were not begun since another had failed.
+    fn outcomes(&self, orders: &[Order<'_>], stop: bool) -> Vec<Option<Outcome>> {
+        let results: Vec<Mutex<Option<Outcome>>> = orders.iter().map(|_| Mutex::new(None)).collect();
+        let next = AtomicUsize::new(0);
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = self.threads.unwrap_or(processors).clamp(1, orders.len().max(1));
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    while let Some(at) =
+                        Some(next.fetch_add(1, Ordering::Relaxed)).filter(|i| *i < orders.len())
+                    {
+                        let built = self.one(&orders[at]);
+                        let failed = stop && built.is_err();
+                        if let Ok(mut slot) = results[at].lock() {
+                            *slot = Some(built);
+                        }
+                        if failed {
+                            next.store(orders.len(), Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        results.into_iter().map(|slot| slot.into_inner().unwrap_or_default()).collect()
+    }
+
     fn one(&self, order: &Order<'_>) -> Result<(Built, bool)> {
         let options = options(order.arch);
         let hash = key(order.source, &options);
         let entry = format!("{}_{}", order.source.family.replace(['.', '-'], "_"), &hash[..12]);
+        if self.plan_only {
+            let family = order.source.family.to_string();
+            let kernel =
+                DeviceKernel { entry, family, source: hash, image: 0, registers: 0, shared: 0, local: 0 };
+            return Ok((Built { kernel, image: Vec::new() }, false));
+        }
         // The version is part of the key where a compiler is at hand; without one, any version's image serves.
         let version = nvrtc::version().ok();
         let file = self.cache.as_ref().map(|c| c.join(format!("{hash}.{}.kernel", order.arch)));

@@ -3,9 +3,11 @@
 mod build;
 #[allow(unsafe_code)]
 mod nvrtc;
+mod trials;
 
 pub use build::{BuildCounts, Builder, Built, Order};
 pub use nvrtc::version as nvrtc_version;
+pub use trials::{Trial, TrialBuffer, TrialCandidate, TrialFill, TrialProduct, trials, tuned};
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,7 +15,9 @@ use std::sync::Arc;
 use millrace_ir::launch::{Arg, Bundle, Helper, Launch, LaunchStep, LaunchTable, Variant};
 use millrace_ir::verify::Verified;
 use millrace_ir::{DType, Dim, Error, Id, Kernel, KernelId, Kind, Module, NodeId, Phase, Result, text};
-use millrace_kernels::cuda::{Arch, Argument, Planned, Site, Source, helpers, plan_site};
+use millrace_kernels::cuda::{
+    Arch, Argument, Choices, Planned, Site, SiteLaunch, Source, helpers, plan_site_with,
+};
 
 /// The target's name.
 pub const TARGET: &str = "cuda";
@@ -26,19 +30,20 @@ fn unsupported(module: &Module, id: NodeId, arch: Arch) -> Error {
 }
 
 /// The answers for every site of a module, in order. A group that no family takes as a whole runs node by node.
-fn plan(module: &Module, arch: Arch) -> Result<Vec<(std::ops::Range<usize>, Planned)>> {
+fn plan(module: &Module, arch: Arch, choices: &Choices) -> Result<Vec<(std::ops::Range<usize>, Planned)>> {
     let order = &module.graph.order;
     let mut planned = Vec::new();
     for group in module.graph.launch_groups(order) {
         let site = |range: std::ops::Range<usize>| Site { module, nodes: &order[range], arch };
         if group.len() > 1
-            && let Some(answer) = plan_site(site(group.clone()))
+            && let Some(answer) = plan_site_with(site(group.clone()), choices)
         {
             planned.push((group, answer));
             continue;
         }
         for at in group {
-            let answer = plan_site(site(at..at + 1)).ok_or_else(|| unsupported(module, order[at], arch))?;
+            let answer = plan_site_with(site(at..at + 1), choices)
+                .ok_or_else(|| unsupported(module, order[at], arch))?;
             planned.push((at..at + 1, answer));
         }
     }
@@ -56,7 +61,7 @@ struct Draft {
 }
 
 impl Draft {
-    fn of(module: &Module, arch: Arch) -> Result<Draft> {
+    fn of(module: &Module, arch: Arch, choices: &Choices) -> Result<Draft> {
         let mut draft = Draft {
             arch,
             steps: Vec::new(),
@@ -72,23 +77,15 @@ impl Draft {
                 sources.len() - 1
             })
         };
-        for (range, planned) in plan(module, arch)? {
+        for (range, planned) in plan(module, arch, choices)? {
             draft.workspace = draft.workspace.max_of(&planned.workspace);
             draft.counters = draft.counters.max(planned.counters);
             let mut variants = Vec::new();
             for variant in planned.variants {
                 let mut launches = Vec::new();
                 for launch in variant.launches {
-                    launches.push(Launch {
-                        kernel: index(&mut draft.sources, launch.source),
-                        grid: launch.grid,
-                        block: [launch.threads, 1, 1],
-                        cluster: launch.cluster,
-                        shared: launch.shared,
-                        dependent: launch.dependent && arch.has_tma(),
-                        tiles: launch.tiles,
-                        args: launch.args.into_iter().map(argument).collect(),
-                    });
+                    let kernel = index(&mut draft.sources, launch.source.clone());
+                    launches.push(table_launch(launch, kernel, arch));
                 }
                 variants.push(Variant { when: variant.when, launches });
             }
@@ -99,6 +96,21 @@ impl Draft {
             draft.helpers.push(Helper { name: name.to_string(), kernel, threads });
         }
         Ok(draft)
+    }
+}
+
+/// A launch as a table has it.
+fn table_launch(launch: SiteLaunch, kernel: usize, arch: Arch) -> Launch {
+    let SiteLaunch { source: _, grid, threads, cluster, shared, dependent, tiles, args } = launch;
+    Launch {
+        kernel,
+        grid,
+        block: [threads, 1, 1],
+        cluster,
+        shared,
+        dependent: dependent && arch.has_tma(),
+        tiles,
+        args: args.into_iter().map(argument).collect(),
     }
 }
 
@@ -125,13 +137,13 @@ pub struct Lowered {
     pub sources: Vec<(String, Arc<Source>)>,
 }
 
-/// Chooses kernels for every node of a planned module and builds them for `archs`.
+/// Chooses kernels for every node of a planned module and builds them for `archs`; `choices` replace built-in ones.
 ///
 /// # Errors
 /// `compile/no-kernel` for a node that no family runs, and what [`Builder::build`] gives.
-pub fn lower(module: Verified<'_>, archs: &[Arch], builder: &Builder) -> Result<Lowered> {
+pub fn lower(module: Verified<'_>, archs: &[Arch], builder: &Builder, choices: &Choices) -> Result<Lowered> {
     let mut lowered = module.module().clone();
-    let drafts = archs.iter().map(|arch| Draft::of(&lowered, *arch)).collect::<Result<Vec<_>>>()?;
+    let drafts = archs.iter().map(|arch| Draft::of(&lowered, *arch, choices)).collect::<Result<Vec<_>>>()?;
     let orders: Vec<Order<'_>> = drafts
         .iter()
         .flat_map(|d| d.sources.iter().map(|source| Order { source: source.as_ref(), arch: d.arch }))

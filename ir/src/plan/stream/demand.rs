@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::arena::Id;
 use crate::error::Result;
-use crate::graph::{Module, Operand, WeightId};
+use crate::graph::{Module, Node, Operand, WeightId};
 use crate::ops::Op;
 use crate::weights::WeightReader;
 
@@ -77,7 +77,7 @@ impl Demand {
             for (operand, value) in node.operands.iter().enumerate() {
                 let Operand::Weight(w) = *value else { continue };
                 let weight = &module.weights[w];
-                let (cut, axis) = (cut(module, &node.op, operand), weight.ty.shape.first());
+                let (cut, axis) = (cut(module, node, operand), weight.ty.shape.first());
                 if index[w.index()] == usize::MAX {
                     index[w.index()] = demand.items.len();
                     let bytes = reader.len(w)?;
@@ -160,20 +160,25 @@ impl Item {
     }
 }
 
-/// How operand number `operand` of an op may be served.
-fn cut(module: &Module, op: &Op, operand: usize) -> Cut {
+/// How operand number `operand` of a node may be served. On the CPU only some kernels take less than a whole weight;
+/// before kernels are chosen, those are assumed.
+fn cut(module: &Module, node: &Node, operand: usize) -> Cut {
     let cuda = module.target.as_deref().is_some_and(|t| t.starts_with("cuda"));
-    match op {
+    let kernel = node.kernel.and_then(|k| module.kernels.get(k)).map(|k| k.name.as_str());
+    let runs = |name: &str| cuda || kernel.is_none_or(|kernel| kernel == name);
+    match &*node.op {
         Op::FusedMatmul(op) if operand == 1 => match (op.glu().is_some(), op.cores, op.panel > 0) {
             // The panels of gate and up alternate.
             (true, true, _) => Cut::Tiles { granule: 2, parts: 1 },
             (false, true, _) => Cut::Tiles { granule: 1, parts: 1 },
-            (gated, false, true) if !cuda => Cut::Tiles { granule: 1, parts: if gated { 2 } else { 1 } },
+            (gated, false, true) if !cuda && runs("cpu.matmul.packed") => {
+                Cut::Tiles { granule: 1, parts: if gated { 2 } else { 1 } }
+            }
             (false, false, false) if cuda => Cut::Tiles { granule: 1, parts: 1 },
             _ => Cut::Whole,
         },
-        Op::Embedding(_) if operand == 0 => Cut::Rows,
-        Op::Gather(gather) if operand == 0 && gather.axis == 0 => Cut::Rows,
+        Op::Embedding(_) if operand == 0 && runs("cpu.gather") => Cut::Rows,
+        Op::Gather(gather) if operand == 0 && gather.axis == 0 && runs("cpu.gather") => Cut::Rows,
         _ => Cut::Whole,
     }
 }

@@ -26,7 +26,7 @@ mod work;
 pub use check::check;
 pub use demand::{Cut, Demand, Item, Use};
 pub use place::{Copy, Placement, minimum, place, resident};
-pub use predict::{Costs, Prediction, predict};
+pub use predict::{Busy, Costs, Prediction, Span, predict, timeline};
 pub use share::{by_benefit, curve, share};
 pub use text::schedule;
 pub use work::{costs, times, work};

@@ -54,10 +54,14 @@ impl Placement {
         self.resident_bytes + self.ring_bytes()
     }
 
-    /// Bytes copied in each step of the steady state: a tile that has its slot to itself stays there.
+    /// Bytes copied in each step of the steady state. A copy that has its slot to itself is not repeated.
     pub fn moved(&self) -> u64 {
-        let moving = |(index, copy): (usize, &Copy)| self.next(index).map(|_| copy.bytes);
-        self.copies.iter().enumerate().filter_map(moving).sum()
+        self.moving().map(|copy| copy.bytes).sum()
+    }
+
+    /// The copies that every step of the steady state repeats.
+    pub fn moving(&self) -> impl Iterator<Item = &Copy> {
+        self.copies.iter().enumerate().filter(|(index, _)| self.next(*index).is_some()).map(|(_, copy)| copy)
     }
 
     /// The copy that goes into the slot of copy `index` once its kernel has been enqueued; of the next step if its
@@ -270,6 +274,16 @@ fn spread(demand: &Demand, placement: &mut Placement, items: &[usize], room: u64
         if choose(middle).1 <= room { high = middle } else { low = middle + 1 }
     }
     let (mut resident, mut kept) = choose(low);
+    // Weights of little work may have kept too much; then the last ones give it up.
+    for ((index, (tile, _)), stay) in items.iter().zip(&cut).zip(&mut resident).rev() {
+        let item = &demand.items[*index];
+        while kept > room && *stay > 0 {
+            // What stays begins a tile.
+            let less = (*stay - 1) / tile * tile;
+            kept = kept - ring.padded(*stay * item.slice_bytes) + ring.padded(less * item.slice_bytes);
+            *stay = less;
+        }
+    }
     // What rounding left over holds a few tiles more.
     for ((index, (tile, _)), stay) in items.iter().zip(&cut).zip(&mut resident) {
         let item = &demand.items[*index];

@@ -46,6 +46,28 @@ impl Prediction {
     }
 }
 
+/// A stretch of a step's timeline, from and to a time since the step began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// What it is.
+    pub what: Busy,
+    /// When it begins.
+    pub start: u64,
+    /// When it ends; copies for the next step may end after this one.
+    pub end: u64,
+}
+
+/// What a device is busy with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Busy {
+    /// Computing a node, or a part of it.
+    Node(usize),
+    /// Waiting for this copy.
+    Wait(usize),
+    /// This copy, on the link.
+    Copy(usize),
+}
+
 /// Steps that are played before their times are averaged.
 const WARM: u64 = 128;
 /// Steps that are averaged if none repeats the one before.
@@ -54,10 +76,25 @@ const MEAN: u64 = 64;
 /// The time of a step that follows others. A node computes with what is resident first and with its tiles as they come;
 /// the link brings one copy after the other, each as soon as the kernel of the copy that was in its slot has ended.
 pub fn predict(demand: &Demand, placement: &Placement, costs: &Costs) -> Prediction {
+    play(demand, placement, costs, None)
+}
+
+/// [`predict`], with what processor and link do in a step of the steady state, in the order in which it is enqueued.
+pub fn timeline(demand: &Demand, placement: &Placement, costs: &Costs) -> (Prediction, Vec<Span>) {
+    let mut spans = Vec::new();
+    let told = play(demand, placement, costs, Some(&mut spans));
+    (told, spans)
+}
+
+fn play(
+    demand: &Demand,
+    placement: &Placement,
+    costs: &Costs,
+    mut spans: Option<&mut Vec<Span>>,
+) -> Prediction {
     let copies = &placement.copies;
-    let moves = copies.len() > placement.slots;
     let lengths: Vec<u64> = copies.iter().map(|c| costs.transfer(c.bytes)).collect();
-    let moved = if moves { lengths.iter().sum() } else { 0 };
+    let moved = placement.moving().map(|c| costs.transfer(c.bytes)).sum();
     let mut stall = vec![0; demand.nodes];
     let mut arrived = vec![0u64; copies.len()];
     let (mut now, mut link) = (0u64, 0u64);
@@ -73,8 +110,18 @@ pub fn predict(demand: &Demand, placement: &Placement, costs: &Costs) -> Predict
         now += costs.step;
         stall.iter_mut().for_each(|s| *s = 0);
         compute = 0;
+        if let Some(spans) = &mut spans {
+            spans.clear();
+        }
+        let mut note = |what: Busy, start: u64, end: u64| {
+            if let Some(spans) = &mut spans
+                && end > start
+            {
+                spans.push(Span { what, start: start - begin, end: end - begin });
+            }
+        };
         let (mut next, mut user) = (0, 0);
-        for node in 0..demand.nodes {
+        for (node, stalled) in stall.iter_mut().enumerate() {
             let cost = costs.nodes.get(node).copied().unwrap_or(0);
             let mut left = cost;
             while let Some(read) = demand.uses.get(user).filter(|u| u.node == node) {
@@ -85,6 +132,7 @@ pub fn predict(demand: &Demand, placement: &Placement, costs: &Costs) -> Predict
                     let streamed: u64 = copies[next..next + mine].iter().map(|c| part(c.count)).sum();
                     let resident = left.saturating_sub(streamed);
                     let launches = mine as u64 - u64::from(placement.resident[read.item] == 0);
+                    note(Busy::Node(node), now, now + resident);
                     (now, left) = (now + resident, left - resident);
                     compute += resident + launches * costs.launch;
                 }
@@ -93,19 +141,24 @@ pub fn predict(demand: &Demand, placement: &Placement, costs: &Costs) -> Predict
                         now += costs.launch;
                     }
                     let wait = arrived[index].saturating_sub(now);
-                    stall[node] += wait;
+                    note(Busy::Wait(index), now, now + wait);
+                    *stalled += wait;
                     now += wait;
                     let part = part(copies[index].count).min(left);
+                    note(Busy::Node(node), now, now + part);
                     (now, left) = (now + part, left - part);
                     compute += part;
-                    if moves && let Some(following) = placement.next(index) {
-                        link = link.max(now) + lengths[following];
+                    if let Some(following) = placement.next(index) {
+                        let start = link.max(now);
+                        link = start + lengths[following];
+                        note(Busy::Copy(following), start, link);
                         arrived[following] = link;
                     }
                 }
                 next += mine;
                 user += 1;
             }
+            note(Busy::Node(node), now, now + left);
             now += left;
             compute += left;
         }

@@ -24,7 +24,7 @@ pub fn schedule(module: &Module, demand: &Demand, placement: &Placement) -> Stri
         if placement.slot_bytes == 0 { 0 } else { placement.slots },
         placement.slot_bytes,
         placement.moved(),
-        if placement.moved() == 0 { 0 } else { placement.copies.len() },
+        placement.moving().count(),
     );
     for (index, item) in demand.items.iter().enumerate() {
         let (resident, tile) = (placement.resident[index], placement.tile[index]);

@@ -34,7 +34,7 @@ fn at_rows(m: u64) -> Bindings {
 
 /// The launches at `m` rows.
 fn planned(module: &Module, nodes: &[NodeId], arch: Arch, m: u64) -> Vec<SiteLaunch> {
-    let planned = matmul::plan(Site { module, nodes, arch }).unwrap();
+    let planned = matmul::plan(Site { module, nodes, arch }, &matmul::Choices::default()).unwrap();
     let bindings = at_rows(m);
     let holds = |v: &&crate::cuda::SiteVariant| v.when.iter().all(|c| c.holds(&bindings));
     planned.variants.iter().find(holds).unwrap().launches.clone()

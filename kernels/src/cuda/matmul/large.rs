@@ -83,6 +83,17 @@ impl Tile {
         Tile::hopper(64, 8, 2),
     ];
 
+    /// Tiles beside them for a measurement to choose.
+    const MEASURED: [Tile; 7] = [
+        Tile::HOPPER,
+        Tile::Wgmma { consumers: 2, columns: 192, stages: 5, cluster: 2, split: 1, boxes: 1, group: 8 },
+        Tile::Wgmma { consumers: 2, columns: 128, stages: 6, cluster: 2, split: 1, boxes: 1, group: 8 },
+        Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 1, split: 1, boxes: 1, group: 4 },
+        Tile::Wgmma { consumers: 2, columns: 256, stages: 4, cluster: 2, split: 1, boxes: 1, group: 4 },
+        Tile::hopper(128, 6, 4),
+        Tile::hopper(64, 8, 4),
+    ];
+
     const fn hopper(columns: u32, stages: u32, split: u32) -> Tile {
         Tile::Wgmma { consumers: 2, columns, stages, cluster: 1, split, boxes: 1, group: 16 }
     }
@@ -125,6 +136,11 @@ impl Tile {
         let Tile::Wgmma { columns, split, .. } = *self else { return true };
         let pair = if problem.gated() { 16 } else { 8 };
         columns.is_multiple_of(split * pair) && problem.k.div_ceil(WGMMA_K as usize) >= split as usize
+    }
+
+    /// Parts of `k` that blocks share out.
+    fn split(self) -> u32 {
+        if let Tile::Wgmma { split, .. } = self { split } else { 1 }
     }
 
     /// Rows of the tiles of one cluster.
@@ -199,6 +215,44 @@ pub fn variants(problem: &Problem<'_>) -> Option<Vec<SiteVariant>> {
             Some(SiteVariant { when, launches: vec![launch(problem, tile)?] })
         })
         .collect()
+}
+
+/// Tiles that may serve `m` rows, the built-in one first, then by the estimate of their time; all but the built-in one are
+/// for a measurement to choose. Empty where the family does not serve the problem.
+pub fn tiles(problem: &Problem<'_>, m: u64) -> Vec<Tile> {
+    let arch = problem.site.arch;
+    if launch(problem, mma_tile(arch)).is_none() {
+        return Vec::new();
+    }
+    let mut tiles = Vec::new();
+    if arch.has_wgmma() {
+        tiles.extend(choose(problem).into_iter().find(|(rows, _)| m <= *rows).map(|(_, tile)| tile));
+        let (k, panels) = (problem.k as u64, problem.panels() as u64);
+        let cost = |t: &Tile| t.nanoseconds(m.max(1), k, panels, u64::from(arch.multiprocessors()));
+        let halved = |t: Tile| if m < 128 { t.halved() } else { t };
+        let mut others: Vec<Tile> = Tile::CANDIDATES.into_iter().chain(Tile::MEASURED).collect();
+        // Clusters on two row tiles want two, and parts of `k` few tiles; fewer rows than a tile want two copies.
+        // Nor do gated epilogues take parts of less than four panels.
+        let part = |t: &Tile| t.columns() / 8 / t.split() >= if problem.gated() { 4 } else { 1 };
+        others.retain(|t| {
+            t.fits(problem) && part(t) && (m > 128 || t.rows() == 128) && (m <= 1024 || t.split() == 1)
+        });
+        others.sort_by_key(cost);
+        tiles.extend(others.into_iter().map(halved));
+    } else {
+        let Tile::Mma { stages, group, .. } = mma_tile(arch) else { return tiles };
+        let other = |(warps_m, warps_n)| Tile::Mma { warps_m, warps_n, stages, group };
+        tiles.extend([(2, 2), (1, 2), (2, 1), (1, 4), (1, 1)].map(other));
+        tiles.retain(|t| t.shared() <= arch.max_shared());
+    }
+    let mut seen = Vec::new();
+    tiles.retain(|t| {
+        !seen.contains(t) && {
+            seen.push(*t);
+            true
+        }
+    });
+    tiles
 }
 
 /// Tiles for Hopper with the most rows that each serves, in increasing order.

@@ -6,6 +6,7 @@
 //!
 //! Three families share the work: [`skinny`] for few rows, [`large`] for many, [`simple`] for everything else.
 
+pub mod choice;
 pub mod epilogue;
 pub mod large;
 pub mod norm;
@@ -14,14 +15,16 @@ pub mod simple;
 pub mod skinny;
 pub mod tile_epilogue;
 
+pub use choice::Choices;
 pub use problem::{Layout, Norm, Problem, Term};
 
 use millrace_ir::{Dim, Op};
 
 use super::plan::{Planned, Site, SiteVariant};
 
-/// How to run `matmul`, `matmul.fused` or `rms_norm, matmul.fused`; `None` for any other site.
-pub fn plan(site: Site<'_>) -> Option<Planned> {
+/// How to run `matmul`, `matmul.fused` or `rms_norm, matmul.fused`; `None` for any other site. `choices` replace built-in
+/// ones.
+pub fn plan(site: Site<'_>, choices: &Choices) -> Option<Planned> {
     if site.only().is_some_and(|node| matches!(*node.op, Op::Matmul(_))) {
         return simple::activations(site);
     }
@@ -34,6 +37,7 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
         })),
         None => variants.push(SiteVariant { when: Vec::new(), launches: simple::launches(&problem)? }),
     }
+    choice::apply(&problem, choices, &mut variants);
     if let Some(m) = problem.m.as_const() {
         // The number of rows is known: one variant is all.
         let fits = |v: &SiteVariant| {

@@ -92,6 +92,14 @@ const TOLERANCE: f64 = 1.05;
 
 /// The shape for at most `rows` rows, or `None` where nothing fits the architecture's shared memory.
 pub fn shape(problem: &Problem<'_>, rows: usize) -> Option<Shape> {
+    shapes(problem, rows).into_iter().next()
+}
+
+/// Shapes for at most `rows` rows, the best by the model first: least work of the busiest block, then what suits warps.
+pub fn shapes(problem: &Problem<'_>, rows: usize) -> Vec<Shape> {
+    if !serves(problem) {
+        return Vec::new();
+    }
     let (k, columns) = (problem.k, rows.next_multiple_of(8));
     // A single row is small; more rows lie in shared memory only where they are normalised on the way.
     let whole = match rows {
@@ -104,8 +112,8 @@ pub fn shape(problem: &Problem<'_>, rows: usize) -> Option<Shape> {
         shapes = candidates(problem, rows, 0);
     }
     let work = |s: &Shape| s.passes * s.tile;
-    let least = shapes.iter().map(work).min()? as f64;
-    shapes.retain(|s| work(s) as f64 <= least * TOLERANCE);
+    let least = shapes.iter().map(work).min().unwrap_or(0) as f64;
+    let excess = |s: &Shape| work(s) as f64 > least * TOLERANCE;
     // Two panels a warp fill the matrix instruction and leave its sums few registers.
     let fit = |s: &Shape| match s.tile / s.warps_n {
         2 if columns > 8 => 3,
@@ -113,7 +121,13 @@ pub fn shape(problem: &Problem<'_>, rows: usize) -> Option<Shape> {
         _ if columns == 8 => 2,
         _ => 1,
     };
-    shapes.into_iter().max_by_key(|s| (fit(s), s.tile, s.warps_k))
+    // Of shapes that are equal in all of this the last, so that the order is that of `max_by_key`.
+    shapes.reverse();
+    shapes.sort_by_key(|s| {
+        let busy = if excess(s) { work(s) } else { 0 };
+        (busy, std::cmp::Reverse((fit(s), s.tile, s.warps_k)))
+    });
+    shapes
 }
 
 /// The shapes of blocks that fit.

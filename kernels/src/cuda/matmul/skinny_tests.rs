@@ -2,7 +2,7 @@ use millrace_ir::{Dim, Module, NodeId, Op, Stream, text};
 
 use super::*;
 use crate::cuda::Arch;
-use crate::cuda::matmul::plan;
+use crate::cuda::matmul::{Choices, plan};
 use crate::cuda::plan::{Planned, Site};
 
 /// `[rms_norm,] matmul.fused` on `x bf16[$t, k]` with a weight of `layout`.
@@ -93,7 +93,7 @@ fn nodes(module: &Module) -> Vec<NodeId> {
 }
 
 fn planned(module: &Module, arch: Arch) -> Planned {
-    plan(Site { module, nodes: &nodes(module), arch }).expect("a plan")
+    plan(Site { module, nodes: &nodes(module), arch }, &Choices::default()).expect("a plan")
 }
 
 /// The matmuls of the decoders that decode speed is measured with, and odd ones.

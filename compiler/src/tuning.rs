@@ -1,0 +1,190 @@
+//! Tuning files: which candidate a measurement chose for each kind of matmul site.
+//!
+//! A file is JSON: a number that names the form, and entries by *key*. A key says everything about site and architecture
+//! that a time depends on, a candidate is called by its stable name; see [`millrace_kernels::cuda::matmul::choice`].
+//! Files of several models and devices can be merged: of two entries for a key the one with the better time stays. The
+//! text is a function of the entries. What a file chooses is an input of a build like any option; it needs no GPU.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use millrace_ir::{Error, Kind, Result};
+use millrace_kernels::cuda::Choices;
+use serde::{Deserialize, Serialize};
+
+/// Version of this program, which entries carry: kernels of another version have other times.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The form of the file.
+const FORMAT: u32 = 1;
+
+/// Most bytes of a file.
+const MAX_BYTES: u64 = 64 << 20;
+
+/// Chosen candidates by key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tuning {
+    /// Entries by key.
+    pub entries: BTreeMap<String, Entry>,
+}
+
+/// What was measured for a key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// Name of the best candidate.
+    pub candidate: String,
+    /// Its time.
+    pub nanoseconds: u64,
+    /// The time of what is built in.
+    pub built_in_nanoseconds: u64,
+    /// Name of the device.
+    pub device: String,
+    /// What CUDA the driver is for, such as `13.0`.
+    pub driver: String,
+    /// Version of the program that measured.
+    pub version: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    millrace_tuning: u32,
+    entries: BTreeMap<String, Entry>,
+}
+
+fn malformed(what: impl std::fmt::Display) -> Error {
+    Error::new(Kind::BadInput, "compile/tuning", format!("the tuning file is malformed: {what}"))
+        .hint("`millrace tune` writes such files")
+}
+
+impl Tuning {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// What reading gives, and `compile/tuning` for a file of another form.
+    pub fn read(path: &Path) -> Result<Tuning> {
+        let io = |e: &std::io::Error| Error::io("read", path, e);
+        let len = std::fs::metadata(path).map_err(|e| io(&e))?.len();
+        if len > MAX_BYTES {
+            return Err(malformed(format!("it has {len} bytes")).at(path.display()));
+        }
+        Tuning::parse(&std::fs::read(path).map_err(|e| io(&e))?).map_err(|e| e.at(path.display()))
+    }
+
+    /// Reads the text of a file.
+    ///
+    /// # Errors
+    /// `compile/tuning`.
+    pub fn parse(bytes: &[u8]) -> Result<Tuning> {
+        let file: File = serde_json::from_slice(bytes).map_err(malformed)?;
+        if file.millrace_tuning != FORMAT {
+            return Err(malformed(format!("its form is {}, not {FORMAT}", file.millrace_tuning)));
+        }
+        Ok(Tuning { entries: file.entries })
+    }
+
+    /// The text of the file, entries in the order of their keys.
+    pub fn to_text(&self) -> String {
+        let file = File { millrace_tuning: FORMAT, entries: self.entries.clone() };
+        // A struct of plain fields has no reason to fail.
+        let mut text = serde_json::to_string_pretty(&file).unwrap_or_default();
+        text.push('\n');
+        text
+    }
+
+    /// Writes the file; another process sees the old text or the new one.
+    ///
+    /// # Errors
+    /// What writing gives.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let part = path.with_extension(format!("part{}", std::process::id()));
+        std::fs::write(&part, self.to_text())
+            .and_then(|()| std::fs::rename(&part, path))
+            .map_err(|e| Error::io("write", path, &e))
+    }
+
+    /// Takes the entries of `other`. Of two for a key the one of this version stays, of those the better time, and of
+    /// equal times the name that comes first: the order of files does not matter.
+    pub fn merge(&mut self, other: Tuning) {
+        let rank = |e: &Entry| {
+            let Entry { candidate, nanoseconds, built_in_nanoseconds, device, driver, version } = e.clone();
+            (version != VERSION, nanoseconds, candidate, built_in_nanoseconds, device, driver, version)
+        };
+        for (key, entry) in other.entries {
+            let better = self.entries.get(&key).is_none_or(|old| rank(&entry) < rank(old));
+            if better {
+                self.entries.insert(key, entry);
+            }
+        }
+    }
+
+    /// What code generation takes from the file: entries of this version.
+    pub fn choices(&self) -> Choices {
+        let current = self.entries.iter().filter(|(_, e)| e.version == VERSION);
+        current.map(|(key, e)| (key.clone(), e.candidate.clone())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(candidate: &str, nanoseconds: u64, version: &str) -> Entry {
+        Entry {
+            candidate: candidate.into(),
+            nanoseconds,
+            built_in_nanoseconds: 100,
+            device: "NVIDIA H200".into(),
+            driver: "13.0".into(),
+            version: version.into(),
+        }
+    }
+
+    fn tuning(entries: &[(&str, Entry)]) -> Tuning {
+        Tuning { entries: entries.iter().map(|(k, e)| (k.to_string(), e.clone())).collect() }
+    }
+
+    #[test]
+    fn text_and_entries_are_the_same_thing() {
+        let all = tuning(&[("b", entry("x", 5, VERSION)), ("a", entry("y", 6, "0"))]);
+        let text = all.to_text();
+        assert!(text.find("\"a\"").unwrap() < text.find("\"b\"").unwrap());
+        assert_eq!(Tuning::parse(text.as_bytes()).unwrap(), all);
+        let file = tempfile::tempdir().unwrap();
+        let path = file.path().join("t.json");
+        all.write(&path).unwrap();
+        assert_eq!(Tuning::read(&path).unwrap(), all);
+    }
+
+    #[test]
+    fn merging_keeps_the_best_in_any_order() {
+        let one = tuning(&[("a", entry("x", 5, VERSION)), ("b", entry("x", 1, "0"))]);
+        let two = tuning(&[
+            ("a", entry("y", 4, VERSION)),
+            ("b", entry("y", 9, VERSION)),
+            ("c", entry("z", 1, VERSION)),
+        ]);
+        let (mut left, mut right) = (one.clone(), two.clone());
+        left.merge(two);
+        right.merge(one);
+        assert_eq!(left.to_text(), right.to_text());
+        let names: Vec<&str> = left.entries.values().map(|e| e.candidate.as_str()).collect();
+        assert_eq!(names, ["y", "y", "z"]);
+    }
+
+    #[test]
+    fn entries_of_other_versions_choose_nothing() {
+        let all = tuning(&[("a", entry("x", 5, "0.0.0")), ("b", entry("y", 5, VERSION))]);
+        let choices = all.choices();
+        assert_eq!((choices.get("a"), choices.get("b")), (None, Some("y")));
+    }
+
+    #[test]
+    fn other_files_are_refused() {
+        for text in ["", "{}", "[]", "{\"millrace_tuning\": 2, \"entries\": {}}", "{\"millrace_tuning\": 1}"]
+        {
+            assert_eq!(Tuning::parse(text.as_bytes()).unwrap_err().code(), "compile/tuning", "{text}");
+        }
+    }
+}
