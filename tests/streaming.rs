@@ -386,10 +386,10 @@ fn encoders_stream() {
     }
 }
 
-/// Outputs of two steps of a random graph.
 /// Inputs of a step: element type, shape, bytes.
 type Inputs = Vec<(DType, Vec<u64>, Vec<u8>)>;
 
+/// Outputs of two steps of a random graph.
 fn graph_steps(session: &mut Session<'_>, steps: &[Inputs]) -> Vec<Vec<u8>> {
     session.reset_states();
     let mut outputs = Vec::new();

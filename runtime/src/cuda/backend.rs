@@ -467,7 +467,9 @@ impl Cuda {
             Some(profile) => self.run_timed(module, &prepared, turn, arrival, sources.as_ref(), profile),
             None => self.run_fast(&mut prepared, turn, arrival, sources.as_ref()),
         };
-        let result = result.and_then(|()| self.residence.end(sources.as_ref()));
+        if result.is_ok() {
+            self.residence.end();
+        }
         let told = prepared.tail.is_some();
         self.prepared.put(key, prepared);
         if let Some(lent) = lent {
@@ -609,6 +611,7 @@ impl Cuda {
             landing.receive(&self.stream, tail.indices)?;
             landing.expect()?;
         }
+        copier.join(&self.stream, false)?;
         staging.sent(&self.stream)?;
         self.report.last_launches = prepared.launches();
         self.report.plain += 1;
@@ -693,7 +696,7 @@ fn enqueue(
         tail.launch.enqueue(stream, overlap)?;
         landing.receive(stream, tail.indices)?;
     }
-    Ok(())
+    copier.join(stream, recorded)
 }
 
 impl Drop for Cuda {

@@ -465,14 +465,6 @@ impl Stream {
         self.context.check(unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) }, "wait for an event")
     }
 
-    /// [`Stream::wait`] for an event that was recorded outside of the graph for which this stream records.
-    pub fn wait_outside(&self, event: &Event) -> Result<()> {
-        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_EXTERNAL as u32;
-        // SAFETY: both are live and of one context.
-        let done = unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, flags) };
-        self.context.check(done, "wait for an event of another graph")
-    }
-
     /// Fills device memory with zeros.
     pub fn zero(&self, range: Range) -> Result<()> {
         if range.len == 0 {
@@ -538,15 +530,6 @@ impl Event {
     pub fn record(&self, stream: &Stream) -> Result<()> {
         // SAFETY: both are live and of one context.
         self.context.check(unsafe { sys::cuEventRecord(self.raw, stream.raw) }, "record an event")
-    }
-
-    /// [`Event::record`] in a stream that records for a graph: each launch of the graph marks the point anew, for others
-    /// than the graph.
-    pub fn record_outside(&self, stream: &Stream) -> Result<()> {
-        let flags = sys::CUevent_record_flags::CU_EVENT_RECORD_EXTERNAL as u32;
-        // SAFETY: both are live and of one context.
-        let done = unsafe { sys::cuEventRecordWithFlags(self.raw, stream.raw, flags) };
-        self.context.check(done, "record an event of a graph")
     }
 
     /// Waits for the point; returns at once if it was never recorded.
