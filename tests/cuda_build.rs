@@ -12,7 +12,7 @@ use std::process::Command;
 use millrace::compiler::codegen::cuda::{Builder, nvrtc_version};
 use millrace::compiler::import::Precision;
 use millrace::compiler::target::TargetChoice;
-use millrace::ir::launch::{Bundle, Launch, LaunchTable};
+use millrace::ir::launch::{Bundle, Launch, LaunchTable, Variant};
 use millrace::ir::{Bindings, DType, fold};
 use millrace::kernels::cuda::Arch;
 use millrace::{CompileOptions, Compiled, Engine, compile};
@@ -188,10 +188,23 @@ fn streamed_weights_build_for_every_architecture() {
         for (bundle, resident) in streamed.device.bundles.iter().zip(&resident.device.bundles) {
             Bundle::decode(&bundle.encode()).unwrap();
             let launches = |bundle: &Bundle| -> Vec<(String, Launch)> {
-                let variants = bundle.table.steps.iter().flat_map(|s| &s.variants);
+                let variants = bundle.table.steps.iter().flat_map(|s| s.streamed());
                 let family = |l: &Launch| bundle.table.kernels[l.kernel].family.clone();
                 variants.flat_map(|v| &v.launches).map(|l| (family(l), l.clone())).collect()
             };
+            // With its whole weights the engine is the one that never streams.
+            let whole = |bundle: &Bundle| -> Vec<Variant> {
+                bundle.table.steps.iter().flat_map(|s| s.variants.clone()).collect()
+            };
+            let kernel = |bundle: &Bundle, at: usize| bundle.table.kernels[at].source.clone();
+            for (a, b) in whole(bundle)
+                .iter()
+                .zip(whole(resident))
+                .flat_map(|(a, b)| a.launches.clone().into_iter().zip(b.launches))
+            {
+                assert_eq!(kernel(bundle, a.kernel), kernel(resident, b.kernel));
+                assert_eq!(Launch { kernel: 0, ..a }, Launch { kernel: 0, ..b });
+            }
             let (streamed, resident) = (launches(bundle), launches(resident));
             assert_eq!(streamed.len(), resident.len());
             for ((family, launch), (other, whole)) in streamed.iter().zip(&resident) {

@@ -264,7 +264,12 @@ fn table(device: &DeviceInfo) -> LaunchTable {
         steps: steps
             .into_iter()
             .enumerate()
-            .map(|(first, launches)| LaunchStep { first, nodes: 1, variants: vec![always(launches)] })
+            .map(|(first, launches)| LaunchStep {
+                first,
+                nodes: 1,
+                variants: vec![always(launches)],
+                streamed: Vec::new(),
+            })
             .collect(),
         workspace: rows().mul(&Dim::from(WIDTH * 4)).add(&Dim::from(256u64)),
         counters: 64,

@@ -66,6 +66,10 @@ pub struct LaunchStep {
     pub nodes: usize,
     /// Ways to run them; the last has no condition.
     pub variants: Vec<Variant>,
+    /// Ways to run them when a weight of theirs comes in parts, with the same results bit by bit; none where `variants`
+    /// serve that too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub streamed: Vec<Variant>,
 }
 
 /// One way to run a step.
@@ -214,6 +218,21 @@ pub struct Helper {
 }
 
 impl LaunchStep {
+    /// The ways to run the step when a weight of it comes in parts.
+    pub fn streamed(&self) -> &[Variant] {
+        if self.streamed.is_empty() { &self.variants } else { &self.streamed }
+    }
+
+    /// The variant of [`LaunchStep::streamed`] that serves `bindings`.
+    pub fn streamed_variant(&self, bindings: &Bindings) -> Option<&Variant> {
+        self.streamed().iter().find(|v| v.when.iter().all(|c| c.holds(bindings)))
+    }
+
+    /// All variants, in whatever way weights come.
+    pub fn all_variants(&self) -> impl Iterator<Item = &Variant> {
+        self.variants.iter().chain(&self.streamed)
+    }
+
     /// The variant that serves `bindings`.
     pub fn variant(&self, bindings: &Bindings) -> Option<&Variant> {
         self.variants.iter().find(|v| v.when.iter().all(|c| c.holds(bindings)))
@@ -391,7 +410,7 @@ impl Bundle {
         if table.kernels.iter().any(|k| k.image >= self.images.len()) {
             return Err(bad("a kernel names an image that is not there"));
         }
-        let variants = || table.steps.iter().flat_map(|s| &s.variants);
+        let variants = || table.steps.iter().flat_map(LaunchStep::all_variants);
         let launches = || variants().flat_map(|v| &v.launches);
         let kernels = launches().map(|l| l.kernel).chain(table.helpers.iter().map(|h| h.kernel));
         launches().try_for_each(Launch::check_tiles)?;
@@ -408,7 +427,8 @@ impl Bundle {
                 return Err(bad("the steps do not cover the graph in order"));
             }
             next = next.checked_add(step.nodes).ok_or_else(|| bad("a step is too long"))?;
-            if step.variants.last().is_none_or(|v| !v.when.is_empty()) {
+            let open = |variants: &[Variant]| variants.last().is_none_or(|v| !v.when.is_empty());
+            if open(&step.variants) || open(step.streamed()) {
                 return Err(bad(format!("the step of node {} has no variant for every shape", step.first)));
             }
         }
@@ -576,7 +596,7 @@ mod tests {
         let table = LaunchTable {
             arch: "sm_90a".into(),
             kernels: vec![kernel],
-            steps: vec![LaunchStep { first: 0, nodes: 2, variants: vec![small, rest] }],
+            steps: vec![LaunchStep { first: 0, nodes: 2, variants: vec![small, rest], streamed: Vec::new() }],
             workspace: Dim::from(4096u64),
             counters: 16,
             helpers: vec![Helper { name: "argmax_split".into(), kernel: 0, threads: 256 }],

@@ -29,7 +29,7 @@ pub fn demand(module: &Module, table: Option<&LaunchTable>) -> Result<Demand> {
             let item = &mut demand.items[index];
             let Some(Cut::Tiles { granule, .. }) = item.cut else { continue };
             let mut launches =
-                step.variants.iter().flat_map(|v| &v.launches).filter(|l| reads(l, item.weight));
+                step.streamed().iter().flat_map(|v| &v.launches).filter(|l| reads(l, item.weight));
             let fits =
                 |t: Tiles| t.weight == item.weight && t.slices == item.slices && granule % t.granule == 0;
             if !launches.all(|l| l.tiles.is_some_and(fits)) {

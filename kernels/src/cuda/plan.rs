@@ -56,6 +56,8 @@ impl<'a> Site<'a> {
 pub struct Planned {
     /// Ways to run the site; the last has no condition.
     pub variants: Vec<SiteVariant>,
+    /// Ways to run it when a weight comes in parts; see [`millrace_ir::launch::LaunchStep::streamed`].
+    pub streamed: Vec<SiteVariant>,
     /// Bytes of scratch memory, 0 for none.
     pub workspace: Dim,
     /// Bytes of counters that are zero before and after, 0 for none.
@@ -142,6 +144,7 @@ impl Planned {
     pub fn always(launches: Vec<SiteLaunch>) -> Self {
         Planned {
             variants: vec![SiteVariant { when: Vec::new(), launches }],
+            streamed: Vec::new(),
             workspace: Dim::from(0u64),
             counters: 0,
         }

@@ -111,6 +111,7 @@ impl<'a> BeforeAttention<'a> {
 /// `few` for few rows, else `many`.
 fn by_rows(t: &Dim, few: Vec<SiteLaunch>, many: Vec<SiteLaunch>) -> Planned {
     Planned {
+        streamed: Vec::new(),
         variants: vec![
             SiteVariant { when: vec![between(t, 0, FEW_ROWS)], launches: few },
             SiteVariant { when: Vec::new(), launches: many },

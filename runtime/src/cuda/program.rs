@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use millrace_ir::launch::{Bundle, LaunchTable};
+use millrace_ir::launch::{Bundle, LaunchStep, LaunchTable};
 use millrace_ir::{Module, Result};
 
 use super::arch::choose;
@@ -50,7 +50,7 @@ pub(super) fn bundle(engine: &Engine, device: Limits) -> Result<Bundle> {
 
 /// Most bytes of dynamic shared memory of a launch.
 fn most_shared(table: &LaunchTable) -> u32 {
-    let launches = table.steps.iter().flat_map(|s| &s.variants).flat_map(|v| &v.launches);
+    let launches = table.steps.iter().flat_map(LaunchStep::all_variants).flat_map(|v| &v.launches);
     launches.map(|l| l.shared).max().unwrap_or(0)
 }
 
@@ -72,7 +72,7 @@ impl Program {
         let loaded = images.iter().map(|bytes| Image::load(context, bytes)).collect::<Result<Vec<_>>>()?;
         // Dynamic shared memory has to be allowed for a kernel before its first launch.
         let mut shared = vec![0; table.kernels.len()];
-        for launch in table.steps.iter().flat_map(|s| &s.variants).flat_map(|v| &v.launches) {
+        for launch in table.steps.iter().flat_map(LaunchStep::all_variants).flat_map(|v| &v.launches) {
             if let Some(most) = shared.get_mut(launch.kernel) {
                 *most = launch.shared.max(*most);
             }

@@ -13,7 +13,7 @@ fn device(capability: u32) -> Limits {
 fn table(arch: &str) -> LaunchTable {
     let step = |first| {
         let variants = vec![Variant { when: Vec::new(), launches: Vec::new() }];
-        LaunchStep { first, nodes: 1, variants }
+        LaunchStep { first, nodes: 1, variants, streamed: Vec::new() }
     };
     LaunchTable {
         arch: arch.into(),

@@ -181,10 +181,11 @@ pub(super) fn resolve(
             memory.push(regions.place_node(module, bindings, *id, &mut values)?);
         }
         check_group(&memory).map_err(|e| e.at(first))?;
-        let variant = step.variant(bindings).ok_or_else(|| forged("no variant fits").at(first))?;
+        let until = copies + ring.copies[copies..].iter().take_while(|c| c.node < nodes.end).count();
+        let variant = if copies == until { step.variant(bindings) } else { step.streamed_variant(bindings) };
+        let variant = variant.ok_or_else(|| forged("no variant fits").at(first))?;
         let begin = actions.len();
         let scope = Scope { addresses, values: &values, bindings, limits, tile: None };
-        let until = copies + ring.copies[copies..].iter().take_while(|c| c.node < nodes.end).count();
         if copies == until {
             for launch in &variant.launches {
                 actions.extend(scope.launch(table, launch).map_err(|e| e.at(first))?.map(Action::Launch));

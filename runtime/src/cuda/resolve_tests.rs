@@ -78,9 +78,9 @@ fn table() -> LaunchTable {
         arch: "sm_90a".into(),
         kernels: vec![kernel("cuda.tanh")],
         steps: vec![
-            LaunchStep { first: 0, nodes: 1, variants: unary(0, 1) },
-            LaunchStep { first: 1, nodes: 1, variants: vec![always(Vec::new())] },
-            LaunchStep { first: 2, nodes: 1, variants: unary(2, 3) },
+            LaunchStep { first: 0, nodes: 1, variants: unary(0, 1), streamed: Vec::new() },
+            LaunchStep { first: 1, nodes: 1, variants: vec![always(Vec::new())], streamed: Vec::new() },
+            LaunchStep { first: 2, nodes: 1, variants: unary(2, 3), streamed: Vec::new() },
         ],
         workspace: dim(4096),
         counters: 16,
@@ -425,7 +425,7 @@ fn streamed() -> (Module, LaunchTable, Addresses) {
     matmul.tiles = Some(Tiles { weight, slices: 8, granule: 1 });
     let mut table = table();
     let variant = Variant { when: Vec::new(), launches: vec![norm, matmul] };
-    table.steps = vec![LaunchStep { first: 0, nodes: 1, variants: vec![variant] }];
+    table.steps = vec![LaunchStep { first: 0, nodes: 1, variants: vec![variant], streamed: Vec::new() }];
     let tile = |first, count, base| Tile { node: 0, weight, first, count, range: range(base, count * 64) };
     let mut addresses = addresses(6);
     addresses.regions.inputs = vec![range(0x1_0000, 6 * 64)];

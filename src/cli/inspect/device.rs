@@ -38,7 +38,7 @@ fn nodes(module: &Module, step: &LaunchStep) -> (Vec<String>, Vec<String>) {
 /// Threads of a block, and most bytes of dynamic shared memory, of each kernel.
 fn blocks(table: &LaunchTable) -> Vec<(u32, u32)> {
     let mut blocks = vec![(0, 0); table.kernels.len()];
-    for launch in table.steps.iter().flat_map(|s| &s.variants).flat_map(|v| &v.launches) {
+    for launch in table.steps.iter().flat_map(LaunchStep::all_variants).flat_map(|v| &v.launches) {
         let (threads, shared) = &mut blocks[launch.kernel];
         *threads = launch.block.iter().product::<u32>().max(*threads);
         *shared = launch.shared.max(*shared);
@@ -134,7 +134,7 @@ pub fn print_kernels(engine: &Engine) -> Result<()> {
         for step in table.steps.iter().filter(|s| s.variants.iter().any(|v| !v.launches.is_empty())) {
             let (nodes, layers) = nodes(engine.module(), step);
             let _ = writeln!(text, "  {}: {}", nodes.join(", "), layers.join(", "));
-            for variant in &step.variants {
+            for variant in step.all_variants() {
                 for (at, launch) in variant.launches.iter().enumerate() {
                     let when = if at == 0 { conditions(variant) } else { "then".to_string() };
                     let [x, y, z] = launch.whole_grid();

@@ -16,7 +16,7 @@ use millrace_ir::launch::{Arg, Bundle, Helper, Launch, LaunchStep, LaunchTable, 
 use millrace_ir::verify::Verified;
 use millrace_ir::{DType, Dim, Error, Id, Kernel, KernelId, Kind, Module, NodeId, Phase, Result, text};
 use millrace_kernels::cuda::{
-    Arch, Argument, Choices, Planned, Site, SiteLaunch, Source, helpers, plan_site_with,
+    Arch, Argument, Choices, Planned, Site, SiteLaunch, SiteVariant, Source, helpers, plan_site_with,
 };
 
 /// The target's name.
@@ -80,16 +80,20 @@ impl Draft {
         for (range, planned) in plan(module, arch, choices)? {
             draft.workspace = draft.workspace.max_of(&planned.workspace);
             draft.counters = draft.counters.max(planned.counters);
-            let mut variants = Vec::new();
-            for variant in planned.variants {
-                let mut launches = Vec::new();
-                for launch in variant.launches {
-                    let kernel = index(&mut draft.sources, launch.source.clone());
-                    launches.push(table_launch(launch, kernel, arch));
+            let mut table = |planned: Vec<SiteVariant>| {
+                let mut variants = Vec::with_capacity(planned.len());
+                for variant in planned {
+                    let mut launches = Vec::with_capacity(variant.launches.len());
+                    for launch in variant.launches {
+                        let kernel = index(&mut draft.sources, launch.source.clone());
+                        launches.push(table_launch(launch, kernel, arch));
+                    }
+                    variants.push(Variant { when: variant.when, launches });
                 }
-                variants.push(Variant { when: variant.when, launches });
-            }
-            draft.steps.push(LaunchStep { first: range.start, nodes: range.len(), variants });
+                variants
+            };
+            let (variants, streamed) = (table(planned.variants), table(planned.streamed));
+            draft.steps.push(LaunchStep { first: range.start, nodes: range.len(), variants, streamed });
         }
         for (name, source, threads) in helpers(arch) {
             let kernel = index(&mut draft.sources, source);

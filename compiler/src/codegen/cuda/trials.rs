@@ -211,7 +211,7 @@ fn trial(problem: &Problem<'_>, node: NodeId, rows: RowRange, key: String) -> Op
             let table = LaunchTable {
                 arch: arch.to_string(),
                 kernels: Vec::new(),
-                steps: vec![LaunchStep { first: 0, nodes: 1, variants }],
+                steps: vec![LaunchStep { first: 0, nodes: 1, variants, streamed: Vec::new() }],
                 workspace: Dim::from(0u64),
                 counters: 0,
                 helpers: Vec::new(),

@@ -117,5 +117,5 @@ pub(super) fn plan(call: &Call<'_>, before: Option<&BeforeAttention<'_>>) -> Opt
         variants.push(SiteVariant { when: single_rows(call, least, most), launches: vec![launch] });
         least = most + 1;
     }
-    Some(Planned { variants, workspace, counters: most_rows * columns * 4 })
+    Some(Planned { variants, streamed: Vec::new(), workspace, counters: most_rows * columns * 4 })
 }

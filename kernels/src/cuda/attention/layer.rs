@@ -28,6 +28,7 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
     let rest: Vec<SiteVariant> = apart.variants.into_iter().filter(|v| !served(v)).collect();
     variants.extend(rest);
     Some(Planned {
+        streamed: Vec::new(),
         variants,
         workspace: together.workspace.max_of(&apart.workspace),
         counters: together.counters.max(apart.counters),
@@ -51,6 +52,7 @@ fn in_turn(first: &Planned, second: Planned) -> Planned {
     };
     let pairs = second.variants.iter().flat_map(|b| first.variants.iter().map(move |a| join(a, b)));
     Planned {
+        streamed: Vec::new(),
         variants: pairs.collect(),
         // What the first leaves there the second does not need.
         workspace: first.workspace.max_of(&second.workspace),

@@ -43,13 +43,13 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
             SiteVariant { when: single_rows(&call, 0, u64::MAX), launches: vec![simple] },
             SiteVariant { when: Vec::new(), launches: vec![plain] },
         ];
-        return Some(Planned { variants, workspace: 0u64.into(), counters: 0 });
+        return Some(Planned { variants, streamed: Vec::new(), workspace: 0u64.into(), counters: 0 });
     }
     let hopper = hopper::launch(&call);
     let counters = if hopper.is_some() { hopper::COUNTERS } else { 0 };
     let rest =
         SiteVariant { when: Vec::new(), launches: vec![hopper.unwrap_or_else(|| prefill::launch(&call))] };
-    let none = Planned { variants: Vec::new(), workspace: 0u64.into(), counters: 0 };
+    let none = Planned { variants: Vec::new(), streamed: Vec::new(), workspace: 0u64.into(), counters: 0 };
     let mut planned = decode::plan(&call, None).unwrap_or(none);
     planned.variants.push(rest);
     planned.counters = planned.counters.max(counters);

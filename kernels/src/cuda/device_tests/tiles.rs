@@ -37,7 +37,8 @@ fn planned(module: &Module, nodes: &[NodeId], arch: Arch, m: u64) -> Vec<SiteLau
     let planned = matmul::plan(Site { module, nodes, arch }, &matmul::Choices::default()).unwrap();
     let bindings = at_rows(m);
     let holds = |v: &&crate::cuda::SiteVariant| v.when.iter().all(|c| c.holds(&bindings));
-    planned.variants.iter().find(holds).unwrap().launches.clone()
+    let ways = if planned.streamed.is_empty() { &planned.variants } else { &planned.streamed };
+    ways.iter().find(holds).unwrap().launches.clone()
 }
 
 fn cases() -> Vec<(&'static str, Case)> {

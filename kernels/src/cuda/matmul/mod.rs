@@ -29,15 +29,26 @@ pub fn plan(site: Site<'_>, choices: &Choices) -> Option<Planned> {
         return simple::activations(site);
     }
     let problem = Problem::of(site)?;
-    let mut variants = skinny::variants(&problem);
-    match large::variants(&problem) {
+    // Kernels that compute all of the weight know its bounds, which is a little faster.
+    let streamed = match problem.tiles() {
+        Some(_) => variants(&problem, choices)?,
+        None => Vec::new(),
+    };
+    let variants = variants(&Problem { whole: true, ..problem }, choices)?;
+    Some(Planned { variants, streamed, workspace: Dim::from(0u64), counters: 0 })
+}
+
+/// The ways to run a problem.
+fn variants(problem: &Problem<'_>, choices: &Choices) -> Option<Vec<SiteVariant>> {
+    let mut variants = skinny::variants(problem);
+    match large::variants(problem) {
         Some(tail) => variants.extend(tail.into_iter().map(|mut variant| {
-            variant.launches.splice(0..0, norm::launch(&problem));
+            variant.launches.splice(0..0, norm::launch(problem));
             variant
         })),
-        None => variants.push(SiteVariant { when: Vec::new(), launches: simple::launches(&problem)? }),
+        None => variants.push(SiteVariant { when: Vec::new(), launches: simple::launches(problem)? }),
     }
-    choice::apply(&problem, choices, &mut variants);
+    choice::apply(problem, choices, &mut variants);
     if let Some(m) = problem.m.as_const() {
         // The number of rows is known: one variant is all.
         let fits = |v: &SiteVariant| {
@@ -46,5 +57,5 @@ pub fn plan(site: Site<'_>, choices: &Choices) -> Option<Planned> {
         variants = variants.into_iter().find(fits).into_iter().collect();
         variants.iter_mut().for_each(|v| v.when.clear());
     }
-    Some(Planned { variants, workspace: Dim::from(0u64), counters: 0 })
+    Some(variants)
 }

@@ -64,6 +64,8 @@ pub struct Problem<'a> {
     pub dtype: DType,
     /// Element type of the results.
     pub out: DType,
+    /// Whether launches read the whole weight even if it may come in parts.
+    pub whole: bool,
 }
 
 impl<'a> Problem<'a> {
@@ -108,6 +110,7 @@ impl<'a> Problem<'a> {
             results: node.results.iter().map(|r| Operand::Value(*r)).collect(),
             dtype: x_ty.dtype,
             out: site.result_ty(node, 0).dtype,
+            whole: false,
         })
     }
 
@@ -129,6 +132,9 @@ impl<'a> Problem<'a> {
     /// How launches read the weight in parts; `None` if they read it as a whole: it may not be streamed, or no part of it
     /// holds the rows of a gate and those it gates.
     pub fn tiles(&self) -> Option<Tiles> {
+        if self.whole {
+            return None;
+        }
         let Operand::Weight(weight) = self.weight else { return None };
         self.site.module.weights.get(weight)?.stream.as_ref().filter(|s| s.tile_axis == 0)?;
         let (slices, granule) = match self.layout {

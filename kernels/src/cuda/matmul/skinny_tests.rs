@@ -221,7 +221,11 @@ fn weights_that_may_be_streamed_are_read_in_parts() {
         let w = module.weights.iter().find(|(_, w)| w.name == "w").unwrap().0;
         module.weights[w].stream = Some(Stream { first_use: 0, tile_axis: 0, tile_bytes: 1 });
         for arch in Arch::ALL {
-            for variant in planned(&module, arch).variants {
+            let planned = planned(&module, arch);
+            assert_eq!(planned.streamed.is_empty(), expected.is_none());
+            // Where all of it is there, it is read by the kernels that know no parts.
+            assert!(planned.variants.iter().flat_map(|v| &v.launches).all(|l| l.tiles.is_none()));
+            for variant in planned.streamed {
                 for launch in variant.launches {
                     let norm = launch.source.family == "cuda.matmul.norm";
                     let tiles = expected.filter(|_| !norm);
