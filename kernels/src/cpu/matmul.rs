@@ -511,8 +511,7 @@ mod tests {
                 assert_eq!(run(&single), whole);
                 assert_eq!(run(&[0..3, 3..3, 3..panels]), whole);
                 // The second panel alone: the first columns stay.
-                let mut one = vec![run(&[1..2]).swap_remove(0)];
-                let (found, before) = (one.swap_remove(0), &x);
+                let (found, before) = (run(&single[1..2]).swap_remove(0), &x);
                 for (i, value) in found.iter().enumerate() {
                     let expected =
                         if (PANEL..2 * PANEL).contains(&(i % n)) { whole[0][i] } else { before[i] };

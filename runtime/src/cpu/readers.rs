@@ -60,10 +60,8 @@ impl Shared {
             let skip = state.tickets[job.ticket].error.is_some();
             drop(state);
             let result = if skip { Ok(()) } else { self.file.read(job.offset, job.gap.bytes()) };
-            let number = job.ticket;
-            drop(job);
             state = self.lock();
-            let ticket = &mut state.tickets[number];
+            let ticket = &mut state.tickets[job.ticket];
             ticket.pending -= 1;
             if let Err(error) = result {
                 ticket.error.get_or_insert(error);
