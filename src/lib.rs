@@ -37,6 +37,7 @@ pub use millrace_runtime as runtime;
 pub use millrace_compiler::{CompileOptions, Compiled, compile};
 pub use millrace_ir::{Error, Kind, Result};
 pub use millrace_runtime::{
-    Allocation, AllocationGuard, Class, Decoder, Device, Encoder, Engine, Ledger, OnOutOfMemory, Profile,
-    Session, SessionOptions, Shrink, TensorRef, WeightBudget, WeightBudgetGuard, generation,
+    Allocation, AllocationGuard, Arena, Class, Decoder, Device, Encoder, Engine, Ledger, Lent, OnOutOfMemory,
+    Profile, ProfileChoice, Session, SessionOptions, Shrink, TensorRef, WeightBudget, WeightBudgetGuard,
+    generation,
 };

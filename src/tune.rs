@@ -188,6 +188,12 @@ fn timed_buffer(buffer: &TrialBuffer) -> TimedBuffer {
     TimedBuffer { operand: buffer.operand, dtype: buffer.dtype, bytes: buffer.bytes, random }
 }
 
+fn median(seconds: &[f64]) -> f64 {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::INFINITY)
+}
+
 /// A candidate on the device.
 struct Running {
     name: String,
@@ -197,9 +203,7 @@ struct Running {
 
 impl Running {
     fn median(&self) -> f64 {
-        let mut sorted = self.seconds.clone();
-        sorted.sort_by(f64::total_cmp);
-        sorted.get(sorted.len() / 2).copied().unwrap_or(f64::INFINITY)
+        median(&self.seconds)
     }
 
     fn time(&mut self, bench: &mut Bench<'_>) -> Result<()> {
@@ -272,14 +276,15 @@ fn measure(
         running.push(Running { name: candidate.name.clone(), timed, seconds: Vec::new() });
     }
     // What engines cannot choose: they need nothing but the driver.
+    let mut compared: Vec<(Timed, Vec<f64>)> = Vec::new();
     if trial.rows.first > FEW && !running.is_empty() {
         let TrialProduct { extents: [m, n, k], x, w, dtypes: (dtype, out), alone } = trial.product;
         let product = Product { m, n, k, dtype, out };
         match bench.products(product, x, w, ALGORITHMS) {
             Ok(ways) => {
-                for way in &ways {
+                for way in ways {
                     if alone {
-                        let found = bench.results(way)?;
+                        let found = bench.results(&way)?;
                         let far =
                             expected.iter().zip(&found).map(|(e, f)| distance(e, f)).fold(0.0, f64::max);
                         if far > DISTANCE {
@@ -288,10 +293,7 @@ fn measure(
                             continue;
                         }
                     }
-                    let mut seconds = (0..FIRST + 2).map(|_| bench.time(way)).collect::<Result<Vec<_>>>()?;
-                    seconds.sort_by(f64::total_cmp);
-                    let median = seconds[seconds.len() / 2];
-                    measured.library = Some(measured.library.map_or(median, |best| best.min(median)));
+                    compared.push((way, Vec::new()));
                 }
             }
             Err(error) if error.code() == "cuda/poisoned" => return Err(error),
@@ -314,7 +316,11 @@ fn measure(
         for index in order {
             running[index].time(&mut bench)?;
         }
+        for (way, seconds) in &mut compared {
+            seconds.push(bench.time(way)?);
+        }
     }
+    measured.library = compared.iter().map(|(_, seconds)| median(seconds)).min_by(f64::total_cmp);
     measured.times = running.iter().map(|r| (r.name.clone(), r.median())).collect();
     let best = (0..running.len()).min_by(|a, b| measured.times[*a].1.total_cmp(&measured.times[*b].1));
     measured.chosen = best.filter(|_| running.len() > 1).map(|best| {

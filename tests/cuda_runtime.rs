@@ -18,7 +18,9 @@ use millrace_ir::{
 };
 use millrace_kernels::cuda::Arch;
 use millrace_runtime::cuda::{DeviceInfo, RawStream, survey};
-use millrace_runtime::{Allocation, Class, Device, Engine, Profile, Session, SessionOptions, TensorRef};
+use millrace_runtime::{
+    Allocation, Arena, Class, Device, Engine, Profile, Session, SessionOptions, TensorRef,
+};
 
 /// Columns of every matrix.
 const WIDTH: usize = 16;
@@ -295,6 +297,7 @@ fn manifest() -> Manifest {
         pipeline: String::new(),
         weight_streaming: false,
         model: None,
+        profiles: Vec::new(),
     }
 }
 
@@ -387,20 +390,37 @@ fn step(session: &mut Session<'_>, rows: usize, call: usize, argmax: bool) {
             None
         }
     };
-    let output = session.read_output(0).unwrap();
-    assert_eq!(output.shape, shape);
-    let found: Vec<f32> = output.bytes.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect();
-    let expected = expected(session.engine(), &x);
-    assert_eq!(found.len(), expected.len());
-    for (at, (a, b)) in found.iter().zip(&expected).enumerate() {
-        assert!((f64::from(*a) - b).abs() <= 1e-4 * b.abs().max(1.0), "row {}: {a} and {b}", at / WIDTH);
-    }
+    let found = check_output(session, &x);
     let largest = |row: &[f32]| (0..WIDTH).rev().max_by(|a, b| row[*a].total_cmp(&row[*b])).unwrap() as i32;
     let indices: Vec<i32> = found.chunks(WIDTH).map(largest).collect();
     if let Some(told) = told {
         assert_eq!(told, indices);
     }
     assert_eq!(session.argmax(0).unwrap(), indices);
+}
+
+/// Runs a step in `arena`, if there is one, and compares the output with the host.
+fn step_in(session: &mut Session<'_>, rows: usize, call: usize, arena: Option<&mut Arena>) {
+    let x = input(rows, call);
+    let (shape, data) = ([rows as u64, WIDTH as u64], bytes(&x));
+    match arena {
+        Some(arena) => session.run_in(&mut arena.lend(), &[tensor(&shape, &data)]).unwrap(),
+        None => session.run(&[tensor(&shape, &data)]).unwrap(),
+    }
+    check_output(session, &x);
+}
+
+/// Compares the output of the last step, on input `x`, with the host.
+fn check_output(session: &Session<'_>, x: &[f32]) -> Vec<f32> {
+    let output = session.read_output(0).unwrap();
+    assert_eq!(output.shape, [(x.len() / WIDTH) as u64, WIDTH as u64]);
+    let found: Vec<f32> = output.bytes.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect();
+    let expected = expected(session.engine(), x);
+    assert_eq!(found.len(), expected.len());
+    for (at, (a, b)) in found.iter().zip(&expected).enumerate() {
+        assert!((f64::from(*a) - b).abs() <= 1e-4 * b.abs().max(1.0), "row {}: {a} and {b}", at / WIDTH);
+    }
+    found
 }
 
 #[test]
@@ -480,6 +500,94 @@ fn dynamic_sessions_take_what_a_step_needs() {
     step(&mut session, 9, 3, true);
     session.trim_pool().unwrap();
     assert!(session.pool_report().unwrap().unwrap().reserved <= pool.reserved);
+}
+
+/// The ledger against what the driver reports, in a process of its own: sums agree within 3 %, and are never below.
+#[test]
+fn the_ledger_is_what_the_driver_reports() {
+    let Some(device) = gpu("reconciling") else { return };
+    if std::env::var_os("MILLRACE_TEST_LEDGER").is_none() {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_ledger_is_what_the_driver_reports", "--nocapture"])
+            .env("MILLRACE_TEST_LEDGER", "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stdout));
+        eprintln!("{text}");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("large.engine");
+    large_engine(&device, &path, 1, false);
+    let engine = Engine::open_with(&path, Verify::Metadata).unwrap();
+    let mut session = engine.session(SessionOptions::default()).unwrap();
+    let found = session.reconcile().unwrap();
+    eprintln!("{found:?} {:+.4}, {}", found.relative(), session.ledger());
+    assert!(found.reported > 1 << 30 && found.relative().abs() <= 0.03, "{found:?}");
+    drop(session);
+    let engine = plain_engine(&device);
+    let mut session = engine.session(SessionOptions::default()).unwrap();
+    for allocation in Allocation::ALL.into_iter().filter(|a| *a != Allocation::UserManaged) {
+        let mut session = session.allocation(allocation).unwrap();
+        (0..6).for_each(|call| step(&mut session, 40, call, call % 2 == 0));
+        let found = session.reconcile().unwrap();
+        eprintln!("{allocation:?}: {found:?} {:+.4}, {}", found.relative(), session.ledger());
+        assert!(found.relative().abs() <= 0.03, "{found:?}");
+        assert!(session.ledger().on_device() >= found.reported, "what came late is counted from here on");
+    }
+}
+
+/// Every allocation in turn, in both directions: the same results, graphs wherever memory stays.
+#[test]
+fn allocations_change_in_every_direction() {
+    let Some(device) = gpu("allocations") else { return };
+    let engine = plain_engine(&device);
+    let mut session = engine.session(SessionOptions::default()).unwrap();
+    let mut arena = Arena::on(session.device(), session.most_lent_bytes().unwrap()).unwrap();
+    for call in 0..16 {
+        let allocation = Allocation::ALL[[0, 1, 2, 3, 2, 1, 0, 3, 1, 3, 0, 2, 0, 1, 3, 2][call]];
+        let mut session = session.allocation(allocation).unwrap();
+        assert_eq!(session.current_allocation(), allocation);
+        for repeat in 0..3 {
+            let replayed = session.graph_report().unwrap().replayed;
+            let lent = (allocation == Allocation::UserManaged).then_some(&mut arena);
+            step_in(&mut session, 9, call + repeat, lent);
+            let expected = u64::from(repeat > 0 && allocation != Allocation::Dynamic);
+            assert!(session.graph_report().unwrap().replayed >= replayed + expected, "{allocation:?}");
+            let held = session.ledger().now(Class::Activations);
+            let stays = matches!(allocation, Allocation::Static | Allocation::OnProfileChange);
+            assert_eq!(held, if stays { 2 * ROWS * 64 } else { 0 }, "{allocation:?}");
+        }
+    }
+}
+
+/// Two sessions in one arena, each step on a stream of its own: turns are ordered on the device.
+#[test]
+fn sessions_take_turns_in_an_arena() {
+    let Some(device) = gpu("shared arenas") else { return };
+    let engine = plain_engine(&device);
+    let options = || SessionOptions { allocation: Allocation::UserManaged, ..SessionOptions::default() };
+    let mut sessions = [engine.session(options()).unwrap(), engine.session(options()).unwrap()];
+    let needed = sessions[0].most_lent_bytes().unwrap();
+    let mut arena = Arena::on(sessions[0].device(), needed).unwrap();
+    for call in 0..64 {
+        let data: Vec<Vec<u8>> = (0..2).map(|s| bytes(&input(64, call + s))).collect();
+        // Both are enqueued before either is waited for.
+        for (session, data) in sessions.iter_mut().zip(&data) {
+            session.run_in(&mut arena.lend(), &[tensor(&[64, WIDTH as u64], data)]).unwrap();
+        }
+        for (at, session) in sessions.iter().enumerate() {
+            check_output(session, &input(64, call + at));
+        }
+    }
+    let mut small = Arena::on(sessions[0].device(), needed - 256).unwrap();
+    let data = bytes(&input(64, 0));
+    let error = sessions[0].run_in(&mut small.lend(), &[tensor(&[64, WIDTH as u64], &data)]).unwrap_err();
+    assert_eq!(error.code(), "run/lent-too-small");
+    let mut host = Arena::host(needed).unwrap();
+    let error = sessions[0].run_in(&mut host.lend(), &[tensor(&[64, WIDTH as u64], &data)]).unwrap_err();
+    assert_eq!(error.code(), "run/lent-elsewhere");
 }
 
 #[test]

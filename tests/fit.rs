@@ -118,6 +118,7 @@ fn the_published_cache_arithmetic() {
         dtype: DType::F16,
         pipeline: String::new(),
         weight_streaming: false,
+        profiles: Vec::new(),
         model: Some(model),
     };
     let subject = Subject { module: &module, manifest: &manifest, table: None };

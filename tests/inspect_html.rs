@@ -55,6 +55,7 @@ fn page_of_text(source: &str) -> String {
         pipeline: "dce".to_string(),
         weight_streaming: false,
         model: None,
+        profiles: Vec::new(),
     };
     page(&module, &Facts { manifest: &manifest, stored: false, file: None }, None)
 }

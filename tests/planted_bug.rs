@@ -17,7 +17,7 @@ struct SortOperands;
 impl Rule for SortOperands {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
         let node = view.node(id);
-        let Op::Binary(Binary { function }) = &node.op else { return Outcome::NoMatch };
+        let Op::Binary(Binary { function }) = &*node.op else { return Outcome::NoMatch };
         let [a @ Operand::Value(_), b @ Operand::Value(_)] = node.operands[..] else {
             return Outcome::NoMatch;
         };

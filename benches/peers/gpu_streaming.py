@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--millrace", default="target/release/millrace")
     parser.add_argument("--stages", default="ceilings,offload,plain,sweep,prefill,seed")
     parser.add_argument("--parts", default="0.0;0.25;0.5;0.75;0.9;1.0")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--layers", type=int)
     parser.add_argument("-o", "--output", type=pathlib.Path)

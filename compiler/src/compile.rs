@@ -9,6 +9,7 @@ use millrace_ir::engine::{SectionKind, WrittenEngine};
 use millrace_ir::kernel_sources::KernelSources;
 use millrace_ir::launch::Bundle;
 use millrace_ir::manifest::{LanguageModel, Manifest, ModelKind};
+use millrace_ir::shape_profile::{ShapeProfile, restrict};
 use millrace_ir::verify::check;
 use millrace_ir::{Bindings, DType, Error, Kind, Module, Phase, Result, text};
 use millrace_kernels::cuda::Source;
@@ -16,6 +17,7 @@ use millrace_kernels::cuda::Source;
 use crate::codegen::cuda::{self, BuildCounts, Builder};
 use crate::codegen::{EngineParts, WeightMode, lower, write_engine};
 use crate::import::{Family, Limits, Options, SourceFolder, import};
+use crate::memory::{Buffers, Estimate, MemoryOptions, Meter, Shares, resident_set};
 use crate::pass::Context;
 use crate::passes::{PlanReport, plan_report};
 use crate::pipeline::{Controls, Manager, Observer, PassRun, Pipeline};
@@ -41,6 +43,10 @@ pub struct CompileOptions {
     pub target: TargetChoice,
     /// How device kernels are built.
     pub builder: Builder,
+    /// Shapes the engine is for; all that the limits allow if there are none.
+    pub profiles: Vec<ShapeProfile>,
+    /// Memory of the compiler itself.
+    pub memory: MemoryOptions,
     /// What measurements chose for sites of a GPU engine.
     pub tuning: Tuning,
 }
@@ -56,6 +62,8 @@ impl Default for CompileOptions {
             controls: Controls::default(),
             target: TargetChoice::default(),
             builder: Builder::usual(),
+            profiles: Vec::new(),
+            memory: MemoryOptions::default(),
             tuning: Tuning::default(),
         }
     }
@@ -84,6 +92,9 @@ pub struct Compiled {
     pub folder: Option<SourceFolder>,
     /// Kernels of a GPU engine.
     pub device: DeviceCode,
+    /// Measures the compiler's memory.
+    pub meter: Meter,
+    buffers: Buffers,
     weights: WeightMode,
     /// Candidates of the tuning that code generation took, by key.
     tuned: BTreeMap<String, String>,
@@ -182,6 +193,8 @@ pub struct Prepared {
     pub module: Module,
     folder: Option<SourceFolder>,
     limits: Option<Limits>,
+    meter: Meter,
+    shares: Shares,
     source_hash: [u8; 32],
 }
 
@@ -195,14 +208,22 @@ pub fn prepare_with<'a>(
     mut observer: Option<&'a mut Observer<'a>>,
     progress: &mut Progress,
 ) -> Result<Prepared> {
+    let shares = estimate(path, options).shares(options.memory.limit)?;
+    let meter = Meter::start(options.memory);
     let SourceModel { mut module, folder, limits, hash: source_hash } =
         SourceModel::read(path, &options.import)?;
+    meter.lap("import");
+    restrict(&mut module, &options.profiles)?;
+    let limits = limits.map(|l| l.within(&module)).transpose()?;
     if let Some(observer) = &mut observer {
         observer("import", &module, true);
     }
     progress.context = Context::of(&options.target.target);
     let controls = options.controls.clone();
-    let mut manager = Manager { verify_each: options.verify_each, observer, controls, ..Manager::default() };
+    let verify_each = options.verify_each;
+    let meter_of_passes = meter.clone();
+    let mut manager =
+        Manager { verify_each, observer, controls, meter: meter_of_passes, ..Manager::default() };
     let done = manager.run(&options.pipeline, &mut module, &mut progress.context);
     progress.runs = manager.runs;
     done.map_err(|e| e.at(path.display()))?;
@@ -216,7 +237,7 @@ pub fn prepare_with<'a>(
         module.weights.iter_mut().for_each(|(_, w)| w.stream = None);
     }
     module.compact();
-    Ok(Prepared { module, folder, limits, source_hash })
+    Ok(Prepared { module, folder, limits, meter, shares, source_hash })
 }
 
 /// The second part of [`compile_with`]: chooses and builds kernels. The options are those of the first part.
@@ -224,23 +245,67 @@ pub fn prepare_with<'a>(
 /// # Errors
 /// As [`compile`].
 pub fn finish(prepared: Prepared, options: &CompileOptions, progress: &mut Progress) -> Result<Compiled> {
-    let Prepared { module, folder, limits, source_hash } = prepared;
+    let Prepared { module, folder, limits, meter, shares, source_hash } = prepared;
     let mut device = DeviceCode::default();
+    // What follows the last pass up to here is part of planning.
+    meter.lap("plan");
     let mut tuned = BTreeMap::new();
     let module = if options.target.archs.is_empty() {
         lower(module)?
     } else {
         let choices = options.tuning.choices();
         tuned = cuda::tuned(&module, &options.target.archs, &options.tuning, &mut progress.context);
-        let lowered = cuda::lower(check(&module)?, &options.target.archs, &options.builder, &choices)?;
+        let mut builder = options.builder.clone();
+        if let Some(most) = shares.threads {
+            let processors = std::thread::available_parallelism().map_or(1, usize::from);
+            builder.threads = Some(builder.threads.unwrap_or(processors).min(most));
+        }
+        let lowered = cuda::lower(check(&module)?, &options.target.archs, &builder, &choices)?;
         device = DeviceCode { bundles: lowered.bundles, counts: lowered.counts, sources: lowered.sources };
         lowered.module
     };
     check(&module)?;
+    meter.lap("kernels");
     let manifest = manifest(&module, folder.as_ref(), limits, options);
     let Progress { runs, context } = std::mem::take(progress);
-    let weights = options.weights;
-    Ok(Compiled { module, manifest, runs, context, folder, device, weights, tuned, source_hash })
+    let (weights, buffers) = (options.weights, shares.buffers);
+    Ok(Compiled {
+        module,
+        manifest,
+        runs,
+        context,
+        folder,
+        device,
+        meter,
+        buffers,
+        weights,
+        tuned,
+        source_hash,
+    })
+}
+
+/// What compiling the model at `path` will take, from what is cheap to know.
+fn estimate(path: &Path, options: &CompileOptions) -> Estimate {
+    let size = |path: &Path| std::fs::metadata(path).map_or(0, |m| m.len());
+    let kernels = !options.target.archs.is_empty();
+    let before = resident_set();
+    if !path.is_dir() {
+        // A line of text becomes a node with its types, operands and names.
+        return Estimate { before, files: size(path), growth: 64, layers: 0, kernels };
+    }
+    let small = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+    ];
+    let files = small.iter().map(|name| size(&path.join(name))).sum();
+    let config = std::fs::read(path.join("config.json")).ok();
+    let config = config.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
+    let layers = config.and_then(|c| c.get("num_hidden_layers")?.as_u64()).unwrap_or(0);
+    Estimate { before, files, growth: 2, layers, kernels }
 }
 
 fn manifest(
@@ -287,6 +352,7 @@ fn manifest(
         pipeline: options.pipeline.to_string(),
         weight_streaming: options.weight_streaming,
         model,
+        profiles: options.profiles.clone(),
     }
 }
 
@@ -334,9 +400,12 @@ impl Compiled {
             ),
             provenance,
             weights: self.weights,
+            buffers: self.buffers,
         };
         let source = folder.and_then(|f| f.checkpoint.as_ref()).map(|c| c as &dyn TensorSource);
-        write_engine(path, &parts, source, progress)
+        let written = write_engine(path, &parts, source, progress);
+        self.meter.lap("writing");
+        written
     }
 }
 

@@ -9,6 +9,7 @@ pub mod compile;
 pub mod differential;
 pub mod import;
 pub mod manager;
+pub mod memory;
 pub mod options;
 pub mod pass;
 pub mod passes;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use millrace_ir::verify::check;
 use millrace_ir::{Error, Kind, Module, Phase, Result, text};
 
+use crate::memory::Meter;
 use crate::pass::{Context, Numbering, Pass};
 use crate::pipeline::{Call, Pipeline, ROUNDS, Step};
 use crate::rolled::{self, LAYERS, Layers, Trial};
@@ -79,6 +80,8 @@ pub struct Manager<'a> {
     pub settled: Settled,
     /// Time spent in finding repeated layers and in stamping them out.
     pub rolling: Duration,
+    /// Measures memory.
+    pub meter: Meter,
 }
 
 /// The passes that changed nothing since the module last changed.
@@ -320,6 +323,7 @@ impl Manager<'_> {
         }
         self.settled.ran(spelled, changed, module.phase != before);
         self.runs.push(PassRun { name, time, changed, nodes: module.graph.nodes.len() });
+        self.meter.lap(if matches!(name, "schedule" | "plan-memory") { "plan" } else { "passes" });
         if let Some(observer) = &mut self.observer {
             observer(name, module, changed);
         }

@@ -296,7 +296,7 @@ pub fn constant(view: &View<'_>, operand: Operand) -> Option<f64> {
             return splat(view.module, weight);
         }
         let (node, _) = view.def(at)?;
-        match view.node(node).op {
+        match *view.node(node).op {
             Op::Cast(_) | Op::Broadcast(_) | Op::Reshape(_) | Op::Transpose(_) => {
                 at = view.node(node).operands[0];
             }
@@ -323,7 +323,7 @@ pub fn below_casts(view: &View<'_>, operand: Operand) -> (Operand, Vec<NodeId>) 
                 _ => return (at, nodes),
             },
             _ => match view.def(at) {
-                Some((node, 0)) if matches!(view.node(node).op, Op::Cast(_)) => {
+                Some((node, 0)) if matches!(*view.node(node).op, Op::Cast(_)) => {
                     nodes.push(node);
                     view.node(node).operands[0]
                 }

@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 
 use millrace_ir::{
-    Def, Id, Loc, Module, Node, NodeId, Op, Operand, Result, TensorType, ValueId, Weight, WeightExpr,
+    Def, Id, Locs, Module, Node, NodeId, Operand, Operands, Result, SharedOp, TensorType, ValueId, Weight,
+    WeightExpr,
 };
 
 use millrace_ir::names::WeightNames;
@@ -25,7 +26,7 @@ pub enum Outcome {
 /// A change: new nodes at the anchor's place, and old values replaced by their results or by other operands.
 #[derive(Default)]
 pub struct Patch {
-    nodes: Vec<(Op, Vec<From>)>,
+    nodes: Vec<(SharedOp, Vec<From>)>,
     weights: Vec<(String, TensorType, WeightExpr)>,
     replace: Vec<(ValueId, From)>,
     sources: Vec<NodeId>,
@@ -49,7 +50,7 @@ impl Patch {
     }
 
     /// Adds a node; returns its number for [`From::New`].
-    pub fn node(&mut self, op: impl Into<Op>, operands: impl IntoIterator<Item = From>) -> usize {
+    pub fn node(&mut self, op: impl Into<SharedOp>, operands: impl IntoIterator<Item = From>) -> usize {
         self.nodes.push((op.into(), operands.into_iter().collect()));
         self.nodes.len() - 1
     }
@@ -257,7 +258,7 @@ fn apply(
         let names = names.get_or_insert_with(|| WeightNames::of(module));
         weights.push(names.equal_or_add(module, Weight { name, ty, expr, stream: None }));
     }
-    let mut loc: Vec<Loc> = patch.sources.iter().flat_map(|n| module.graph.nodes[*n].loc.clone()).collect();
+    let mut loc: Locs = patch.sources.iter().flat_map(|n| module.graph.nodes[*n].loc.clone()).collect();
     loc.sort();
     loc.dedup();
     let mut made: Vec<NodeId> = Vec::with_capacity(patch.nodes.len());
@@ -267,7 +268,7 @@ fn apply(
         From::Made(weight) => Operand::Weight(weights[weight]),
     };
     for (op, operands) in patch.nodes {
-        let operands = operands.into_iter().map(|f| find(module, &made, f)).collect();
+        let operands: Operands = operands.into_iter().map(|f| find(module, &made, f)).collect();
         let id = module.new_node(op, operands, loc.clone())?;
         uses.resize(module.graph.values.bound(), Users::new());
         outputs.resize(module.graph.values.bound(), false);

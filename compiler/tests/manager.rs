@@ -57,7 +57,7 @@ fn registry() -> Registry {
         .with(Box::new(Wrong("refuses", |_| Err(Error::new(Kind::BadInput, "compile/too-large", "no")))))
         .with(Box::new(Wrong("changes", |m| {
             for (_, node) in m.graph.nodes.iter_mut().filter(|(_, n)| n.op.name() == "exp") {
-                node.op = Op::from_text("abs", &Default::default()).unwrap().unwrap();
+                node.op = Op::from_text("abs", &Default::default()).unwrap().unwrap().into();
             }
             Ok(true)
         })))

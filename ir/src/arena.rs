@@ -62,6 +62,11 @@ impl<I: Id, T> Arena<I, T> {
         Arena { slots: Vec::new(), live: 0, id: PhantomData }
     }
 
+    /// Makes room for `more` items.
+    pub fn reserve(&mut self, more: usize) {
+        self.slots.reserve_exact(more);
+    }
+
     /// Appends `item` and returns its id.
     pub fn push(&mut self, item: T) -> I {
         self.slots.push(Some(item));
@@ -103,13 +108,18 @@ impl<I: Id, T> Arena<I, T> {
         self.slots.get(id.index())?.as_ref()
     }
 
+    /// Whether the item exists; without tombstones this reads no slot.
+    pub fn contains(&self, id: I) -> bool {
+        if self.live == self.slots.len() { id.index() < self.live } else { self.get(id).is_some() }
+    }
+
     /// Mutable access to the item.
     pub fn get_mut(&mut self, id: I) -> Option<&mut T> {
         self.slots.get_mut(id.index())?.as_mut()
     }
 
     /// Live items with their ids, by id.
-    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (I, &T)> {
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (I, &T)> + Clone {
         self.slots.iter().enumerate().filter_map(|(i, s)| s.as_ref().map(|t| (I::from_index(i), t)))
     }
 
@@ -119,7 +129,7 @@ impl<I: Id, T> Arena<I, T> {
     }
 
     /// Ids of live items.
-    pub fn ids(&self) -> impl DoubleEndedIterator<Item = I> + '_ {
+    pub fn ids(&self) -> impl DoubleEndedIterator<Item = I> + Clone + '_ {
         self.iter().map(|(id, _)| id)
     }
 

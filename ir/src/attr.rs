@@ -4,6 +4,7 @@ use std::fmt;
 
 use crate::dim::Dim;
 use crate::dtype::DType;
+use crate::list::List;
 
 /// A parameter of an op.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,6 +56,11 @@ impl From<&str> for Attr {
 impl From<DType> for Attr {
     fn from(value: DType) -> Self {
         Attr::Word(value.name().to_string())
+    }
+}
+impl<T: Into<Attr> + Clone> From<List<T>> for Attr {
+    fn from(value: List<T>) -> Self {
+        value.into_vec().into()
     }
 }
 impl<T: Into<Attr>> From<Vec<T>> for Attr {

@@ -6,19 +6,26 @@ use std::sync::Arc;
 use crate::dim::{Dim, MAX_EXTENT, Sym, SymDecl};
 use crate::error::{Error, Kind, Result};
 use crate::graph::*;
-use crate::ops::Op;
-use crate::types::TensorType;
+use crate::ops::{Op, SharedOps};
+use crate::types::{SharedShapes, TensorType};
 
 /// A module under construction. Nodes run in the order they are added.
 pub struct Builder {
     module: Module,
     weights: BTreeMap<String, WeightId>,
+    shapes: SharedShapes,
+    ops: SharedOps,
 }
 
 impl Builder {
     /// An empty module called `name`.
     pub fn new(name: &str) -> Self {
-        Builder { module: Module::new(name), weights: BTreeMap::new() }
+        Builder {
+            module: Module::new(name),
+            weights: BTreeMap::new(),
+            shapes: SharedShapes::default(),
+            ops: SharedOps::default(),
+        }
     }
 
     /// Declares a symbol with its range and typical value.
@@ -38,7 +45,8 @@ impl Builder {
     }
 
     /// Adds a graph input.
-    pub fn input(&mut self, name: &str, ty: TensorType) -> Operand {
+    pub fn input(&mut self, name: &str, mut ty: TensorType) -> Operand {
+        self.shapes.share(&mut ty);
         let value =
             self.module.graph.values.push(Value { ty, def: Def::Input(name.to_string()), place: None });
         self.module.graph.inputs.push(value);
@@ -46,25 +54,33 @@ impl Builder {
     }
 
     /// Adds a weight, or finds the one of this name.
-    pub fn weight(&mut self, name: &str, ty: TensorType, expr: WeightExpr) -> Operand {
+    pub fn weight(&mut self, name: &str, mut ty: TensorType, expr: WeightExpr) -> Operand {
         if let Some(id) = self.weights.get(name) {
             return Operand::Weight(*id);
         }
+        self.shapes.share(&mut ty);
         let id = self.module.weights.push(Weight { name: name.to_string(), ty, expr, stream: None });
         self.weights.insert(name.to_string(), id);
         Operand::Weight(id)
     }
 
     /// Adds a state.
-    pub fn state(&mut self, name: &str, ty: TensorType) -> Operand {
+    pub fn state(&mut self, name: &str, mut ty: TensorType) -> Operand {
+        self.shapes.share(&mut ty);
         Operand::State(self.module.states.push(State { name: name.to_string(), ty }))
     }
 
     /// Adds a node and returns its results.
     pub fn node(&mut self, op: impl Into<Op>, operands: &[Operand], loc: &str) -> Result<Vec<Operand>> {
-        let node = self.module.new_node(op.into(), operands.to_vec(), vec![Arc::from(loc)])?;
-        self.module.graph.order.push(node);
-        Ok(self.module.graph.nodes[node].results.iter().map(|v| Operand::Value(*v)).collect())
+        let loc: Loc = Arc::from(loc);
+        let node = self.module.new_node(self.ops.share(op.into()), operands, [loc])?;
+        let Graph { nodes, values, order, .. } = &mut self.module.graph;
+        order.push(node);
+        let shared = |v: &ValueId| {
+            self.shapes.share(&mut values[*v].ty);
+            Operand::Value(*v)
+        };
+        Ok(nodes[node].results.iter().map(shared).collect())
     }
 
     /// Adds a node with one result.

@@ -2,11 +2,13 @@
 //! repeated layers both are few, whatever the number of nodes.
 
 use std::collections::HashMap;
+use std::mem::{Discriminant, discriminant};
 
 use crate::arena::Id;
+use crate::dim::Dim;
 use crate::graph::*;
-use crate::ops::Op;
-use crate::types::TensorType;
+use crate::ops::{Op, SharedOp};
+use crate::types::{TensorType, mix};
 
 /// Number of a distinct type.
 pub type TypeId = u32;
@@ -14,9 +16,15 @@ pub type TypeId = u32;
 /// Most types of one fingerprint that are compared; a forged module with more of them gains equal types with two numbers.
 const COMPARED: usize = 16;
 
+/// Shapes by address that are remembered; a power of two.
+const SHAPES: usize = 256;
+
 /// The types of a module's values, weights and states by number: equal numbers are equal types.
 pub struct Types<'a> {
     by_fingerprint: HashMap<u64, Vec<TypeId>>,
+    /// The last type whose shape had an address that falls here. Types of repeated layers share their shapes, so that
+    /// most need no comparison; the borrow keeps every shape where it is.
+    by_address: Vec<Option<(&'a TensorType, TypeId)>>,
     list: Vec<&'a TensorType>,
     values: Vec<TypeId>,
     weights: Vec<TypeId>,
@@ -28,6 +36,7 @@ impl<'a> Types<'a> {
     pub fn of(module: &'a Module) -> Self {
         let mut types = Types {
             by_fingerprint: HashMap::new(),
+            by_address: vec![None; SHAPES],
             list: Vec::new(),
             values: vec![0; module.graph.values.bound()],
             weights: vec![0; module.weights.bound()],
@@ -46,6 +55,21 @@ impl<'a> Types<'a> {
     }
 
     fn number(&mut self, ty: &'a TensorType) -> TypeId {
+        let address = ty.shape.address();
+        // Allocations are multiples of 16 bytes apart.
+        let slot = ((address >> 4) ^ (address >> 12) ^ ty.dtype as usize) % SHAPES;
+        if let Some((known, id)) = self.by_address[slot]
+            && known.dtype == ty.dtype
+            && known.shape.is_shared_with(&ty.shape)
+        {
+            return id;
+        }
+        let id = self.number_by_value(ty);
+        self.by_address[slot] = Some((ty, id));
+        id
+    }
+
+    fn number_by_value(&mut self, ty: &'a TensorType) -> TypeId {
         let known = self.by_fingerprint.entry(ty.fingerprint()).or_default();
         if let Some(id) = known.iter().take(COMPARED).find(|id| self.list[**id as usize] == ty) {
             return *id;
@@ -76,11 +100,44 @@ impl<'a> Types<'a> {
     }
 }
 
-/// Most different parameters of one op that are remembered.
+/// What was found out about dims, each with a number that makes it another key.
+pub struct Dims<'a, T>(HashMap<u64, Vec<(&'a Dim, u64, T)>>);
+
+impl<'a, T> Dims<'a, T> {
+    /// Nothing is known.
+    pub fn new() -> Self {
+        Dims(HashMap::new())
+    }
+
+    /// What is known of `dim` with `number`.
+    pub fn get(&self, dim: &Dim, number: u64) -> Option<&T> {
+        let known = self.0.get(&mix(dim.fingerprint(), number))?;
+        known.iter().find(|(d, n, _)| *n == number && *d == dim).map(|(_, _, about)| about)
+    }
+
+    /// Remembers `about` for `dim` with `number`, unless many others have its fingerprint.
+    pub fn remember(&mut self, dim: &'a Dim, number: u64, about: T) {
+        let known = self.0.entry(mix(dim.fingerprint(), number)).or_default();
+        if known.len() < COMPARED {
+            known.push((dim, number, about));
+        }
+    }
+}
+
+impl<T> Default for Dims<'_, T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Most different parameters of one kind of op that are remembered.
 const REMEMBERED: usize = 64;
 
+/// Ops of one kind with what was found out about each.
+type Kind<'a, T> = (Discriminant<Op>, Vec<(&'a SharedOp, T)>);
+
 /// Ops that were seen, with what was found out about each.
-pub(crate) struct Ops<'a, T>(Vec<(&'static str, Vec<(&'a Op, T)>)>);
+pub(crate) struct Ops<'a, T>(Vec<Kind<'a, T>>);
 
 impl<'a, T> Ops<'a, T> {
     pub(crate) fn new() -> Self {
@@ -88,17 +145,17 @@ impl<'a, T> Ops<'a, T> {
     }
 
     /// What is known of an op equal to `op` for which `fits` holds.
-    pub(crate) fn find(&self, op: &Op, fits: impl Fn(&T) -> bool) -> Option<&T> {
-        let name = op.name();
-        let (_, known) = self.0.iter().find(|(n, _)| *n == name)?;
+    pub(crate) fn find(&self, op: &SharedOp, fits: impl Fn(&T) -> bool) -> Option<&T> {
+        let kind = discriminant(&**op);
+        let (_, known) = self.0.iter().find(|(k, _)| *k == kind)?;
         known.iter().find(|(known, about)| fits(about) && *known == op).map(|(_, about)| about)
     }
 
     /// Remembers `about` for `op`, if there is room.
-    pub(crate) fn remember(&mut self, op: &'a Op, about: T) {
-        let name = op.name();
-        let at = self.0.iter().position(|(n, _)| *n == name).unwrap_or_else(|| {
-            self.0.push((name, Vec::new()));
+    pub(crate) fn remember(&mut self, op: &'a SharedOp, about: T) {
+        let kind = discriminant(&**op);
+        let at = self.0.iter().position(|(k, _)| *k == kind).unwrap_or_else(|| {
+            self.0.push((kind, Vec::new()));
             self.0.len() - 1
         });
         if self.0[at].1.len() < REMEMBERED {

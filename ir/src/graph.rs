@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::arena::{Arena, id_type};
 use crate::dim::{Dim, SymDecl};
 use crate::dtype::DType;
-use crate::ops::Op;
+use crate::list::List;
+use crate::ops::SharedOp;
 use crate::types::TensorType;
 
 id_type!(
@@ -35,6 +38,15 @@ id_type!(
 
 /// The name of a layer or tensor of the source model.
 pub type Loc = Arc<str>;
+
+/// What a node reads; few operands stand in the node itself.
+pub type Operands = SmallVec<[Operand; 4]>;
+
+/// What a node defines; few results stand in the node itself.
+pub type Results = SmallVec<[ValueId; 4]>;
+
+/// Names of layers; one name stands in the node itself.
+pub type Locs = SmallVec<[Loc; 1]>;
 
 /// How far compilation has come. Phases only move forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -115,7 +127,7 @@ pub enum WeightExpr {
         /// Axis of the join.
         axis: usize,
         /// Parts in order.
-        parts: Vec<WeightId>,
+        parts: SmallVec<[WeightId; 4]>,
     },
     /// Axes permuted: result axis `i` is source axis `perm[i]`.
     Transpose {
@@ -151,7 +163,7 @@ pub enum WeightExpr {
         /// Rows per panel.
         panel: usize,
         /// Rows of each segment; their sum is `n`.
-        segments: Vec<usize>,
+        segments: List<usize>,
         /// Source, `[n, k]`.
         of: WeightId,
     },
@@ -159,7 +171,7 @@ pub enum WeightExpr {
     /// of eight with zeros; type `[panels, k / 8, 8, 8]`.
     Cores {
         /// Rows of each segment; their sum is `n`.
-        segments: Vec<usize>,
+        segments: List<usize>,
         /// Whether the panels of two equal segments alternate, for gated matmuls.
         alternate: bool,
         /// Source, `[n, k]`.
@@ -242,13 +254,13 @@ pub struct Output {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Node {
     /// What it computes.
-    pub op: Op,
+    pub op: SharedOp,
     /// What it reads, in the op's order.
-    pub operands: Vec<Operand>,
+    pub operands: Operands,
     /// What it defines.
-    pub results: Vec<ValueId>,
+    pub results: Results,
     /// Source layers it stands for, sorted.
-    pub loc: Vec<Loc>,
+    pub loc: Locs,
     /// Its kernel, in phase lowered.
     pub kernel: Option<KernelId>,
     /// Whether it is launched together with the node before it in the order. Memory that any node of such a group

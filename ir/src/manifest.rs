@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
+use crate::shape_profile::ShapeProfile;
 
 /// What kind of model an engine runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +61,9 @@ pub struct Manifest {
     pub weight_streaming: bool,
     /// Limits, for decoders and encoders.
     pub model: Option<LanguageModel>,
+    /// Shapes the engine was asked for; without any, one profile takes all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub profiles: Vec<ShapeProfile>,
 }
 
 impl Manifest {

@@ -3,7 +3,7 @@
 use crate::arena::Arena;
 use crate::error::{Error, Kind, Result};
 use crate::graph::*;
-use crate::ops::Op;
+use crate::ops::SharedOp;
 use crate::types::TensorType;
 
 impl Module {
@@ -37,7 +37,13 @@ impl Module {
     }
 
     /// Infers the results of a node and adds it to the arenas without a place in the order.
-    pub fn new_node(&mut self, op: Op, operands: Vec<Operand>, loc: Vec<Loc>) -> Result<NodeId> {
+    pub fn new_node(
+        &mut self,
+        op: impl Into<SharedOp>,
+        operands: impl Into<Operands>,
+        loc: impl Into<Locs>,
+    ) -> Result<NodeId> {
+        let (op, operands, loc) = (op.into(), operands.into(), loc.into());
         let types = self.operand_types(&operands);
         let results = op.infer(&types).map_err(|message| {
             Error::new(Kind::BadInput, "ir/ill-typed", format!("`{}` {message}", op.name()))
@@ -46,7 +52,7 @@ impl Module {
         let node = self.graph.nodes.push(Node {
             op,
             operands,
-            results: Vec::new(),
+            results: Results::new(),
             loc,
             kernel: None,
             joined: false,
@@ -114,6 +120,10 @@ impl Module {
             kernels: _,
             graph,
         } = self;
+        if is_compact(graph) {
+            compact_weights(weights, graph);
+            return;
+        }
         let Graph { name: _, inputs, outputs, nodes, values, order } = graph;
         let mut new_values = Arena::new();
         let mut map = vec![None; values.bound()];
@@ -158,23 +168,40 @@ impl Module {
     }
 }
 
+/// Whether [`Module::compact`] would leave nodes and values as they are.
+fn is_compact(graph: &Graph) -> bool {
+    use crate::arena::Id;
+    let Graph { name: _, inputs, outputs: _, nodes, values, order } = graph;
+    let mut next = 0..values.bound();
+    nodes.len() == nodes.bound()
+        && values.len() == values.bound()
+        && order.len() == nodes.len()
+        && inputs.iter().all(|v| next.next() == Some(v.index()))
+        && order.iter().enumerate().all(|(at, id)| {
+            id.index() == at && nodes[*id].results.iter().all(|v| next.next() == Some(v.index()))
+        })
+        && next.is_empty()
+}
+
 /// Keeps weights that a node reads, directly or through another weight's expression.
 fn compact_weights(weights: &mut Arena<WeightId, Weight>, graph: &mut Graph) {
     use crate::arena::Id;
     let mut live = vec![false; weights.bound()];
-    let mut work: Vec<WeightId> = graph
-        .nodes
-        .iter()
-        .flat_map(|(_, n)| &n.operands)
-        .filter_map(|o| if let Operand::Weight(w) = o { Some(*w) } else { None })
-        .collect();
-    while let Some(id) = work.pop() {
-        if let Some(flag) = live.get_mut(id.index())
-            && !std::mem::replace(flag, true)
-            && let Some(weight) = weights.get(id)
-        {
-            work.extend(weight.expr.parts());
+    let read = graph.nodes.iter().flat_map(|(_, n)| &n.operands);
+    let mut work: Vec<WeightId> = Vec::new();
+    for first in read.filter_map(|o| if let Operand::Weight(w) = o { Some(*w) } else { None }) {
+        work.push(first);
+        while let Some(id) = work.pop() {
+            if let Some(flag) = live.get_mut(id.index())
+                && !std::mem::replace(flag, true)
+                && let Some(weight) = weights.get(id)
+            {
+                work.extend(weight.expr.parts());
+            }
         }
+    }
+    if weights.len() == weights.bound() && live.iter().all(|live| *live) {
+        return;
     }
     let mut map = vec![None; weights.bound()];
     let mut kept = Arena::new();

@@ -47,7 +47,7 @@ impl Lengths {
 pub fn step_cost(module: &Module, id: NodeId, bindings: &Bindings, sequences: &[Lengths]) -> Option<Cost> {
     let cost = node_cost(module, id, bindings)?;
     let node = module.graph.nodes.get(id)?;
-    let (causal, window) = match &node.op {
+    let (causal, window) = match &*node.op {
         Op::Attention(op) => (op.mask.causal, op.mask.window),
         Op::PagedAttention(op) => (true, op.window),
         _ => return Some(cost),

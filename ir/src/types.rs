@@ -1,12 +1,14 @@
 //! Tensor types: element type and symbolic shape, spelled `bf16[$t, 4096]`.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::dim::{Bindings, Dim};
 use crate::dtype::DType;
+use crate::list::List;
 
-/// Extents of a tensor, outermost first.
-pub type Shape = Vec<Dim>;
+/// Extents of a tensor, outermost first; types of repeated layers share them.
+pub type Shape = List<Dim>;
 
 /// Element type and shape. Memory order is row-major and dense.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -66,6 +68,24 @@ impl TensorType {
     #[must_use]
     pub fn with_dtype(&self, dtype: DType) -> Self {
         TensorType { dtype, shape: self.shape.clone() }
+    }
+}
+
+/// Shapes that were seen, so that equal ones share their extents.
+#[derive(Debug, Default)]
+pub(crate) struct SharedShapes(BTreeSet<Shape>);
+
+impl SharedShapes {
+    /// Most shapes that are remembered: those of a model's layers, not of an adversary's.
+    const MOST: usize = 4096;
+
+    /// Lets `ty` share its shape with an equal one that was seen before.
+    pub(crate) fn share(&mut self, ty: &mut TensorType) {
+        if let Some(known) = self.0.get(&ty.shape) {
+            ty.shape = known.clone();
+        } else if self.0.len() < Self::MOST {
+            self.0.insert(ty.shape.clone());
+        }
     }
 }
 

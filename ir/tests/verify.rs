@@ -110,9 +110,9 @@ const CASES: [Case; 21] = [
         let op = m.graph.nodes[n(0)].op.clone();
         let empty = Node {
             op,
-            operands: Vec::new(),
-            results: Vec::new(),
-            loc: Vec::new(),
+            operands: Vec::new().into(),
+            results: Vec::new().into(),
+            loc: Vec::new().into(),
             kernel: None,
             joined: false,
         };

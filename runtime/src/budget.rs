@@ -68,7 +68,7 @@ impl WeightBudget {
             WeightBudget::Resident => u64::MAX,
             WeightBudget::Bytes(bytes) => bytes,
             WeightBudget::Auto { reserve } => free()?.saturating_sub(reserve).max(least),
-            WeightBudget::Fraction(part) if part == 1.0 => u64::MAX,
+            WeightBudget::Fraction(1.0) => u64::MAX,
             WeightBudget::Fraction(part) if (0.0..1.0).contains(&part) => {
                 least.saturating_add((part * demand.streamable(ring.small) as f64) as u64)
             }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use millrace_ir::engine::{EngineFile, SectionKind, Verify};
 use millrace_ir::manifest::{Manifest, ModelKind};
+use millrace_ir::shape_profile::check_profiles;
 use millrace_ir::verify::check;
 use millrace_ir::{Error, Kind, Module, Phase, Result, text};
 
@@ -62,6 +63,9 @@ impl Engine {
                 "manifest and graph name different targets",
             ));
         }
+        check_profiles(&manifest.profiles, &module).map_err(|fault| {
+            Error::new(Kind::BadInput, "engine/manifest", fault).hint("the file was altered: build it again")
+        })?;
         Ok(Engine { file, manifest, module })
     }
 

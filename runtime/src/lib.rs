@@ -4,7 +4,7 @@
 //! knows nothing of them. `unsafe` is confined to `memory` (aligned buffers and typed views), `mapping` (the mapped
 //! weights of an engine file), `cpu::execute` (typed views of one node), `cpu::readers` and `cpu::residence` (memory that threads
 //! fill) and, under [`cuda`], `driver` (handles and device memory), `transfer` (pinned memory), `launch` (launches and
-//! graphs) and `library` (cuBLASLt).
+//! graphs), `library` (cuBLASLt) and `management` (what the management library tells).
 #![deny(unsafe_code)]
 
 pub mod budget;
@@ -14,6 +14,7 @@ mod direct;
 pub mod engine;
 pub mod generation;
 pub mod ledger;
+pub mod lent;
 #[allow(unsafe_code)]
 mod mapping;
 #[allow(unsafe_code)]
@@ -29,8 +30,9 @@ mod weights;
 
 pub use budget::WeightBudget;
 pub use engine::Engine;
-pub use ledger::{Class, Ledger};
+pub use ledger::{Class, Ledger, Reconciliation};
+pub use lent::{Arena, Lent};
 pub use models::{Decoder, Encoder};
-pub use options::{Allocation, Device, OnOutOfMemory, SessionOptions};
+pub use options::{Allocation, Device, OnOutOfMemory, ProfileChoice, SessionOptions};
 pub use profile::Profile;
 pub use session::{AllocationGuard, Session, Shrink, TensorRef, WeightBudgetGuard};

@@ -62,6 +62,13 @@ impl Buffer {
     }
 }
 
+impl Region {
+    /// A region over borrowed bytes that may be written; the borrow must live as long as the region is used.
+    pub fn of(bytes: &mut [u8]) -> Region {
+        Region { pointer: bytes.as_mut_ptr(), len: bytes.len(), writable: true }
+    }
+}
+
 #[repr(align(64))]
 struct Aligned;
 
@@ -212,9 +219,17 @@ impl Region {
 
 /// A line of the system's account of host memory, in bytes; all there could be where it tells nothing.
 pub(crate) fn host_memory(name: &str) -> u64 {
-    let line = |text: String| {
-        let line = text.lines().find_map(|l| l.strip_prefix(name))?.trim().strip_suffix("kB")?;
-        line.trim().parse::<u64>().ok()?.checked_mul(1024)
-    };
-    std::fs::read_to_string("/proc/meminfo").ok().and_then(line).unwrap_or(u64::MAX)
+    account("/proc/meminfo", name).unwrap_or(u64::MAX)
+}
+
+/// Bytes of this process in memory; 0 where the system does not tell.
+pub(crate) fn resident_set() -> u64 {
+    account("/proc/self/status", "VmRSS:").unwrap_or(0)
+}
+
+/// Line `name` of a file of the system, in bytes.
+fn account(file: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix(name))?.trim().strip_suffix("kB")?;
+    line.trim().parse::<u64>().ok()?.checked_mul(1024)
 }

@@ -3,9 +3,10 @@
 use std::borrow::Cow;
 
 use millrace_ir::manifest::{LanguageModel, ModelKind};
-use millrace_ir::{Bindings, DType, Error, Kind, Result};
+use millrace_ir::{Bindings, DType, Error, Kind, Result, Sym};
 
 use crate::generation::{EmbedLimits, EmbedModel, ModelLimits, StepInputs, StepModel, argmax_rows};
+use crate::lent::Lent;
 use crate::options::Device;
 use crate::session::{Session, TensorRef};
 
@@ -47,6 +48,7 @@ fn limits_of<'s>(session: &'s Session<'_>, kind: ModelKind) -> Result<&'s Langua
 /// A session of a decoder engine.
 pub struct Decoder<'s, 'e> {
     session: &'s mut Session<'e>,
+    lent: Option<Lent<'s>>,
     limits: ModelLimits,
     /// Most columns of the block table, if its width is rounded up so that steps recur while sequences grow.
     widest_table: Option<usize>,
@@ -97,7 +99,15 @@ impl<'s, 'e> Decoder<'s, 'e> {
             Device::Cpu => None,
             Device::Cuda(_) => widest_table(session),
         };
-        Ok(Decoder { session, limits, widest_table })
+        Ok(Decoder { session, lent: None, limits, widest_table })
+    }
+
+    /// A decoder over `session` whose steps run in `lent` memory; see [`Session::run_in`].
+    ///
+    /// # Errors
+    /// As [`Decoder::new`].
+    pub fn new_in(session: &'s mut Session<'e>, lent: Lent<'s>) -> Result<Self> {
+        Ok(Decoder { lent: Some(lent), ..Decoder::new(session)? })
     }
 
     /// The session.
@@ -112,13 +122,13 @@ impl StepModel for Decoder<'_, '_> {
     }
 
     fn step(&mut self, inputs: &StepInputs, logits: &mut Vec<f32>) -> Result<()> {
-        self.run(inputs, Session::run)?;
+        self.run(inputs, |session, tensors, lent| session.run_lent(tensors, lent))?;
         *logits = f32_output(self.session)?;
         Ok(())
     }
 
     fn step_argmax(&mut self, inputs: &StepInputs, tokens: &mut Vec<u32>) -> Result<()> {
-        let indices = self.run(inputs, |session, tensors| session.run_argmax(tensors, 0))?;
+        let indices = self.run(inputs, |session, tensors, lent| session.run_argmax_with(tensors, 0, lent))?;
         tokens.clear();
         tokens.extend(indices.iter().map_while(|index| u32::try_from(*index).ok()));
         if tokens.len() == indices.len() {
@@ -132,12 +142,24 @@ impl StepModel for Decoder<'_, '_> {
         if !self.session.runs_ahead() {
             return Ok(false);
         }
-        self.run(inputs, |session, tensors| session.start_argmax(tensors, 0, fed.then_some(TOKEN_IDS)))
+        let input = fed.then_some(TOKEN_IDS);
+        self.run(inputs, |session, tensors, _| session.start_argmax(tensors, 0, input))
     }
 
     fn take_argmax(&mut self) -> Result<Vec<i32>> {
         self.session.take_argmax()
     }
+}
+
+/// The symbols of a decoder's step.
+fn symbols(t: u64, b: u64, r: u64, p: u64) -> Bindings {
+    let mut bindings = Bindings::new();
+    for (name, value) in [("t", t), ("b", b), ("r", r), ("p", p)] {
+        if let Some(sym) = Sym::new(name) {
+            bindings.set(sym, value);
+        }
+    }
+    bindings
 }
 
 /// Most columns of the block table.
@@ -148,17 +170,20 @@ fn widest_table(session: &Session<'_>) -> Option<usize> {
     usize::try_from(columns).ok()
 }
 
-impl<'e> Decoder<'_, 'e> {
+impl<'s, 'e> Decoder<'s, 'e> {
     /// Calls `run` with the session and the inputs as tensors.
     fn run<T>(
         &mut self,
         inputs: &StepInputs,
-        run: impl FnOnce(&mut Session<'e>, &[TensorRef<'_>]) -> Result<T>,
+        run: impl FnOnce(&mut Session<'e>, &[TensorRef<'_>], Option<&mut Lent<'s>>) -> Result<T>,
     ) -> Result<T> {
         inputs.check(&self.limits)?;
         let (t, b) = (inputs.tokens() as u64, inputs.sequences() as u64);
+        let r = inputs.logit_rows.len() as u64;
         let width = inputs.pages_per_seq;
-        let wide = self.widest_table.map_or(width, |widest| rounded_width(width, widest));
+        let wide = self.widest_table.map(|widest| rounded_width(width, widest));
+        // A profile may take the step, but not at the rounded width.
+        let wide = wide.filter(|w| self.session.takes(&symbols(t, b, r, *w as u64))).unwrap_or(width);
         let table = match wide {
             _ if wide == width => Cow::Borrowed(&inputs.block_table),
             _ => Cow::Owned(widened(&inputs.block_table, width, wide)),
@@ -169,15 +194,16 @@ impl<'e> Decoder<'_, 'e> {
             (&inputs.seq_starts, vec![b + 1]),
             (&inputs.kv_lens, vec![b]),
             (&table, vec![b, wide as u64]),
-            (&inputs.logit_rows, vec![inputs.logit_rows.len() as u64]),
+            (&inputs.logit_rows, vec![r]),
         ];
-        with_i32(&tensors, |tensors| run(self.session, tensors))
+        with_i32(&tensors, |tensors| run(self.session, tensors, self.lent.as_mut()))
     }
 }
 
 /// A session of an encoder engine.
 pub struct Encoder<'s, 'e> {
     session: &'s mut Session<'e>,
+    lent: Option<Lent<'s>>,
     limits: EmbedLimits,
 }
 
@@ -194,7 +220,15 @@ impl<'s, 'e> Encoder<'s, 'e> {
             max_input_len: model.max_input_len as usize,
             max_num_tokens: model.max_num_tokens as usize,
         };
-        Ok(Encoder { session, limits })
+        Ok(Encoder { session, lent: None, limits })
+    }
+
+    /// An encoder over `session` whose steps run in `lent` memory; see [`Session::run_in`].
+    ///
+    /// # Errors
+    /// As [`Encoder::new`].
+    pub fn new_in(session: &'s mut Session<'e>, lent: Lent<'s>) -> Result<Self> {
+        Ok(Encoder { lent: Some(lent), ..Encoder::new(session)? })
     }
 }
 
@@ -215,7 +249,7 @@ impl EmbedModel for Encoder<'_, '_> {
         let (t, b) = (tokens.len() as u64, ids.len() as u64);
         let tensors: [(&[i32], Vec<u64>); 4] =
             [(&tokens, vec![t]), (&positions, vec![t]), (&types, vec![t]), (&starts, vec![b + 1])];
-        with_i32(&tensors, |tensors| self.session.run(tensors))?;
+        with_i32(&tensors, |tensors| self.session.run_lent(tensors, self.lent.as_mut()))?;
         let all = f32_output(self.session)?;
         let width = all.len().checked_div(ids.len()).unwrap_or(0);
         Ok(all.chunks_exact(width.max(1)).map(<[f32]>::to_vec).collect())

@@ -28,10 +28,11 @@ pub fn demand(module: &Module, table: Option<&LaunchTable>) -> Result<Demand> {
         for index in items {
             let item = &mut demand.items[index];
             let Some(Cut::Tiles { granule, .. }) = item.cut else { continue };
-            let launches = step.variants.iter().flat_map(|v| &v.launches).filter(|l| reads(l, item.weight));
+            let mut launches =
+                step.variants.iter().flat_map(|v| &v.launches).filter(|l| reads(l, item.weight));
             let fits =
                 |t: Tiles| t.weight == item.weight && t.slices == item.slices && granule % t.granule == 0;
-            if !launches.map(|l| l.tiles.is_some_and(fits)).all(|fits| fits) {
+            if !launches.all(|l| l.tiles.is_some_and(fits)) {
                 (item.cut, item.slices, item.slice_bytes) = (Some(Cut::Whole), 1, item.bytes);
             }
         }
@@ -148,7 +149,7 @@ impl fmt::Display for Remedy {
 pub fn option_size(bytes: u64) -> String {
     const UNITS: [(u64, &str); 3] = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
     for (unit, name) in UNITS {
-        if bytes >= unit && (bytes % unit == 0 || bytes / unit >= 128) {
+        if bytes >= unit && (bytes.is_multiple_of(unit) || bytes / unit >= 128) {
             return format!("{}{name}", bytes / unit);
         }
     }

@@ -7,14 +7,59 @@ use millrace_ir::plan::stream::Ring;
 use crate::budget::WeightBudget;
 use crate::cuda::RawStream;
 
-/// When activation memory is allocated.
+/// When activation memory is allocated. Inputs and outputs go with it, but where a variant says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Allocation {
-    /// Once, at the upper bounds.
+    /// Once, for the largest need of all profiles.
     #[default]
     Static,
+    /// For one profile, when it is selected or a step's shape asks for another one.
+    OnProfileChange,
     /// For each step, at its shape.
     Dynamic,
+    /// Never: steps run in memory of the caller ([`Session::run_in`](crate::Session::run_in)). Inputs and outputs are the
+    /// session's, allocated once for the largest need of all profiles.
+    UserManaged,
+}
+
+impl Allocation {
+    /// All of them.
+    pub const ALL: [Allocation; 4] =
+        [Allocation::Static, Allocation::OnProfileChange, Allocation::Dynamic, Allocation::UserManaged];
+
+    /// Its name in options and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Allocation::Static => "static",
+            Allocation::OnProfileChange => "on-profile-change",
+            Allocation::Dynamic => "dynamic",
+            Allocation::UserManaged => "user-managed",
+        }
+    }
+}
+
+/// Which profile of the engine steps run under.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum ProfileChoice {
+    /// For each step the profile of least memory that takes its shape.
+    #[default]
+    Automatic,
+    /// The profile of this number.
+    Index(usize),
+    /// The profile of this name.
+    Name(String),
+}
+
+impl From<usize> for ProfileChoice {
+    fn from(index: usize) -> Self {
+        ProfileChoice::Index(index)
+    }
+}
+
+impl From<&str> for ProfileChoice {
+    fn from(name: &str) -> Self {
+        ProfileChoice::Name(name.to_string())
+    }
 }
 
 /// What a session does when memory does not suffice.
@@ -42,6 +87,8 @@ pub enum Device {
 pub struct SessionOptions {
     /// When activation memory is allocated.
     pub allocation: Allocation,
+    /// Which profile steps run under.
+    pub profile: ProfileChoice,
     /// Where to run; what the engine was compiled for by default, on the first such device.
     pub device: Option<Device>,
     /// Threads that compute, or that load weights onto a device; all processors by default.
@@ -73,6 +120,7 @@ impl Default for SessionOptions {
     fn default() -> Self {
         SessionOptions {
             allocation: Allocation::default(),
+            profile: ProfileChoice::default(),
             budget: WeightBudget::default(),
             ring: Ring::DEFAULT,
             host_cap: None,

@@ -1,8 +1,12 @@
-//! A session: an engine with memory. Runs one step at a time, with static or dynamic allocation.
+//! A session: an engine with memory. Runs one step at a time.
 //!
-//! Static: arena, inputs and outputs are allocated once at the upper bounds of the symbols; no step allocates.
+//! Static: arena, inputs and outputs are allocated once, for the largest step of any profile; no step allocates.
+//! On profile change: for the largest step of one profile, which a shape or the caller selects.
 //! Dynamic: a step allocates its arena for its own shape and gives it back; inputs and outputs have their own size too.
-//! Both evaluate the same symbolic plan.
+//! User managed: the caller lends memory for the arena, to this session or to several in turns.
+//! All evaluate the same symbolic plan.
+
+mod allocation;
 
 use std::ops::{Deref, DerefMut};
 
@@ -15,13 +19,16 @@ use crate::budget::{Residency, WeightBudget};
 use crate::cpu::Cpu;
 use crate::cuda::{After, Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
-use crate::ledger::{Class, Ledger};
-use crate::memory::host_memory;
+use crate::ledger::{Class, Ledger, Reconciliation};
+use crate::lent::Lent;
+use crate::memory::{host_memory, resident_set};
 use crate::needs::{self, PAGES, Squeeze};
 use crate::options::{Allocation, Device, OnOutOfMemory, SessionOptions};
 use crate::profile::{Profile, sequences};
 use crate::sizes::{StepSizes, no_size, state_bytes};
 use crate::weights::Supply;
+
+use allocation::{Bounds, Held, Need};
 
 /// A tensor of the caller or of a session, dense and row-major, little-endian.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +65,11 @@ pub struct Session<'e> {
     maxima: Bindings,
     output_shapes: Vec<Vec<u64>>,
     allocation: Allocation,
+    bounds: Vec<Bounds>,
+    choice: Option<usize>,
+    held: Held,
+    /// The process's resident set before the session.
+    resident_before: u64,
     cap: Option<u64>,
     /// Whether steps may be begun ahead.
     ahead: bool,
@@ -124,6 +136,7 @@ impl<'e> Session<'e> {
     /// device; `cuda/..` if there is no such device or the engine has no kernels for it.
     pub fn new(engine: &'e Engine, options: SessionOptions) -> Result<Session<'e>> {
         let module = engine.module();
+        let resident_before = resident_set();
         let backend = open_backend(engine, &options)?;
         let maxima = needs::upper_bounds(module, options.kv_pages)?;
         let demand = match &backend {
@@ -134,6 +147,10 @@ impl<'e> Session<'e> {
         let mut session = Session {
             engine,
             backend,
+            bounds: Bounds::of(engine, &maxima),
+            choice: None,
+            held: Held::Nothing,
+            resident_before,
             state_shapes: Vec::new(),
             maxima,
             output_shapes: Vec::new(),
@@ -148,10 +165,11 @@ impl<'e> Session<'e> {
             on_out_of_memory: options.on_out_of_memory,
             shrinks: Vec::new(),
         };
+        session.choose(&options.profile)?;
         let placement = session.placement_for(options.budget)?;
         (session.residency.placement, session.residency.budget) = (placement, options.budget);
         if let Err(error) = session.check_memory() {
-            let placement = session.shrunk(error, &session.bounds_at_load())?;
+            let placement = session.shrunk(error, &session.standing_need()?)?;
             session.residency.placement = placement;
             session.check_memory()?;
         }
@@ -164,10 +182,11 @@ impl<'e> Session<'e> {
             let shape = state.ty.shape_at(&session.maxima).ok_or_else(|| no_size(&state.name))?;
             session.state_shapes.push((id, shape));
         }
-        if session.allocation == Allocation::Static {
-            session.allocate(&session.maxima.clone())?;
-        }
+        session.hold_standing()?;
         session.note_device_memory();
+        if let Backend::Cuda(cuda) = &session.backend {
+            session.ledger.set(Class::Context, cuda.driver_bytes());
+        }
         Ok(session)
     }
 
@@ -175,34 +194,38 @@ impl<'e> Session<'e> {
         self.engine.module()
     }
 
-    /// Bytes the session will hold in each class at `bindings`, staging memory left out.
+    /// Bytes the session will hold in each class with memory for a step at `bindings`, staging memory left out. Cache pages need
+    /// no value.
     ///
     /// # Errors
     /// `run/no-size` if a size has no value.
     pub fn required(&self, bindings: &Bindings) -> Result<Vec<(Class, u64)>> {
-        let mut required = needs::required_but_scratch(self.module(), &self.residency.placement, bindings)?;
+        self.required_with(&self.need_at(bindings)?)
+    }
+
+    /// Bytes by class if steps allocate `need`.
+    fn required_with(&self, need: &Need) -> Result<Vec<(Class, u64)>> {
+        let mut required = vec![
+            (Class::Weights, self.residency.placement.resident_bytes),
+            (Class::Ring, self.residency.placement.ring_bytes()),
+            (Class::Activations, need.sizes.activations()),
+            (Class::Io, need.sizes.io()),
+            (Class::Kv, state_bytes(self.module(), &self.maxima)?),
+        ];
         if let Backend::Cuda(cuda) = &self.backend {
-            required.push((Class::Workspace, cuda.workspace_bytes(bindings)?));
+            required.push((Class::Workspace, need.scratch.saturating_add(cuda.counter_bytes())));
         }
         Ok(required)
     }
 
-    /// What a session is asked for at load: a dynamic one the smallest step, and each step's own shape later.
-    fn bounds_at_load(&self) -> Bindings {
-        match self.allocation {
-            Allocation::Static => self.maxima.clone(),
-            Allocation::Dynamic => needs::lower_bounds(self.module(), &self.maxima),
-        }
-    }
-
     /// Compares what is needed at load with the cap and with the free memory of a device.
     fn check_memory(&self) -> Result<()> {
-        let bindings = self.bounds_at_load();
+        let need = self.standing_need()?;
         if let Some(cap) = self.cap {
-            self.check_cap_at(cap, &bindings)?;
+            self.check_cap_at(cap, &need)?;
         }
         if let Backend::Cuda(cuda) = &self.backend {
-            let required = self.required(&bindings)?;
+            let required = self.required_with(&need)?;
             let total: u64 = required.iter().map(|(_, b)| b).sum();
             let (free, all) = cuda.memory()?;
             if total > free {
@@ -219,8 +242,8 @@ impl<'e> Session<'e> {
         Ok(())
     }
 
-    fn check_cap_at(&self, cap: u64, bindings: &Bindings) -> Result<()> {
-        let required = self.required(bindings)?;
+    fn check_cap_at(&self, cap: u64, need: &Need) -> Result<()> {
+        let required = self.required_with(need)?;
         let total: u64 = required.iter().map(|(_, b)| b).sum();
         if total <= cap {
             return Ok(());
@@ -249,16 +272,16 @@ impl<'e> Session<'e> {
         squeeze.advice(raise)
     }
 
-    /// The placement that fits at `bindings` after `error`, if the session may lower its budget and that helps.
+    /// The placement that fits beside `need` after `error`, if the session may lower its budget and that helps.
     ///
     /// # Errors
     /// `error` where it may not or cannot.
-    fn shrunk(&mut self, error: Error, bindings: &Bindings) -> Result<Placement> {
+    fn shrunk(&mut self, error: Error, need: &Need) -> Result<Placement> {
         let before = self.residency.placement.device_bytes();
         if self.on_out_of_memory == OnOutOfMemory::Fail || error.kind() != Kind::OutOfMemory {
             return Err(error);
         }
-        let room = self.room_for_weights(bindings)?;
+        let room = self.room_for_weights(need)?;
         match self.residency.place(WeightBudget::Bytes(room), || Ok(room)) {
             Ok(placement) if placement.device_bytes() < before => {
                 let reason = error.message().to_string();
@@ -275,37 +298,39 @@ impl<'e> Session<'e> {
         &self.shrinks
     }
 
-    /// Allocates arena, inputs and outputs for `bindings`.
-    fn allocate(&mut self, bindings: &Bindings) -> Result<()> {
-        self.release();
+    /// Allocates `need`; what is held goes first, unless the cap does not take `need`.
+    fn allocate(&mut self, need: &Need, fixed: bool) -> Result<()> {
         if let Some(cap) = self.cap
-            && let Err(error) = self.check_cap_at(cap, bindings)
+            && let Err(error) = self.check_cap_at(cap, need)
         {
-            let placement = self.shrunk(error, bindings)?;
-            self.move_weights(placement)?;
-        }
-        let sizes = StepSizes::at(self.module(), bindings)?;
-        if let Err(error) = self.allocate_on_backend(&sizes, bindings) {
+            let placement = self.shrunk(error, need)?;
             self.release();
-            let placement = self.shrunk(error, bindings)?;
             self.move_weights(placement)?;
-            self.allocate_on_backend(&sizes, bindings)?;
         }
-        self.ledger.set(Class::Activations, sizes.activations());
-        self.ledger.set(Class::Io, sizes.io());
+        self.release();
+        if let Err(error) = self.allocate_on_backend(need, fixed) {
+            // Some of it may be there.
+            self.release();
+            let placement = self.shrunk(error, need)?;
+            self.move_weights(placement)?;
+            self.allocate_on_backend(need, fixed).inspect_err(|_| self.release())?;
+        }
+        self.ledger.set(Class::Activations, need.sizes.activations());
+        self.ledger.set(Class::Io, need.sizes.io());
         self.note_device_memory();
         Ok(())
     }
 
-    fn allocate_on_backend(&mut self, sizes: &StepSizes, bindings: &Bindings) -> Result<()> {
+    fn allocate_on_backend(&mut self, need: &Need, fixed: bool) -> Result<()> {
         match &mut self.backend {
-            Backend::Cpu(cpu) => cpu.allocate(sizes),
-            Backend::Cuda(cuda) => cuda.allocate(sizes, bindings, self.allocation),
+            Backend::Cpu(cpu) => cpu.allocate(&need.sizes),
+            Backend::Cuda(cuda) => cuda.allocate(&need.sizes, need.scratch, fixed),
         }
     }
 
     fn release(&mut self) {
         on_backend!(&mut self.backend, b => b.release());
+        self.held = Held::Nothing;
         self.ledger.set(Class::Activations, 0);
         self.ledger.set(Class::Io, 0);
         self.note_device_memory();
@@ -328,18 +353,18 @@ impl<'e> Session<'e> {
 
     /// The placement of the weights under `budget`.
     fn placement_for(&self, budget: WeightBudget) -> Result<Placement> {
-        self.residency.place(budget, || self.room_for_weights(&self.maxima))
+        self.residency.place(budget, || self.room_for_weights(&self.need_of_all()?))
     }
 
-    /// Bytes that weights could take: what is free now and under the cap, besides what the rest of the session takes at
-    /// `bindings`.
-    fn room_for_weights(&self, bindings: &Bindings) -> Result<u64> {
+    /// Bytes that weights could take: what is free now and under the cap, besides what the rest of the session takes with
+    /// `need`.
+    fn room_for_weights(&self, need: &Need) -> Result<u64> {
         let weights = |c: &Class| matches!(c, Class::Weights | Class::Ring);
-        let required = self.required(bindings)?;
+        let required = self.required_with(need)?;
         let rest: u64 = required.iter().filter(|(c, _)| !weights(c)).map(|(_, b)| b).sum();
         let held = |c: &Class| self.ledger.now(*c);
-        let pinned = |c: &Class| matches!(c, Class::Staging | Class::HostWeights);
-        let own: u64 = Class::ALL.iter().filter(|c| !pinned(c)).map(held).sum();
+        let own = |c: &&Class| c.is_own() && !c.is_on_host();
+        let own: u64 = Class::ALL.iter().filter(own).map(held).sum();
         let (free, _) = self.memory()?;
         Ok(free.saturating_add(own).min(self.cap.unwrap_or(u64::MAX)).saturating_sub(rest))
     }
@@ -401,7 +426,7 @@ impl<'e> Session<'e> {
         if placement != self.residency.placement || !self.placed {
             if let Some(cap) = self.cap {
                 let before = std::mem::replace(&mut self.residency.placement, placement.clone());
-                let fits = self.check_cap_at(cap, &self.bounds_at_load());
+                let fits = self.check_cap_at(cap, &self.standing_need()?);
                 self.residency.placement = before;
                 fits?;
             }
@@ -448,7 +473,33 @@ impl<'e> Session<'e> {
         if let Backend::Cuda(cuda) = &self.backend {
             self.ledger.set(Class::Workspace, cuda.workspace_held());
             self.ledger.set(Class::Staging, cuda.staging_held());
+            self.ledger.set(Class::Slack, cuda.slack_bytes());
         }
+    }
+
+    /// Compares the ledger with what the system reports. What a driver has taken for itself since the session was opened, such as
+    /// for graphs or code that it loads late, is entered under [`Class::Context`].
+    ///
+    /// The system does not tell who took memory: the comparison is of use while no other session or process allocates or frees on
+    /// the device. Without the driver's management library the context is neither counted nor reported. A CPU session
+    /// compares with the growth of the process: pages that were never touched are counted and not reported.
+    ///
+    /// # Errors
+    /// `cuda/poisoned` on a device that has failed.
+    pub fn reconcile(&mut self) -> Result<Reconciliation> {
+        let (counted, reported) = match &self.backend {
+            Backend::Cpu(_) => (self.ledger.total(), resident_set().saturating_sub(self.resident_before)),
+            Backend::Cuda(cuda) => {
+                cuda.synchronize()?;
+                (self.ledger.on_device(), cuda.taken()?)
+            }
+        };
+        let found = Reconciliation { counted, reported };
+        if matches!(self.backend, Backend::Cuda(_)) && found.difference() < 0 {
+            let late = found.difference().unsigned_abs();
+            self.ledger.set(Class::Context, self.ledger.now(Class::Context) + late);
+        }
+        Ok(found)
     }
 
     /// Bytes by class.
@@ -471,31 +522,30 @@ impl<'e> Session<'e> {
         self.maxima.iter().find(|(s, _)| s.name() == PAGES).map_or(0, |(_, v)| v)
     }
 
-    /// Changes the allocation until the guard is dropped; works in both directions.
+    /// Changes the allocation until the guard is dropped; works in every direction and any nesting.
     ///
     /// # Errors
-    /// `run/cap` or `run/out-of-memory` when changing to static; the session then stays as it was.
+    /// `run/cap` or `run/out-of-memory` if the new allocation holds memory that is not there; the session then stays as it was.
     pub fn allocation(&mut self, allocation: Allocation) -> Result<AllocationGuard<'_, 'e>> {
         let before = self.allocation;
         self.set_allocation(allocation)?;
         Ok(AllocationGuard { session: self, before })
     }
 
-    fn set_allocation(&mut self, allocation: Allocation) -> Result<()> {
+    /// Changes the allocation.
+    ///
+    /// # Errors
+    /// As [`Session::allocation`].
+    pub fn set_allocation(&mut self, allocation: Allocation) -> Result<()> {
         if allocation == self.allocation {
             return Ok(());
         }
         let before = std::mem::replace(&mut self.allocation, allocation);
-        match allocation {
-            Allocation::Static => {
-                let maxima = self.maxima.clone();
-                if let Err(error) = self.allocate(&maxima) {
-                    self.release();
-                    self.allocation = before;
-                    return Err(error);
-                }
-            }
-            Allocation::Dynamic => self.release(),
+        if let Err(error) = self.hold_standing() {
+            self.allocation = before;
+            // Fails if there is no memory for that any more either; the next step tries again, and tells.
+            let _ = self.hold_standing();
+            return Err(error);
         }
         Ok(())
     }
@@ -513,8 +563,49 @@ impl<'e> Session<'e> {
     /// `run/out-of-memory` for dynamic sessions, `run/bad-index` for index values that point nowhere,
     /// `cuda/poisoned` on a device that has failed.
     pub fn run(&mut self, inputs: &[TensorRef<'_>]) -> Result<()> {
+        self.run_lent(inputs, None)
+    }
+
+    /// [`Session::run`] with activations in memory that the caller lends for this step; for [`Allocation::UserManaged`].
+    ///
+    /// ```no_run
+    /// # use millrace_runtime::{Arena, Engine, Session, TensorRef};
+    /// # fn turns(large: &mut Session<'_>, small: &mut Session<'_>, inputs: &[TensorRef<'_>]) -> millrace_ir::Result<()> {
+    /// let bytes = large.most_lent_bytes()?.max(small.most_lent_bytes()?);
+    /// let mut arena = Arena::on(large.device(), bytes)?;
+    /// large.run_in(&mut arena.lend(), inputs)?;
+    /// small.run_in(&mut arena.lend(), inputs)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Session::run`], `run/lent-too-small` with the bytes that are needed, `run/lent-elsewhere` for memory of another
+    /// device, `run/not-user-managed` under other allocations.
+    pub fn run_in(&mut self, lent: &mut Lent<'_>, inputs: &[TensorRef<'_>]) -> Result<()> {
+        self.run_lent(inputs, Some(lent))
+    }
+
+    /// Runs a step in memory that the caller lends, if there is any.
+    pub(crate) fn run_lent(&mut self, inputs: &[TensorRef<'_>], lent: Option<&mut Lent<'_>>) -> Result<()> {
         self.drop_ahead();
-        self.run_with(inputs, None, None)
+        self.run_with(inputs, None, None, lent)
+    }
+
+    /// [`Session::run_argmax`] in memory that the caller lends, if there is any.
+    pub(crate) fn run_argmax_with(
+        &mut self,
+        inputs: &[TensorRef<'_>],
+        output: usize,
+        lent: Option<&mut Lent<'_>>,
+    ) -> Result<Vec<i32>> {
+        self.drop_ahead();
+        self.run_with(inputs, Some(output), None, lent)?;
+        let told = match &mut self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => cuda.take()?,
+        };
+        told.map_or_else(|| self.argmax(output), Ok)
     }
 
     /// [`Session::run`] and then [`Session::argmax`] of an output, on a device without a pause between them.
@@ -522,13 +613,7 @@ impl<'e> Session<'e> {
     /// # Errors
     /// As those two.
     pub fn run_argmax(&mut self, inputs: &[TensorRef<'_>], output: usize) -> Result<Vec<i32>> {
-        self.drop_ahead();
-        self.run_with(inputs, Some(output), None)?;
-        let told = match &mut self.backend {
-            Backend::Cpu(_) => None,
-            Backend::Cuda(cuda) => cuda.take()?,
-        };
-        told.map_or_else(|| self.argmax(output), Ok)
+        self.run_argmax_with(inputs, output, None)
     }
 
     /// Begins a step and the argmax of output `output`, and returns before they have ended; [`Session::take_argmax`]
@@ -537,8 +622,8 @@ impl<'e> Session<'e> {
     /// from step to step without waiting for the host. [`Session::run`] and [`Session::run_argmax`] forget steps that
     /// were not taken.
     ///
-    /// Returns false, and has done nothing, where steps cannot be begun ahead: on the CPU, with dynamic allocation, and
-    /// where the engine has no kernel for the argmax.
+    /// Returns false, and has done nothing, where steps cannot be begun ahead: on the CPU, where memory for steps
+    /// moves or is lent, and where the engine has no kernel for the argmax.
     ///
     /// # Errors
     /// As [`Session::run`] and [`Session::argmax`]; `run/bad-order` if two steps are on their way, if no step is that
@@ -555,7 +640,7 @@ impl<'e> Session<'e> {
         if fed.is_none() {
             self.drop_ahead();
         }
-        self.run_with(inputs, Some(output), fed).map(|()| true)
+        self.run_with(inputs, Some(output), fed, None).map(|()| true)
     }
 
     /// The argmax of the first step begun by [`Session::start_argmax`] and not taken, as [`Session::argmax`] tells it;
@@ -575,7 +660,7 @@ impl<'e> Session<'e> {
     pub fn runs_ahead(&self) -> bool {
         match &self.backend {
             Backend::Cpu(_) => false,
-            Backend::Cuda(cuda) => self.ahead && cuda.runs_ahead(),
+            Backend::Cuda(cuda) => self.ahead && self.stays() && cuda.runs_ahead(),
         }
     }
 
@@ -591,6 +676,7 @@ impl<'e> Session<'e> {
         inputs: &[TensorRef<'_>],
         argmax: Option<usize>,
         fed: Option<usize>,
+        lent: Option<&mut Lent<'_>>,
     ) -> Result<()> {
         let module = self.module();
         let declared = module.input_types();
@@ -619,14 +705,16 @@ impl<'e> Session<'e> {
             tensors.push((&state.name, &state.ty, shape));
         }
         let bindings = bind(&module.dims, &tensors)?;
+        self.check_lent(lent.as_ref().map(|l| l.len()), &bindings)?;
+        self.hold_for(&bindings)?;
         if let Some(profile) = &mut self.profile {
             let names: Vec<&str> = declared.iter().map(|(n, _)| *n).collect();
             profile.begin(bindings.clone(), sequences(&names, inputs), module.graph.order.len());
         }
-        if self.allocation == Allocation::Dynamic {
-            self.allocate(&bindings)?;
-        }
         let sizes = StepSizes::at(module, &bindings)?;
+        if lent.is_some() {
+            self.ledger.set(Class::Activations, sizes.activations());
+        }
         self.output_shapes = module
             .output_types()
             .into_iter()
@@ -638,20 +726,22 @@ impl<'e> Session<'e> {
             Backend::Cpu(cpu) => {
                 let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
                 let supply = Supply::new(self.engine, source);
-                cpu.run(supply, module, inputs, &sizes, &bindings, profile)
+                let lent = lent.map(Lent::host).transpose();
+                lent.and_then(|lent| cpu.run(supply, module, inputs, &sizes, &bindings, lent, profile))
             }
-            Backend::Cuda(cuda) => rows.transpose().and_then(|argmax| {
+            Backend::Cuda(cuda) => {
+                let lent = lent.map(|l| l.device(cuda.index())).transpose();
                 let source = self.source.as_ref().map(|c| c as &dyn TensorSource);
-                cuda.start((self.engine, source), inputs, &sizes, &bindings, After { argmax, fed }, profile)
-            }),
+                rows.transpose().and_then(|argmax| {
+                    let after = After { argmax, fed };
+                    cuda.start((self.engine, source), inputs, &sizes, &bindings, after, lent?, profile)
+                })
+            }
         };
         if let Some(profile) = &mut self.profile {
             profile.end();
         }
-        if self.allocation == Allocation::Dynamic {
-            on_backend!(&mut self.backend, b => b.release_arenas());
-            self.ledger.set(Class::Activations, 0);
-        }
+        self.after_step();
         self.note_device_memory();
         result
     }
@@ -861,7 +951,7 @@ impl DerefMut for AllocationGuard<'_, '_> {
 
 impl Drop for AllocationGuard<'_, '_> {
     fn drop(&mut self) {
-        // Going back to static can fail for lack of memory; the session then stays dynamic and usable.
+        // Going back can fail for lack of memory; the session then stays as it is and usable.
         let _ = self.session.set_allocation(self.before);
     }
 }

@@ -38,6 +38,25 @@ impl StepSizes {
         })
     }
 
+    /// No bytes for as many tensors and arenas as `module` has.
+    pub fn none(module: &Module) -> StepSizes {
+        StepSizes {
+            inputs: vec![0; module.graph.inputs.len()],
+            outputs: vec![0; module.graph.outputs.len()],
+            arenas: vec![0; module.arenas.iter().count()],
+        }
+    }
+
+    /// Each size the larger one of two.
+    pub fn raise(&mut self, other: &StepSizes) {
+        let raise = |all: &mut [u64], other: &[u64]| {
+            all.iter_mut().zip(other).for_each(|(size, other)| *size = (*size).max(*other));
+        };
+        raise(&mut self.inputs, &other.inputs);
+        raise(&mut self.outputs, &other.outputs);
+        raise(&mut self.arenas, &other.arenas);
+    }
+
     /// Bytes of inputs and outputs.
     pub fn io(&self) -> u64 {
         self.inputs.iter().chain(&self.outputs).sum()

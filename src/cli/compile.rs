@@ -7,11 +7,13 @@ use millrace::compiler::Registry;
 use millrace::compiler::codegen::WeightMode;
 use millrace::compiler::compile::{Progress, SourceModel, finish, prepare_with};
 use millrace::compiler::import::{Options, Precision};
+use millrace::compiler::memory::PhasePeak;
 use millrace::compiler::pass::Context;
 use millrace::compiler::pipeline::{Manager, Observer, Pipeline};
 use millrace::compiler::target::TargetChoice;
 use millrace::compiler::tuning::Tuning;
-use millrace::ir::{DType, Module, text};
+use millrace::ir::shape_profile::restrict;
+use millrace::ir::{DType, Module, ShapeProfile, text};
 use millrace::page::{Facts, Recorder, page};
 use millrace::runtime::cuda::Timer;
 use millrace::{CompileOptions, Compiled, Error, Result};
@@ -30,6 +32,10 @@ pub struct Args {
     output: Option<PathBuf>,
     #[command(flatten)]
     pub model_options: ModelOptions,
+    /// Shapes the engine is for, such as decode:t=1..64/8,b=1..64/8; repeat for several. Symbols without a range keep that of
+    /// the limits
+    #[arg(long, value_name = "NAME:SYMBOL=MIN..MAX/OPT,..")]
+    profile: Vec<String>,
     /// Leave weights out; loading binds them to the model folder by name and hash
     #[arg(long)]
     strip_weights: bool,
@@ -44,6 +50,9 @@ pub struct Args {
     /// Plan everything, write no engine
     #[arg(long)]
     dry_run: bool,
+    /// Bound on the compiler's own memory, with a unit: buffers and kernel threads shrink to stay under it
+    #[arg(long, value_name = "SIZE")]
+    host_mem_limit: Option<String>,
     /// Report as JSON
     #[arg(long)]
     json: bool,
@@ -186,6 +195,24 @@ pub fn plan_line(compiled: &Compiled) -> String {
     }
 }
 
+/// Activations of the largest step of each profile.
+pub fn profiles(module: &Module, profiles: &[ShapeProfile]) -> serde_json::Value {
+    let report = |p: &ShapeProfile| json!({"name": p.name, "bytes": p.activation_bytes(module)});
+    profiles.iter().map(report).collect()
+}
+
+/// The compiler's own peak, in all and by phase.
+fn build_memory(compiled: &Compiled) -> serde_json::Value {
+    let phases = compiled.meter.phases();
+    json!({
+        "peak_bytes": phases.iter().map(|p| p.bytes).max(),
+        "phases": phases
+            .iter()
+            .map(|p| json!({"phase": p.phase, "peak_bytes": p.bytes, "exact": p.exact}))
+            .collect::<Vec<_>>(),
+    })
+}
+
 /// Bytes of all weights that nodes read.
 pub fn weight_bytes(module: &Module) -> u64 {
     let reader = millrace::ir::weights::WeightReader::new(module);
@@ -222,6 +249,7 @@ fn stop(
     observer: &mut dyn FnMut(&'static str, &Module, bool),
 ) -> Result<()> {
     let mut module = SourceModel::read(&args.model, &options.import)?.module;
+    restrict(&mut module, &options.profiles)?;
     observer("import", &module, true);
     let mut context = Context::of(&options.target.target);
     let mut observer = |pass: &'static str, module: &Module, changed: bool| observer(pass, module, changed);
@@ -252,6 +280,9 @@ pub fn main(args: &Args) -> Result<()> {
     args.control.insert(&mut options.pipeline, &registry)?;
     options.verify_each = args.control.verify_each;
     options.controls = args.control.controls(&registry)?;
+    options.profiles = args.profile.iter().map(|p| ShapeProfile::parse(p)).collect::<Result<_>>()?;
+    options.memory.measure = args.json || args.control.wants_stats();
+    options.memory.limit = args.host_mem_limit.as_deref().map(size::parse).transpose()?;
     if args.strip_weights {
         options.weights = WeightMode::Stripped;
     }
@@ -297,6 +328,11 @@ pub fn main(args: &Args) -> Result<()> {
         write_page(path, &page(&compiled.module, &facts, Some(&history)))?;
     }
     let seconds = start.elapsed().as_secs_f64();
+    if args.control.wants_stats() {
+        for PhasePeak { phase, bytes, exact } in compiled.meter.phases() {
+            eprintln!("peak of {phase}: {}{}", size::show(bytes), if exact { "" } else { " at its end" });
+        }
+    }
     if args.json {
         let plan = compiled.plan();
         return print_json(&json!({
@@ -310,14 +346,20 @@ pub fn main(args: &Args) -> Result<()> {
                 "activations": plan.map(|p| json!({
                     "peak_bytes": p.peak_bytes,
                     "lower_bound_bytes": p.lower_bound_bytes,
+                    "profiles": profiles(&compiled.module, &compiled.manifest.profiles),
                 })),
                 "weights": { "total_bytes": weight_bytes(&compiled.module) },
+                "build": build_memory(&compiled),
             },
             "remarks": compiled.context.remarks.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "stats": compiled.context.stats.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
         }));
     }
     print(&format!("plan: {}\n", plan_line(&compiled)))?;
+    for profile in &compiled.manifest.profiles {
+        let bytes = profile.activation_bytes(&compiled.module).unwrap_or(0);
+        print(&format!("profile {profile}: activations {}\n", size::show(bytes)))?;
+    }
     if let Some(path) = &args.html {
         print(&format!("wrote {}\n", path.display()))?;
     }

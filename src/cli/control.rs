@@ -72,6 +72,11 @@ impl Control {
         self.pass_at.iter().try_for_each(|place| pipeline.insert(place, registry))
     }
 
+    /// Whether counters are printed.
+    pub fn wants_stats(&self) -> bool {
+        self.stats.is_some()
+    }
+
     /// The manager's controls.
     ///
     /// # Errors

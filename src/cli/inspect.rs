@@ -7,7 +7,7 @@ pub use device::tables;
 use std::path::PathBuf;
 
 use millrace::fit::{Question, Subject};
-use millrace::ir::{Bindings, Module, text};
+use millrace::ir::{Bindings, Module, ShapeProfile, text};
 use millrace::page::{Facts, FileFacts, Streaming, page_with};
 use millrace::{Engine, Result, SessionOptions};
 use serde_json::{Value, json};
@@ -61,7 +61,7 @@ pub struct Args {
     source: Option<String>,
 }
 
-fn memory_json(module: &Module) -> Value {
+fn memory_json(module: &Module, profiles: &[ShapeProfile]) -> Value {
     let maxima = Bindings::maxima(&module.dims);
     let plan = millrace::compiler::passes::plan_report(module, &maxima);
     let streamable: u64 = module
@@ -76,10 +76,17 @@ fn memory_json(module: &Module) -> Value {
             "peak_bytes": plan.map_or(0, |p| p.peak_bytes),
             "lower_bound_bytes": plan.map_or(0, |p| p.lower_bound_bytes),
             "buffers": plan.map_or(0, |p| p.buffers),
+            "static_bytes": most_of(profiles, module).or(plan.map(|p| p.peak_bytes)),
+            "profiles": super::compile::profiles(module, profiles),
         },
         "weights": {"total_bytes": weight_bytes(module), "streamable_bytes": streamable},
         "states": {"max_bytes": states},
     })
+}
+
+/// What static allocation takes where there are profiles: the most that one of them does.
+fn most_of(profiles: &[ShapeProfile], module: &Module) -> Option<u64> {
+    profiles.iter().filter_map(|p| p.activation_bytes(module)).max()
 }
 
 fn kernels(module: &Module) -> Value {
@@ -211,14 +218,14 @@ pub fn main(args: &Args) -> Result<()> {
             "inputs": named(module.input_types()),
             "outputs": named(module.output_types()),
             "nodes": module.graph.order.len(),
-            "memory": memory_json(module),
+            "memory": memory_json(module, &engine.manifest().profiles),
             "kernels": kernels(module),
             "device": device::json(&engine)?,
             "weights": weights(&engine),
         }));
     }
     if args.memory {
-        print_memory(module)?;
+        print_memory(module, &engine.manifest().profiles)?;
         return match streaming(args, &engine)? {
             Some(s) => print(&millrace::ir::plan::stream::schedule(module, &s.demand, &s.placement)),
             None => Ok(()),
@@ -247,7 +254,7 @@ pub fn main(args: &Args) -> Result<()> {
         return device::print_kernels(&engine);
     }
     let manifest = engine.manifest();
-    let memory = memory_json(module);
+    let memory = memory_json(module, &manifest.profiles);
     print(&format!(
         "{} {:?} for {}, {}\n{} nodes, {} kernels, pipeline {}\n",
         manifest.family,
@@ -266,6 +273,7 @@ pub fn main(args: &Args) -> Result<()> {
         size::show(bytes("/weights/total_bytes")),
         size::show(bytes("/weights/streamable_bytes")),
     ))?;
+    print_profiles(module, &manifest.profiles)?;
     for (name, ty) in module.input_types() {
         print(&format!("in   {name}: {ty}\n"))?;
     }
@@ -278,8 +286,23 @@ pub fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// One line a profile, and what static allocation takes.
+fn print_profiles(module: &Module, profiles: &[ShapeProfile]) -> Result<()> {
+    for profile in profiles {
+        let bytes = profile.activation_bytes(module).unwrap_or(0);
+        print(&format!("profile {profile}: activations {}\n", size::show(bytes)))?;
+    }
+    match most_of(profiles, module) {
+        Some(most) => {
+            print(&format!("static allocation takes {}, the most of all profiles\n", size::show(most)))
+        }
+        None => Ok(()),
+    }
+}
+
 /// One line a buffer: bytes at the upper bounds, lifetime, offset, the layer that makes it.
-fn print_memory(module: &Module) -> Result<()> {
+fn print_memory(module: &Module, profiles: &[ShapeProfile]) -> Result<()> {
+    print_profiles(module, profiles)?;
     let maxima = Bindings::maxima(&module.dims);
     for (_, arena) in module.arenas.iter() {
         let bytes = arena.size.extent(&maxima).unwrap_or(0);

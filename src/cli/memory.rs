@@ -5,16 +5,19 @@ use std::path::PathBuf;
 use millrace::ir::Bindings;
 use millrace::ir::plan::stream::Ring;
 use millrace::runtime::options::OnOutOfMemory;
-use millrace::{Allocation, Class, Engine, Result, Session, SessionOptions, WeightBudget};
+use millrace::{Allocation, Class, Engine, ProfileChoice, Result, Session, SessionOptions, WeightBudget};
 
 use super::{size, usage};
 
 /// Options of sessions.
 #[derive(clap::Args, Clone)]
 pub struct MemoryOptions {
-    /// When activation memory is allocated: static or dynamic
+    /// When activation memory is allocated: static, on-profile-change or dynamic
     #[arg(long, default_value = "static")]
     memory: String,
+    /// Profile of the engine that steps run under [default: for each step the smallest that takes it]
+    #[arg(long, value_name = "NAME")]
+    shape_profile: Option<String>,
     /// Bound on all memory of the session, with a unit
     #[arg(long, value_name = "SIZE")]
     memory_cap: Option<String>,
@@ -64,12 +67,14 @@ impl MemoryOptions {
     pub fn resolve(&self) -> Result<SessionOptions> {
         let allocation = match self.memory.as_str() {
             "static" => Allocation::Static,
+            "on-profile-change" => Allocation::OnProfileChange,
             "dynamic" => Allocation::Dynamic,
             other => {
                 return Err(usage("usage/memory", format!("`{other}` is no allocation"))
-                    .hint("use static or dynamic"));
+                    .hint("use static, on-profile-change or dynamic"));
             }
         };
+        let profile = self.shape_profile.as_deref().map_or(ProfileChoice::Automatic, ProfileChoice::from);
         let on_out_of_memory = match self.on_oom.as_str() {
             "fail" => OnOutOfMemory::Fail,
             "shrink" => OnOutOfMemory::ShrinkWeights,
@@ -87,6 +92,7 @@ impl MemoryOptions {
         };
         Ok(SessionOptions {
             allocation,
+            profile,
             budget,
             ring: ring(self.ring_slot.as_deref(), self.ring_slots, self.ring_small.as_deref())?,
             on_out_of_memory,
@@ -251,14 +257,11 @@ pub fn report(session: &Session<'_>, built: bool) -> Result<String> {
     ));
     if let Some(model) = engine.manifest().model.as_ref().filter(|_| session.kv_pages() > 0) {
         let pages = session.kv_pages();
-        let tokens = pages.saturating_mul(model.tokens_per_block as u64);
+        let tokens = pages.saturating_mul(model.tokens_per_block);
         line(format!("Number of blocks in KV cache primary pool: {pages}"));
         line("Number of blocks in KV cache secondary pool: 0".to_string());
         line(format!("Number of tokens per block: {}", model.tokens_per_block));
-        let most = millrace::generation::blocks_per_sequence(
-            model.max_seq_len as u64,
-            model.tokens_per_block as u64,
-        );
+        let most = millrace::generation::blocks_per_sequence(model.max_seq_len, model.tokens_per_block);
         line(format!("Max KV cache blocks per sequence: {most}"));
         let bytes = size::show(ledger.now(Class::Kv));
         line(format!("Allocated {bytes} for max tokens in paged KV cache ({tokens})."));

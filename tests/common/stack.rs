@@ -50,7 +50,7 @@ pub fn decoder(nodes: usize) -> Result<Module> {
             b.one(matmul.clone(), &[x, w], name)
         };
         let heads = |b: &mut Builder, x: Operand, heads: u64, name: &str| {
-            b.one(Reshape { shape: vec![tokens.clone(), heads.into(), HEAD_DIM.into()] }, &[x], name)
+            b.one(Reshape { shape: vec![tokens.clone(), heads.into(), HEAD_DIM.into()].into() }, &[x], name)
         };
         let normed = norm(&mut b, x, &format!("{prefix}.input_norm"))?;
         let q = linear(&mut b, normed, &format!("{prefix}.q"), HEADS * HEAD_DIM, HIDDEN)?;
@@ -66,7 +66,7 @@ pub fn decoder(nodes: usize) -> Result<Module> {
         let v = b.one(KvAppend, &[cache[1], v, starts, lens, table], &prefix)?;
         let attention = PagedAttention { scale: 0.125, window: 0 };
         let y = b.one(attention, &[q, k, v, starts, lens, table], &prefix)?;
-        let y = b.one(Reshape { shape: vec![tokens.clone(), HIDDEN.into()] }, &[y], &prefix)?;
+        let y = b.one(Reshape { shape: vec![tokens.clone(), HIDDEN.into()].into() }, &[y], &prefix)?;
         let y = linear(&mut b, y, &format!("{prefix}.o"), HIDDEN, HIDDEN)?;
         x = b.one(Binary { function: BinaryFn::Add }, &[x, y], &prefix)?;
         let normed = norm(&mut b, x, &format!("{prefix}.post_norm"))?;

@@ -12,11 +12,7 @@ use millrace_ir::verify::Verified;
 use millrace_ir::weights::{WeightReader, needs_source};
 use millrace_ir::{Error, Id, Kind, Module, Result, WeightExpr, WeightId, text};
 
-/// Bytes of one weight buffer.
-const CHUNK: u64 = 4 << 20;
-
-/// Buffers between the reading and the writing thread.
-const IN_FLIGHT: usize = 3;
+use crate::memory::Buffers;
 
 fn symbolic() -> Error {
     Error::new(Kind::Internal, "compile/symbolic-weight", "a weight has a symbolic shape")
@@ -48,6 +44,8 @@ pub struct EngineParts<'a> {
     pub provenance: Vec<u8>,
     /// Whether weights are stored.
     pub weights: WeightMode,
+    /// What weights pass through; no byte of the engine depends on it.
+    pub buffers: Buffers,
 }
 
 /// Checkpoint tensors a weight is made of, each once, sorted.
@@ -109,18 +107,19 @@ pub fn write_engine(
         WeightMode::Stripped => writer.begin_stripped_weights()?,
     };
     let mut done = 0;
+    let Buffers { chunk, in_flight } = parts.buffers;
     let pieces: Vec<(WeightId, u64, u64)> = stored
         .iter()
         .map(|id| reader.len(*id).map(|len| (*id, len)))
         .collect::<Result<Vec<_>>>()?
         .into_iter()
         .flat_map(|(id, len)| {
-            (0..len.div_ceil(CHUNK)).map(move |i| (id, i * CHUNK, CHUNK.min(len - i * CHUNK)))
+            (0..len.div_ceil(chunk)).map(move |i| (id, i * chunk, chunk.min(len - i * chunk)))
         })
         .collect();
     // One thread reads and packs while this one hashes and writes; the channel bounds what is in flight.
     std::thread::scope(|scope| -> Result<()> {
-        let (full, filled) = mpsc::sync_channel::<Result<Vec<u8>>>(IN_FLIGHT);
+        let (full, filled) = mpsc::sync_channel::<Result<Vec<u8>>>(in_flight);
         let (empty, recycled) = mpsc::channel::<Vec<u8>>();
         let plan = pieces.clone();
         scope.spawn(move || {

@@ -107,12 +107,16 @@ impl Step<'_, '_> {
         for part in ["query", "key", "value"] {
             let name = format!("{attention}.self.{part}");
             let y = self.linear(x, &name, h, h)?;
-            qkv.push(self.builder.one(Reshape { shape: heads_shape.clone() }, &[y], &name)?);
+            qkv.push(self.builder.one(Reshape { shape: heads_shape.clone().into() }, &[y], &name)?);
         }
         let mask = Mask { scale: 1.0 / (d as f64).sqrt(), causal: false, window: 0 };
         let operands = [qkv[0], qkv[1], qkv[2], self.seq_starts];
         let y = self.builder.one(Attention { mask }, &operands, &format!("{attention}.self"))?;
-        let y = self.builder.one(Reshape { shape: vec![self.tokens.clone(), h.into()] }, &[y], &attention)?;
+        let y = self.builder.one(
+            Reshape { shape: vec![self.tokens.clone(), h.into()].into() },
+            &[y],
+            &attention,
+        )?;
         let y = self.linear(y, &format!("{attention}.output.dense"), h, h)?;
         let y = self.add(y, x, &attention)?;
         let x = self.norm(y, &format!("{attention}.output.LayerNorm"), h)?;

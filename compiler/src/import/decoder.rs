@@ -106,7 +106,7 @@ impl Step<'_, '_> {
 
     fn heads(&mut self, x: Operand, heads: u64, name: &str) -> Result<Operand> {
         let shape = vec![self.tokens.clone(), heads.into(), self.config.head_dim.into()];
-        self.builder.one(Reshape { shape }, &[x], name)
+        self.builder.one(Reshape { shape: shape.into() }, &[x], name)
     }
 
     fn layer(&mut self, layer: usize, x: Operand, k_state: Operand, v_state: Operand) -> Result<Operand> {
@@ -146,7 +146,7 @@ impl Step<'_, '_> {
             &attention,
         )?;
         let flat = vec![self.tokens.clone(), (heads * d).into()];
-        let y = self.builder.one(Reshape { shape: flat }, &[y], &attention)?;
+        let y = self.builder.one(Reshape { shape: flat.into() }, &[y], &attention)?;
         let y = self.linear(y, &format!("{attention}.o_proj"), hidden, heads * d, config.o_bias)?;
         let x = self.builder.one(Binary { function: BinaryFn::Add }, &[x, y], &prefix)?;
         let normed = self.norm(x, &format!("{prefix}.post_attention_layernorm"), hidden)?;

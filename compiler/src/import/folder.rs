@@ -66,6 +66,34 @@ impl Limits {
         self.max_batch_size * self.max_seq_len.div_ceil(self.tokens_per_block)
     }
 
+    /// The limits where the symbols of `module` have narrower bounds than these.
+    ///
+    /// # Errors
+    /// `compile/bad-profile` if sequences of a batch do not have a token each.
+    pub fn within(self, module: &Module) -> Result<Limits> {
+        let most = |name: &str| module.dims.iter().find(|d| d.sym.name() == name).map_or(u64::MAX, |d| d.max);
+        let max_seq_len = self.max_seq_len.min(most("p").saturating_mul(self.tokens_per_block));
+        let max_num_tokens = self.max_num_tokens.min(most("t"));
+        // An encoder takes a text in one step; a decoder's prompt may take several.
+        let one_step = if most("p") == u64::MAX { max_num_tokens } else { u64::MAX };
+        let limits = Limits {
+            max_batch_size: self.max_batch_size.min(most("b")),
+            max_input_len: self.max_input_len.min(max_seq_len).min(one_step),
+            max_seq_len,
+            max_num_tokens,
+            max_logit_rows: self.max_logit_rows.min(most("r")),
+            tokens_per_block: self.tokens_per_block,
+        };
+        if limits.max_num_tokens < limits.max_batch_size {
+            let message = format!(
+                "the profiles take {} tokens a step, and {} sequences that have at least one each",
+                limits.max_num_tokens, limits.max_batch_size
+            );
+            return Err(Error::new(Kind::Usage, "compile/bad-profile", message).hint("bound b by t"));
+        }
+        Ok(limits)
+    }
+
     fn resolve(config: &ModelConfig, options: &Options, max_length: Option<u64>) -> Result<Limits> {
         let decoder = config.family != Family::Bert;
         let model_max = max_length.unwrap_or(config.max_positions).min(config.max_positions);

@@ -52,7 +52,7 @@ fn look(view: &View<'_>, id: NodeId) -> Outcome {
         patch.replace(result, From::Old(operand));
         Outcome::Rewrite(patch)
     };
-    match &node.op {
+    match &*node.op {
         Op::Reshape(_) | Op::Cast(_) | Op::Broadcast(_) if same_type(&node.operands[0]) => {
             forward(node.operands[0])
         }
@@ -60,7 +60,7 @@ fn look(view: &View<'_>, id: NodeId) -> Outcome {
         Op::Slice(s) if s.step == 1 && same_type(&node.operands[0]) => forward(node.operands[0]),
         Op::Concat(_) if node.operands.len() == 1 => forward(node.operands[0]),
         Op::Reshape(Reshape { shape }) => match view.def(node.operands[0]).map(|(n, _)| (n, view.node(n))) {
-            Some((inner, source)) if matches!(source.op, Op::Reshape(_)) => {
+            Some((inner, source)) if matches!(*source.op, Op::Reshape(_)) => {
                 let mut patch = Patch::new([id, inner]);
                 let new = patch.node(Reshape { shape: shape.clone() }, [From::Old(source.operands[0])]);
                 patch.replace(result, From::New(new, 0));
@@ -70,7 +70,7 @@ fn look(view: &View<'_>, id: NodeId) -> Outcome {
         },
         Op::Transpose(Transpose { perm }) => {
             match view.def(node.operands[0]).map(|(n, _)| (n, view.node(n))) {
-                Some((inner, source)) => match &source.op {
+                Some((inner, source)) => match &*source.op {
                     Op::Transpose(first) => {
                         let perm = perm.iter().map(|p| first.perm[*p]).collect();
                         let mut patch = Patch::new([id, inner]);

@@ -152,7 +152,7 @@ impl Chunk {
                 operands.push(pieces.rows(*operand, &rows, part));
             }
             let segments = vec![width; up.segments.len()];
-            let made = patch.node(FusedMatmul { segments, ..up.clone() }, operands);
+            let made = patch.node(FusedMatmul { segments: segments.into(), ..up.clone() }, operands);
             down.add(patch, From::New(made, 0), pieces.columns(weight, part * width, width, part));
         }
         down.finish(patch);
@@ -164,7 +164,7 @@ impl Rule for Chunk {
         let node = view.node(id);
         // An addition and norm that only the second matmul's addition feeds is looked at instead of that matmul.
         let joined = |down: NodeId, norm: NodeId| norm.index() < self.bound && joins(view, down, norm);
-        let found = match &node.op {
+        let found = match &*node.op {
             Op::FusedMatmul(_) => match reader(view, node) {
                 Some(norm) if joined(id, norm) => Err(None),
                 _ => self.layer(view, id, None),

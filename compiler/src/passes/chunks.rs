@@ -139,7 +139,7 @@ pub(super) fn blocked<T>(reason: impl Into<String>) -> std::result::Result<T, Op
 
 /// The linear layer in a node.
 pub(super) fn fused(node: &Node) -> Option<&FusedMatmul> {
-    if let Op::FusedMatmul(fused) = &node.op { Some(fused) } else { None }
+    if let Op::FusedMatmul(fused) = &*node.op { Some(fused) } else { None }
 }
 
 /// The only reader of the only result of a node, if there is one.
@@ -158,7 +158,7 @@ pub(super) fn constant(node: &Node, op: &FusedMatmul) -> bool {
 /// Whether `norm` is an addition and norm that takes the matmul `down` as it is, so that the sum over the parts of
 /// `down` may take its other addend.
 pub(super) fn joins(view: &View<'_>, down: NodeId, norm: NodeId) -> bool {
-    matches!(view.node(norm).op, Op::AddNorm(_))
+    matches!(*view.node(norm).op, Op::AddNorm(_))
         && fused(view.node(down)).is_some_and(|f| f.epilogue.iter().all(|e| *e == Epilogue::Bias))
 }
 
@@ -198,7 +198,7 @@ impl Sum {
             return Err("a weight or bias is computed".to_string());
         }
         let norm = norm.and_then(|id| {
-            let Op::AddNorm(op) = &view.node(id).op else { return None };
+            let Op::AddNorm(op) = &*view.node(id).op else { return None };
             let down = Operand::Value(node.results[0]);
             let other = view.node(id).operands[..2].iter().copied().find(|o| *o != down)?;
             Some((view.node(id).clone(), op.clone(), other))
@@ -219,7 +219,7 @@ impl Sum {
         match self.sum {
             Some(sum) => operands.push(From::New(sum, 0)),
             None => {
-                epilogue = down.epilogue.clone();
+                epilogue = down.epilogue.to_vec();
                 operands.extend(node.operands[2..].iter().copied().map(From::Old));
                 if let Some((_, _, addend)) = &self.norm {
                     epilogue.push(Epilogue::Residual);
@@ -227,7 +227,7 @@ impl Sum {
                 }
             }
         }
-        self.sum = Some(patch.node(FusedMatmul { epilogue, ..down.clone() }, operands));
+        self.sum = Some(patch.node(FusedMatmul { epilogue: epilogue.into(), ..down.clone() }, operands));
     }
 
     /// Puts the sum in the place of the matmul, and of the addition and norm behind it.
@@ -293,7 +293,7 @@ impl Pieces<'_> {
                 let name = self.part(whole, part);
                 let mut ty = self.module.weights[whole].ty.clone();
                 ty.shape[0] = Dim::from(rows.iter().map(|(_, len)| len).sum::<usize>());
-                self.add(name, ty, WeightExpr::Concat { axis: 0, parts: cuts })
+                self.add(name, ty, WeightExpr::Concat { axis: 0, parts: cuts.into() })
             }
         };
         From::Old(Operand::Weight(id))

@@ -102,7 +102,7 @@ fn fold(
     }
     let by_bytes = ty.dtype.size_bytes().is_some()
         && parts.iter().all(|p| module.weights[*p].ty.dtype.size_bytes().is_some());
-    let expr = match (&node.op, parts) {
+    let expr = match (&*node.op, parts) {
         (Op::Transpose(t), [of]) if by_bytes => WeightExpr::Transpose { perm: t.perm.clone(), of: *of },
         (Op::Reshape(_), [of]) if by_bytes => WeightExpr::Reshape { of: *of },
         (Op::Cast(_), [of]) if by_bytes => WeightExpr::Cast { of: *of },
@@ -113,7 +113,7 @@ fn fold(
                 (literal, _) => literal?,
             }
         }
-        (Op::Concat(c), [_, ..]) if by_bytes => WeightExpr::Concat { axis: c.axis, parts: parts.to_vec() },
+        (Op::Concat(c), [_, ..]) if by_bytes => WeightExpr::Concat { axis: c.axis, parts: parts.into() },
         _ => literal(module, id, parts, &ty)?,
     };
     Ok((ty, expr))

@@ -24,14 +24,14 @@ rule_pass!(
 impl Rule for FuseAddNorm {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
         let node = view.node(id);
-        let (kind, eps) = match &node.op {
+        let (kind, eps) = match &*node.op {
             Op::RmsNorm(n) => (NormKind::Rms, n.eps),
             Op::LayerNorm(n) => (NormKind::Layer, n.eps),
             _ => return Outcome::NoMatch,
         };
         let Some((source, 0)) = view.def(node.operands[0]) else { return Outcome::NoMatch };
         let add = view.node(source);
-        let Op::Binary(Binary { function: BinaryFn::Add }) = add.op else { return Outcome::NoMatch };
+        let Op::Binary(Binary { function: BinaryFn::Add }) = *add.op else { return Outcome::NoMatch };
         let sum = add.results[0];
         if kind == NormKind::Layer && node.operands.len() != 3 {
             return Outcome::Blocked("the norm has no weight or no bias".into());

@@ -26,7 +26,7 @@ rule_pass!(
 /// The fused matmul that makes `operand`.
 fn producer<'a>(view: &'a View<'_>, operand: Operand) -> Option<(NodeId, &'a FusedMatmul)> {
     let (id, _) = view.def(operand)?;
-    match &view.node(id).op {
+    match &*view.node(id).op {
         Op::FusedMatmul(fused) => Some((id, fused)),
         _ => None,
     }
@@ -34,7 +34,7 @@ fn producer<'a>(view: &'a View<'_>, operand: Operand) -> Option<(NodeId, &'a Fus
 
 /// What has no place in an epilogue although it follows a product.
 fn other(view: &View<'_>, node: &Node) -> Outcome {
-    let elementwise = matches!(node.op, Op::Unary(_) | Op::Binary(_));
+    let elementwise = matches!(*node.op, Op::Unary(_) | Op::Binary(_));
     match elementwise && node.operands.iter().any(|o| producer(view, *o).is_some()) {
         true => Outcome::Blocked(format!("no matmul kernel applies {}", node.op.name())),
         false => Outcome::NoMatch,
@@ -44,7 +44,7 @@ fn other(view: &View<'_>, node: &Node) -> Outcome {
 impl Rule for FuseEpilogue {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
         let node = view.node(id);
-        let (step, y, extra) = match &node.op {
+        let (step, y, extra) = match &*node.op {
             Op::Unary(Unary { function }) if Epilogue::ACTIVATIONS.contains(function) => {
                 (Epilogue::Activation(*function), node.operands[0], None)
             }

@@ -24,14 +24,14 @@ rule_pass!(
 impl Rule for FuseGlu {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
         let node = view.node(id);
-        let Op::Binary(Binary { function: BinaryFn::Mul }) = node.op else { return Outcome::NoMatch };
+        let Op::Binary(Binary { function: BinaryFn::Mul }) = *node.op else { return Outcome::NoMatch };
         let try_order = |gate: Operand, up: Operand| {
             let (act, 0) = view.def(gate)? else { return None };
-            let Op::Unary(unary) = &view.node(act).op else { return None };
+            let Op::Unary(unary) = &*view.node(act).op else { return None };
             let (source, first) = view.def(view.node(act).operands[0])?;
             let (other, second) = view.def(up)?;
-            let Op::FusedMatmul(fused) = &view.node(source).op else { return None };
-            let Op::FusedMatmul(_) = &view.node(other).op else { return None };
+            let Op::FusedMatmul(fused) = &*view.node(source).op else { return None };
+            let Op::FusedMatmul(_) = &*view.node(other).op else { return None };
             Some((act, source, unary.function, fused.clone(), (source == other, first, second)))
         };
         let (a, b) = (node.operands[0], node.operands[1]);

@@ -8,7 +8,7 @@
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::fused_matmul::Epilogue;
 use millrace_ir::ops::{Binary, FusedMatmul};
-use millrace_ir::{NodeId, Op, Operand, Phase};
+use millrace_ir::{List, NodeId, Op, Operand, Phase};
 
 use super::{BEFORE_FUSION, rule_pass};
 use crate::rewrite::{From, Outcome, Patch, Rule, View};
@@ -25,7 +25,7 @@ rule_pass!(
 impl Rule for FuseLinear {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
         let node = view.node(id);
-        match &node.op {
+        match &*node.op {
             Op::Matmul(matmul) if matmul.transpose_b => {
                 let weight = node.operands[1];
                 let rows = match (weight, view.ty(weight).const_shape().as_deref()) {
@@ -39,10 +39,10 @@ impl Rule for FuseLinear {
                     _ => return Outcome::NoMatch,
                 };
                 let fused = FusedMatmul {
-                    segments: vec![rows],
+                    segments: vec![rows].into(),
                     panel: 0,
                     cores: false,
-                    epilogue: Vec::new(),
+                    epilogue: List::new(),
                     out: matmul.out,
                 };
                 let mut patch = Patch::new([id]);
@@ -59,7 +59,7 @@ impl Rule for FuseLinear {
                     return Outcome::NoMatch;
                 };
                 let matmul = view.node(source);
-                let Op::FusedMatmul(fused) = &matmul.op else { return Outcome::NoMatch };
+                let Op::FusedMatmul(fused) = &*matmul.op else { return Outcome::NoMatch };
                 let Operand::Value(y_value) = y else { return Outcome::NoMatch };
                 if !fused.epilogue.is_empty() || fused.segments.len() != 1 {
                     return Outcome::Blocked("the matmul has a bias or several results already".into());
@@ -74,7 +74,7 @@ impl Rule for FuseLinear {
                     return Outcome::Blocked("the product has other uses".into());
                 }
                 let mut patch = Patch::new([source, id]);
-                let biased = FusedMatmul { epilogue: vec![Epilogue::Bias], ..fused.clone() };
+                let biased = FusedMatmul { epilogue: vec![Epilogue::Bias].into(), ..fused.clone() };
                 let operands = matmul.operands.iter().copied().chain([bias]).map(From::Old);
                 let new = patch.node(biased, operands.collect::<Vec<_>>());
                 patch.replace(node.results[0], From::New(new, 0));

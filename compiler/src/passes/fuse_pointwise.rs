@@ -77,7 +77,7 @@ impl Part {
     fn of(view: &View<'_>, id: NodeId) -> Option<Part> {
         let node = view.node(id);
         let input = Source::Input;
-        let (body, per_row) = match &node.op {
+        let (body, per_row) = match &*node.op {
             Op::Pointwise(_) => (Vec::new(), false),
             Op::Unary(u) => (vec![Step::Unary(u.function, input(0))], false),
             Op::Binary(b) => (vec![Step::Binary(b.function, input(0), input(1))], false),
@@ -88,19 +88,19 @@ impl Part {
             }
             _ => return None,
         };
-        let region = match &node.op {
+        let region = match &*node.op {
             Op::Pointwise(region) => region.clone(),
             _ => Pointwise {
-                body,
-                out: vec![Out { source: Source::Step(0), per_row }],
-                dtypes: vec![view.module.graph.values[node.results[0]].ty.dtype],
+                body: body.into(),
+                out: vec![Out { source: Source::Step(0), per_row }].into(),
+                dtypes: vec![view.module.graph.values[node.results[0]].ty.dtype].into(),
             },
         };
         let types: Vec<TensorType> = node.operands.iter().map(|o| view.ty(*o).clone()).collect();
         let shape = Pointwise::shape(&types).ok()?;
         let mut part = Part {
             region,
-            operands: node.operands.clone(),
+            operands: node.operands.to_vec(),
             shape,
             results: node.results.to_vec(),
             sources: vec![id],
@@ -114,7 +114,7 @@ impl Part {
     fn of_operand(view: &View<'_>, operand: Operand) -> Result<Option<Part>, Reason> {
         let Some((id, _)) = view.def(operand) else { return Ok(None) };
         let node = view.node(id);
-        match &node.op {
+        match &*node.op {
             Op::Reduce(_) => {
                 let Some(part) = Part::of(view, id) else {
                     return Err("an operand reduces another axis than the last".into());
@@ -126,7 +126,7 @@ impl Part {
             }
             Op::Reshape(Reshape { shape }) => {
                 let Some((reduce, _)) = view.def(node.operands[0]) else { return Ok(None) };
-                let Op::Reduce(_) = view.node(reduce).op else { return Ok(None) };
+                let Op::Reduce(_) = *view.node(reduce).op else { return Ok(None) };
                 let Some(mut part) = Part::of(view, reduce) else { return Ok(None) };
                 if shape != &row_shape(&part.shape) || !view.used_once(part.results[0]) {
                     return Ok(None);
@@ -213,7 +213,7 @@ impl Part {
         body.extend(self.region.body.iter().map(|s| s.map(outer)));
         let outs = self.region.out.iter().map(|o| Out { source: outer(o.source), ..*o });
         let mut whole = Part {
-            region: Pointwise { body, out: outs.collect(), dtypes: self.region.dtypes.clone() },
+            region: Pointwise { body: body.into(), out: outs.collect(), dtypes: self.region.dtypes.clone() },
             operands,
             shape: self.shape.clone(),
             results: self.results.clone(),
@@ -286,11 +286,11 @@ fn place(list: &mut Vec<Operand>, operand: Operand) -> usize {
 impl Rule for FusePointwise {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
         let node = view.node(id);
-        if let Op::Reshape(_) = node.op {
+        if let Op::Reshape(_) = *node.op {
             return axis_and_back(view, id);
         }
         let Some(mut whole) = Part::of(view, id) else {
-            return match node.op {
+            return match *node.op {
                 Op::Reduce(_) if feeds_on_region(view, node.operands[0]) => {
                     Outcome::Blocked("it reduces another axis than the last".into())
                 }
@@ -298,7 +298,7 @@ impl Rule for FusePointwise {
             };
         };
         let (is_region, is_reduction) =
-            (matches!(node.op, Op::Pointwise(_)), matches!(node.op, Op::Reduce(_)));
+            (matches!(*node.op, Op::Pointwise(_)), matches!(*node.op, Op::Reduce(_)));
         if !whole.computes(view) {
             let silent = is_region || is_reduction;
             return if silent {
@@ -364,10 +364,10 @@ fn axis_and_back(view: &View<'_>, id: NodeId) -> Outcome {
     let node = view.node(id);
     let found = view.def(node.operands[0]).and_then(|(inner, _)| {
         let inner = view.node(inner);
-        let Op::Reshape(_) = inner.op else { return None };
+        let Op::Reshape(_) = *inner.op else { return None };
         let (made, _) = view.def(inner.operands[0])?;
         let same = view.ty(inner.operands[0]) == &view.module.graph.values[node.results[0]].ty;
-        (same && matches!(view.node(made).op, Op::Pointwise(_))).then_some(inner.operands[0])
+        (same && matches!(*view.node(made).op, Op::Pointwise(_))).then_some(inner.operands[0])
     });
     let Some(operand) = found else { return Outcome::NoMatch };
     let mut patch = Patch::new([id]);
@@ -390,7 +390,7 @@ fn absorb(view: &View<'_>, whole: &Part, operand: Operand) -> Result<Option<Part
     for user in inner.results.iter().flat_map(|v| passed(*v)).collect::<Vec<_>>() {
         let node = view.node(user);
         let follows = |u: &NodeId| !inside(u) && !view.passed(*u);
-        if !matches!(node.op, Op::Reshape(_)) || !view.users(node.results[0]).iter().all(follows) {
+        if !matches!(*node.op, Op::Reshape(_)) || !view.users(node.results[0]).iter().all(follows) {
             return Err("an operand's region is read before this one".into());
         }
         if !whole.reshapes.contains(&user) {

@@ -76,7 +76,7 @@ fn norm_and_matmul(
     use millrace_ir::Id;
     let graph = &module.graph;
     let norm = &graph.nodes[order[at]];
-    if !matches!(norm.op, Op::RmsNorm(_)) {
+    if !matches!(*norm.op, Op::RmsNorm(_)) {
         return None;
     }
     let normed = norm.results[0];
@@ -90,7 +90,7 @@ fn norm_and_matmul(
     let Some(next) = order.get(at + 1) else { return blocked("nothing reads the norm") };
     let matmul = &graph.nodes[*next];
     let reads = matmul.operands.first() == Some(&Operand::Value(normed));
-    match &matmul.op {
+    match &*matmul.op {
         Op::FusedMatmul(op) if reads && op.cores => Some(at + 2),
         Op::FusedMatmul(_) if reads => blocked("the matmul's weight is not in cores"),
         _ => blocked("the node behind the norm is no matmul that reads it"),
@@ -104,7 +104,7 @@ fn cache_run(module: &Module, order: &[NodeId], at: usize) -> usize {
     let op = |index: usize| order.get(index).map(|id| &graph.nodes[*id].op);
     let counts = |op: &Op| matches!(op, Op::Rope(_) | Op::KvAppend(_));
     let mut end = at;
-    while op(end).is_some_and(|op| counts(op) || matches!(op, Op::Reshape(_))) {
+    while op(end).is_some_and(|op| counts(op) || matches!(**op, Op::Reshape(_))) {
         end += 1;
     }
     // Views behind the last rope or write belong to what follows.
@@ -118,7 +118,7 @@ fn cache_run(module: &Module, order: &[NodeId], at: usize) -> usize {
     // One step of one layer: the writes go to different states at the same positions.
     let paging = |id: &NodeId| graph.nodes[*id].operands.get(2..).map(<[Operand]>::to_vec);
     let appends: Vec<&NodeId> =
-        run.iter().filter(|id| matches!(graph.nodes[**id].op, Op::KvAppend(_))).collect();
+        run.iter().filter(|id| matches!(*graph.nodes[**id].op, Op::KvAppend(_))).collect();
     let same = appends.windows(2).all(|pair| paging(pair[0]) == paging(pair[1]));
     let first_versions = appends.iter().all(|id| {
         let state = graph.nodes[**id].operands[0];
@@ -139,10 +139,10 @@ fn with_attention(
 ) -> usize {
     use millrace_ir::Id;
     let graph = &module.graph;
-    let is_view = |id: &&NodeId| matches!(graph.nodes[**id].op, Op::Reshape(_));
+    let is_view = |id: &&NodeId| matches!(*graph.nodes[**id].op, Op::Reshape(_));
     let at = run.end + order[run.end..].iter().take_while(is_view).count();
     let Some(attention) = order.get(at) else { return run.end };
-    if !matches!(graph.nodes[*attention].op, Op::PagedAttention(_)) {
+    if !matches!(*graph.nodes[*attention].op, Op::PagedAttention(_)) {
         return run.end;
     }
     let group = &order[run.start..=at];
@@ -157,8 +157,9 @@ fn with_attention(
         }
         let reads = |id: &&NodeId| graph.nodes[**id].operands.contains(&Operand::Value(value));
         let id = *group.iter().find(reads)?;
-        match &graph.nodes[id] {
-            Node { op: Op::Reshape(_), results, .. } => value = results[0],
+        let Node { op, results, .. } = &graph.nodes[id];
+        match **op {
+            Op::Reshape(_) => value = results[0],
             _ => return Some(id),
         }
     };

@@ -30,7 +30,7 @@ impl Pass for MergeMatmuls {
         let mut by_operand: Vec<Vec<NodeId>> = vec![Vec::new(); module.graph.values.bound()];
         for id in &module.graph.order {
             let node = &module.graph.nodes[*id];
-            if let (Op::FusedMatmul(_), Some(Operand::Value(x))) = (&node.op, node.operands.first()) {
+            if let (Op::FusedMatmul(_), Some(Operand::Value(x))) = (&*node.op, node.operands.first()) {
                 by_operand[x.index()].push(*id);
             }
         }
@@ -78,7 +78,7 @@ impl Pass for MergeMatmuls {
 /// Why a fused matmul merges with no other.
 fn not_plain(module: &Module, id: NodeId) -> Option<String> {
     let node = &module.graph.nodes[id];
-    let Op::FusedMatmul(fused) = &node.op else { return Some("it is no fused matmul".into()) };
+    let Op::FusedMatmul(fused) = &*node.op else { return Some("it is no fused matmul".into()) };
     if !fused.plain() {
         return Some("its weight is packed already".into());
     }
@@ -123,17 +123,17 @@ fn join(module: &mut Module, names: &mut WeightNames, group: &[NodeId], index: u
             shape[0] = shape[0].add(&module.weights[*part].ty.shape[0]);
         }
         let ty = TensorType { dtype: module.weights[parts[0]].ty.dtype, shape };
-        Weight { name, ty, expr: WeightExpr::Concat { axis: 0, parts }, stream: None }
+        Weight { name, ty, expr: WeightExpr::Concat { axis: 0, parts: parts.into() }, stream: None }
     }))
 }
 
 /// Replaces the group's nodes by one; its other nodes stay in the order for the caller to drop.
 fn merge(module: &mut Module, names: &mut WeightNames, places: &[usize], group: &[NodeId]) -> Result<()> {
-    let Op::FusedMatmul(first) = module.graph.nodes[group[0]].op.clone() else { return Ok(()) };
+    let Op::FusedMatmul(first) = (*module.graph.nodes[group[0]].op).clone() else { return Ok(()) };
     let segments = group
         .iter()
         .filter_map(|id| {
-            if let Op::FusedMatmul(f) = &module.graph.nodes[*id].op { Some(f.segments[0]) } else { None }
+            if let Op::FusedMatmul(f) = &*module.graph.nodes[*id].op { Some(f.segments[0]) } else { None }
         })
         .collect();
     let Some(weight) = join(module, names, group, 1) else { return Ok(()) };
@@ -145,7 +145,7 @@ fn merge(module: &mut Module, names: &mut WeightNames, places: &[usize], group: 
     let mut loc: Vec<_> = group.iter().flat_map(|id| module.graph.nodes[*id].loc.clone()).collect();
     loc.sort();
     loc.dedup();
-    let new = module.new_node(FusedMatmul { segments, ..first }.into(), operands, loc)?;
+    let new = module.new_node(FusedMatmul { segments, ..first }, operands, loc)?;
     // The first node of the group gives its place; its neighbours' values move to the new node.
     if let Some(slot) = places.get(group[0].index()).and_then(|at| module.graph.order.get_mut(*at)) {
         *slot = new;

@@ -36,16 +36,16 @@ impl Pass for PackWeights {
         for id in module.graph.order.clone() {
             let node = &module.graph.nodes[id];
             let Some(&Operand::Weight(of)) = node.operands.get(1) else {
-                if matches!(node.op, Op::FusedMatmul(_)) {
+                if matches!(*node.op, Op::FusedMatmul(_)) {
                     context.blocked(self.name(), &module.graph, id, "the weight is computed during the step");
                 }
                 continue;
             };
-            if matches!(node.op, Op::Matmul(_)) {
+            if matches!(*node.op, Op::Matmul(_)) {
                 context.blocked(self.name(), &module.graph, id, "the matmul is not fused");
                 continue;
             }
-            let Op::FusedMatmul(fused) = &node.op else { continue };
+            let Op::FusedMatmul(fused) = &*node.op else { continue };
             if !fused.plain() {
                 continue;
             }
@@ -124,7 +124,7 @@ impl Packing {
             let shape = vec![panels(self.panel), columns, Dim::from(self.panel)];
             (shape, WeightExpr::Pack { panel: self.panel, segments: segments.clone(), of: self.of })
         };
-        Weight { name, ty: TensorType { dtype: source.dtype, shape }, expr, stream: None }
+        Weight { name, ty: TensorType { dtype: source.dtype, shape: shape.into() }, expr, stream: None }
     }
 }
 
@@ -135,7 +135,7 @@ fn read_unpacked(module: &Module) -> Vec<bool> {
     for (_, node) in module.graph.nodes.iter() {
         for (index, operand) in node.operands.iter().enumerate() {
             if let Operand::Weight(w) = operand
-                && !(index == 1 && matches!(node.op, Op::FusedMatmul(_)))
+                && !(index == 1 && matches!(*node.op, Op::FusedMatmul(_)))
             {
                 unpacked[w.index()] = true;
             }

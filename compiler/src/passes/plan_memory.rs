@@ -1,8 +1,6 @@
 //! Gives every value its place: states in themselves, outputs with the caller, the rest in one arena.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
-
+use millrace_ir::distinct::Dims;
 use millrace_ir::plan::{
     Buffer, Item, Packing, aligned_size, check_all, liveness, lower_bound, pack, symbolic,
 };
@@ -64,20 +62,21 @@ impl Pass for PlanMemory {
         };
         let buffers = liveness(module, true).buffers;
         // Repeated layers have few sizes.
-        let mut known: BTreeMap<&Dim, (Dim, u64)> = BTreeMap::new();
+        let mut known: Dims<'_, (Dim, u64)> = Dims::new();
         let mut sizes: Vec<Dim> = Vec::with_capacity(buffers.len());
         let mut items: Vec<Item> = Vec::with_capacity(buffers.len());
         for buffer in &buffers {
-            let (size, bytes) = match known.entry(&buffer.bytes) {
-                Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(new) => {
+            let (size, bytes) = match known.get(&buffer.bytes, 0) {
+                Some(known) => known.clone(),
+                None => {
                     let size = aligned_size(&buffer.bytes, align);
                     let bytes = size.extent(&maxima).ok_or_else(too_large)?;
-                    new.insert((size, bytes))
+                    known.remember(&buffer.bytes, 0, (size.clone(), bytes));
+                    (size, bytes)
                 }
             };
-            items.push(Item::new(*bytes, buffer.start, buffer.end));
-            sizes.push(size.clone());
+            items.push(Item::new(bytes, buffer.start, buffer.end));
+            sizes.push(size);
         }
         let packing: Packing = pack(&items);
         let (offsets, total) = symbolic(&items, &sizes, &packing, align, &maxima);

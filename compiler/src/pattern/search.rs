@@ -63,7 +63,9 @@ fn attempt(view: &View<'_>, pattern: &Pattern, operand: Operand, found: &mut Mat
             found.bind(name, operand) && matches(view, inner, operand, found, rest)
         }
         Pattern::Select(parts) => {
-            let Some(id) = node.filter(|id| matches!(view.node(*id).op, Op::Select(_))) else { return false };
+            let Some(id) = node.filter(|id| matches!(*view.node(*id).op, Op::Select(_))) else {
+                return false;
+            };
             let operands = &view.node(id).operands;
             found.nodes.push(id);
             matches(view, &parts[0], operands[0], found, &mut |found| {
@@ -87,7 +89,7 @@ fn attempt(view: &View<'_>, pattern: &Pattern, operand: Operand, found: &mut Mat
             squares && matches(view, inner, a, found, rest)
         }
         Pattern::Reduce(function, inner) => reduction(view, *function, inner, operand, found, rest),
-        Pattern::Unary(function, inner) => match (node.map(|id| (id, &view.node(id).op)), function) {
+        Pattern::Unary(function, inner) => match (node.map(|id| (id, &*view.node(id).op)), function) {
             (Some((id, Op::Unary(Unary { function: there }))), wanted) if there == wanted => {
                 found.nodes.push(id);
                 matches(view, inner, view.node(id).operands[0], found, rest)
@@ -119,7 +121,7 @@ fn is(view: &View<'_>, operand: Operand, value: f64) -> bool {
 fn binary_node(view: &View<'_>, operand: Operand) -> Option<(NodeId, BinaryFn, [Operand; 2])> {
     let (id, 0) = view.def(operand)? else { return None };
     let node = view.node(id);
-    let Op::Binary(Binary { function }) = node.op else { return None };
+    let Op::Binary(Binary { function }) = *node.op else { return None };
     let [a, b] = node.operands[..] else { return None };
     let shape = &view.ty(operand).shape;
     let enlarges = |c: Operand, other: Operand| constant(view, c).is_some() && &view.ty(other).shape != shape;
@@ -209,7 +211,7 @@ fn reciprocal(
         _ => None,
     };
     found.nodes.push(id);
-    match node.op {
+    match *node.op {
         Op::Unary(Unary { function: UnaryFn::Recip }) => {
             matches(view, pattern, node.operands[0], found, rest)
         }
@@ -277,7 +279,7 @@ fn factors_match(
 /// The reduction node that defines `operand`, if it runs along one axis and keeps it.
 fn reduce_node(view: &View<'_>, operand: Operand) -> Option<(NodeId, ReduceFn, usize)> {
     let (id, 0) = view.def(operand)? else { return None };
-    match &view.node(id).op {
+    match &*view.node(id).op {
         Op::Reduce(Reduce { function, axes, keep: true }) => match axes[..] {
             [axis] => Some((id, *function, axis)),
             _ => None,

@@ -163,7 +163,7 @@ pub(super) fn with_dims(module: &Module, attributes: bool, map: &dyn Fn(&Dim) ->
             let op = &m.graph.nodes[id].op;
             let attrs = Attrs(op.attrs().0.into_iter().map(|(k, v)| (k, map_attr(v, map))).collect());
             let op: Op = Op::from_text(op.name(), &attrs)?.ok()?;
-            m.graph.nodes[id].op = op;
+            m.graph.nodes[id].op = op.into();
         }
         let node = &m.graph.nodes[id];
         let types = node.op.infer(&m.operand_types(&node.operands)).ok()?;

@@ -320,7 +320,7 @@ pub(super) fn alike(a: &Weight, b: &Weight) -> bool {
 pub(super) fn equal_ops(module: &Module, a: &Node, b: &Node) -> bool {
     let results = |node: &'_ Node| node.results.len();
     let ty = |id: &ValueId| module.graph.values.get(*id).map(|v| (&v.ty, &v.place));
-    discriminant(&a.op) == discriminant(&b.op)
+    discriminant(&*a.op) == discriminant(&*b.op)
         && a.operands.len() == b.operands.len()
         && a.loc.len() == b.loc.len()
         && results(a) == results(b)

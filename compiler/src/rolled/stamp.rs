@@ -7,8 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use millrace_ir::{
-    Def, Graph, Id, Loc, Module, Node, NodeId, Operand, Output, Phase, StateId, Value, ValueId, Weight,
-    WeightId,
+    Def, Graph, Id, Loc, Locs, Module, Node, NodeId, Operand, Operands, Output, Phase, Results, StateId,
+    Value, ValueId, Weight, WeightId,
 };
 
 use super::Rolled;
@@ -469,9 +469,9 @@ impl<'a> Stamper<'a> {
     }
 
     /// Source names in a region, sorted.
-    fn locs(&self, at: usize, locs: &[Loc], region: Region) -> Rolled<Vec<Loc>> {
+    fn locs(&self, at: usize, locs: &[Loc], region: Region) -> Rolled<Locs> {
         let (layers, origin, kept) = (self.tags.layers, self.tags.origin, self.tags.map.kept);
-        let mut all = Vec::with_capacity(locs.len());
+        let mut all = Locs::with_capacity(locs.len());
         let mut labels: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for (loc, tag) in locs.iter().zip(&self.names[at]) {
             match *tag {
@@ -508,6 +508,10 @@ impl<'a> Stamper<'a> {
             graph.inputs.push(id);
         }
         let tail = self.start + 2 * self.period;
+        let nodes = self.copies * self.period + result.graph.order.len() - 2 * self.period;
+        graph.nodes.reserve(nodes);
+        graph.order.reserve(nodes);
+        graph.values.reserve(self.copies * self.values + result.graph.values.len());
         (0..self.start).try_for_each(|at| self.place(&mut graph, at, Region::Head))?;
         for copy in 0..self.copies {
             let period = self.start..self.start + self.period;
@@ -527,7 +531,7 @@ impl<'a> Stamper<'a> {
         if !matches!(region, Region::Copy(1..)) {
             self.first[at] = graph.values.bound();
         }
-        let mut operands = Vec::with_capacity(node.operands.len());
+        let mut operands = Operands::with_capacity(node.operands.len());
         for (slot, operand) in node.operands.iter().enumerate() {
             operands.push(match operand {
                 Operand::Value(v) => Operand::Value(self.value(*v, region, at, slot)?),
@@ -536,7 +540,7 @@ impl<'a> Stamper<'a> {
             });
         }
         let id = NodeId::from_index(graph.nodes.bound());
-        let mut results = Vec::with_capacity(node.results.len());
+        let mut results = Results::with_capacity(node.results.len());
         for (index, value) in node.results.iter().enumerate() {
             let ty = self.tags.result.graph.values[*value].ty.clone();
             results.push(graph.values.push(Value { ty, def: Def::Node { node: id, index }, place: None }));

@@ -1,6 +1,8 @@
 //! The module with few of its layers: the first ones and the last.
 
-use millrace_ir::{Arena, Def, Graph, Id, Module, Node, Operand, Output, StateId, Value, ValueId, WeightId};
+use millrace_ir::{
+    Arena, Def, Graph, Id, Module, Node, Operand, Output, Results, StateId, Value, ValueId, WeightId,
+};
 
 use super::Rolled;
 use super::layers::{Finder, Layers};
@@ -95,8 +97,8 @@ impl Layers {
             let operands = read.ok_or("layers are read from outside of their run")?;
             let id = graph.nodes.push(Node {
                 op: node.op.clone(),
-                operands,
-                results: Vec::with_capacity(node.results.len()),
+                operands: operands.into(),
+                results: Results::new(),
                 loc: node.loc.clone(),
                 kernel: None,
                 joined: node.joined,

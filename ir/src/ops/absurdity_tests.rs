@@ -138,9 +138,10 @@ fn attrs() -> impl Strategy<Value = Attrs> {
 /// Operand types: unrelated ones, and ones that fit each other in the ways that ops ask for.
 fn operands() -> impl Strategy<Value = Vec<TensorType>> {
     let shape = || prop::collection::vec(dim(), 0..5);
-    let of = |dtype, shape: &[Dim]| TensorType { dtype, shape: shape.to_vec() };
-    let unrelated = (prop::collection::vec((dtype(), shape()), 0..4))
-        .prop_map(|all| all.into_iter().map(|(dtype, shape)| TensorType { dtype, shape }).collect());
+    let of = |dtype, shape: &[Dim]| TensorType { dtype, shape: shape.to_vec().into() };
+    let unrelated = (prop::collection::vec((dtype(), shape()), 0..4)).prop_map(|all| {
+        all.into_iter().map(|(dtype, shape)| TensorType { dtype, shape: shape.into() }).collect()
+    });
     let alike = (dtype(), shape(), 1usize..4).prop_map(move |(d, s, n)| vec![of(d, &s); n]);
     let conditional =
         (dtype(), shape()).prop_map(move |(d, s)| vec![of(DType::Bool, &s), of(d, &s), of(d, &s)]);

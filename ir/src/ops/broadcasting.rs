@@ -45,7 +45,7 @@ mod tests {
     fn symbols_broadcast_only_with_themselves_and_one() {
         let (t, b, one) =
             (Dim::from(Sym::new("t").unwrap()), Dim::from(Sym::new("b").unwrap()), Dim::from(1i64));
-        let shape = |dims: &[&Dim]| dims.iter().map(|d| (*d).clone()).collect::<Vec<_>>();
+        let shape = |dims: &[&Dim]| dims.iter().map(|d| (*d).clone()).collect::<Shape>();
         assert_eq!(broadcast_shapes(&shape(&[&t, &one]), &shape(&[&b])), Ok(shape(&[&t, &b])));
         assert_eq!(broadcast_shapes(&shape(&[&one]), &shape(&[&one])), Ok(shape(&[&one])));
         assert_eq!(broadcast_shapes(&[], &shape(&[&t])), Ok(shape(&[&t])));

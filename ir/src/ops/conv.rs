@@ -104,7 +104,10 @@ impl OpDef for Conv2d {
         }
         let h = window(&x.shape[2], self.pad[0] + self.pad[2], kh, self.dilation[0], self.stride[0])?;
         let wide = window(&x.shape[3], self.pad[1] + self.pad[3], kw, self.dilation[1], self.stride[1])?;
-        Ok(vec![TensorType { dtype: x.dtype, shape: vec![x.shape[0].clone(), w.shape[0].clone(), h, wide] }])
+        Ok(vec![TensorType {
+            dtype: x.dtype,
+            shape: vec![x.shape[0].clone(), w.shape[0].clone(), h, wide].into(),
+        }])
     }
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let (x, w) = (ctx.operand(0)?, ctx.operand(1)?);
@@ -197,7 +200,10 @@ impl OpDef for Pool2d {
         }
         let h = window(&x.shape[2], self.pad[0] + self.pad[2], self.kernel[0], 1, self.stride[0])?;
         let w = window(&x.shape[3], self.pad[1] + self.pad[3], self.kernel[1], 1, self.stride[1])?;
-        Ok(vec![TensorType { dtype: x.dtype, shape: vec![x.shape[0].clone(), x.shape[1].clone(), h, w] }])
+        Ok(vec![TensorType {
+            dtype: x.dtype,
+            shape: vec![x.shape[0].clone(), x.shape[1].clone(), h, w].into(),
+        }])
     }
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let x = ctx.operand(0)?;

@@ -8,6 +8,7 @@ use super::unary::UnaryFn;
 use crate::attr::{Attr, AttrReader, Attrs};
 use crate::dim::Dim;
 use crate::dtype::DType;
+use crate::list::List;
 use crate::tensor::Tensor;
 use crate::types::TensorType;
 use crate::weights::core_rows;
@@ -72,13 +73,13 @@ impl Epilogue {
 #[derive(Clone, Debug, PartialEq)]
 pub struct FusedMatmul {
     /// Rows of each segment.
-    pub segments: Vec<usize>,
+    pub segments: List<usize>,
     /// Rows per panel of a packed weight; 0 for a plain one.
     pub panel: usize,
     /// Whether the weight is in blocks of eight rows by eight columns; `panel` is then 0.
     pub cores: bool,
     /// Steps before the store; operands follow the weight in the order of the steps that need one.
-    pub epilogue: Vec<Epilogue>,
+    pub epilogue: List<Epilogue>,
     /// Element type of the results, if it differs from the operand's.
     pub out: Option<DType>,
 }
@@ -94,7 +95,7 @@ impl FusedMatmul {
 
     /// Extent of the last axis of each result.
     pub fn widths(&self) -> Vec<usize> {
-        if self.glu().is_some() { self.segments[..1].to_vec() } else { self.segments.clone() }
+        if self.glu().is_some() { self.segments[..1].to_vec() } else { self.segments.clone().to_vec() }
     }
 
     fn rows(&self) -> Option<usize> {
@@ -154,7 +155,7 @@ impl OpDef for FusedMatmul {
             Some(Attr::Word(w)) => Some(DType::parse(w).ok_or_else(|| format!("`{w}` is no element type"))?),
             Some(other) => return Err(format!("out must be an element type, not `{other}`")),
         };
-        Ok(FusedMatmul { segments, panel, cores, epilogue, out })
+        Ok(FusedMatmul { segments: segments.into(), panel, cores, epilogue: epilogue.into(), out })
     }
 
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {

@@ -60,7 +60,7 @@ impl OpDef for Gather {
         let mut shape = x.shape[..self.axis].to_vec();
         shape.extend(idx.shape.iter().cloned());
         shape.extend(x.shape[self.axis + 1..].iter().cloned());
-        Ok(vec![TensorType { dtype: x.dtype, shape }])
+        Ok(vec![TensorType { dtype: x.dtype, shape: shape.into() }])
     }
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let mut out = ctx.empty(0)?;

@@ -128,10 +128,10 @@ fn fused_matmul_is_its_parts_in_order() {
         run(part, std::slice::from_ref(x)).remove(0)
     };
     let split = FusedMatmul {
-        segments: vec![5, 5],
+        segments: vec![5, 5].into(),
         panel: 0,
         cores: false,
-        epilogue: vec![Epilogue::Bias],
+        epilogue: vec![Epilogue::Bias].into(),
         out: None,
     };
     let parts = run(split.clone(), &[x.clone(), w.clone(), b.clone()]);
@@ -141,7 +141,7 @@ fn fused_matmul_is_its_parts_in_order() {
     let gated = run(Binary { function: BinaryFn::Mul }, &[gate, half(&biased, 5)]).remove(0);
     let expected = run(add, &[gated, r.clone()]).remove(0);
     let epilogue = vec![Epilogue::Bias, Epilogue::Glu(UnaryFn::Silu), Epilogue::Residual];
-    let fused = FusedMatmul { epilogue, ..split.clone() };
+    let fused = FusedMatmul { epilogue: epilogue.into(), ..split.clone() };
     close(&run(fused, &[x.clone(), w.clone(), b.clone(), r]).remove(0).data, &expected.data);
     // The packed weight: panels of 4 columns, each segment padded to two of them.
     let mut packed = vec![0.0; 4 * 4 * 4];
@@ -154,7 +154,11 @@ fn fused_matmul_is_its_parts_in_order() {
     let from_panels =
         run(FusedMatmul { panel: 4, ..split.clone() }, &[x.clone(), f32s(&[4, 4, 4], &packed), b.clone()]);
     close(&from_panels[1].data, &parts[1].data);
-    let uneven = FusedMatmul { segments: vec![4, 6], epilogue: vec![Epilogue::Glu(UnaryFn::Silu)], ..split };
+    let uneven = FusedMatmul {
+        segments: vec![4, 6].into(),
+        epilogue: vec![Epilogue::Glu(UnaryFn::Silu)].into(),
+        ..split
+    };
     assert!(fails(uneven, &[x, w]).contains("two equal segments"));
 }
 
@@ -177,7 +181,7 @@ fn pointwise_is_its_steps_as_ops() {
     let chosen = run(Select, &[below, x.clone(), tanh]).remove(0);
     close(&out[0].data, &chosen.data);
     assert_eq!(out[1].data, run(Cast { to: DType::BF16 }, &[chosen]).remove(0).data);
-    let early = Pointwise { body: vec![Step::Unary(UnaryFn::Exp, Source::Step(0))], ..region };
+    let early = Pointwise { body: vec![Step::Unary(UnaryFn::Exp, Source::Step(0))].into(), ..region };
     assert!(fails(early, &[x, row]).contains("does not exist before it"));
 }
 
@@ -205,7 +209,7 @@ fn pointwise_reductions_are_reductions_as_ops() {
         Out::row(t(7)),
         Out::row(t(8)),
     ];
-    let region = Pointwise { body, out, dtypes: vec![DType::F32; 6] };
+    let region = Pointwise { body: body.into(), out: out.into(), dtypes: vec![DType::F32; 6].into() };
     let found = run(region.clone(), &[x.clone(), scale.clone()]);
     let product = run(Binary { function: BinaryFn::Mul }, &[x.clone(), scale.clone()]).remove(0);
     let soft = run(Softmax { axis: 2 }, std::slice::from_ref(&product)).remove(0);
@@ -226,9 +230,9 @@ fn pointwise_reductions_are_reductions_as_ops() {
     assert_eq!(found[5].data, reduce(ReduceFn::Min, &x).data);
     // An empty row is reduced to the neutral element.
     let sum = Pointwise {
-        body: vec![Step::Reduce(ReduceFn::Sum, i(0)), Step::Unary(UnaryFn::Exp, t(0))],
-        out: vec![Out::row(t(1))],
-        dtypes: vec![DType::F32],
+        body: vec![Step::Reduce(ReduceFn::Sum, i(0)), Step::Unary(UnaryFn::Exp, t(0))].into(),
+        out: vec![Out::row(t(1))].into(),
+        dtypes: vec![DType::F32].into(),
     };
     assert_eq!(run(sum, &[f32s(&[2, 0], &[])])[0].data, [1.0, 1.0]);
 }
@@ -239,7 +243,7 @@ fn pointwise_refuses_rows_that_do_not_exist_and_too_much() {
     let (i, t) = (Source::Input, Source::Step);
     let region = |body: Vec<Step>, out: Vec<Out>| {
         let dtypes = vec![DType::F32; out.len()];
-        Pointwise { body, out, dtypes }
+        Pointwise { body: body.into(), out: out.into(), dtypes: dtypes.into() }
     };
     let sum = Step::Reduce(ReduceFn::Sum, i(0));
     let full = region(vec![Step::Unary(UnaryFn::Exp, i(0))], vec![Out::row(t(0))]);

@@ -34,6 +34,10 @@ pub mod unary;
 
 pub use def::{EvalCtx, InferCtx, Numerics, OpDef, OpTraits};
 
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+
 use crate::attr::{AttrReader, Attrs};
 use crate::graph::Operand;
 use crate::sampling::{Draft, Known, Sample};
@@ -128,6 +132,75 @@ op_table! {
     fused_matmul::FusedMatmul,
     pointwise::Pointwise,
     add_norm::AddNorm,
+}
+
+/// An op that clones share: the nodes of repeated layers have theirs in memory once. Changing it copies it first.
+#[derive(Clone)]
+pub struct SharedOp(Arc<Op>);
+
+impl SharedOp {
+    /// Whether both are one op in memory; `false` says nothing about equality.
+    pub fn is_shared_with(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl<T: Into<Op>> From<T> for SharedOp {
+    fn from(op: T) -> Self {
+        SharedOp(Arc::new(op.into()))
+    }
+}
+
+impl Deref for SharedOp {
+    type Target = Op;
+    fn deref(&self) -> &Op {
+        &self.0
+    }
+}
+
+impl DerefMut for SharedOp {
+    fn deref_mut(&mut self) -> &mut Op {
+        Arc::make_mut(&mut self.0)
+    }
+}
+
+impl PartialEq for SharedOp {
+    fn eq(&self, other: &Self) -> bool {
+        self.is_shared_with(other) || **self == **other
+    }
+}
+
+impl PartialEq<Op> for SharedOp {
+    fn eq(&self, other: &Op) -> bool {
+        **self == *other
+    }
+}
+
+impl fmt::Debug for SharedOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+/// Ops that were seen, so that equal ones are one in memory.
+#[derive(Debug, Default)]
+pub(crate) struct SharedOps(Vec<SharedOp>);
+
+impl SharedOps {
+    /// Most ops that are remembered: those of a model's layers.
+    const MOST: usize = 64;
+
+    /// `op`, or an equal one that was seen before.
+    pub(crate) fn share(&mut self, op: Op) -> SharedOp {
+        if let Some(known) = self.0.iter().find(|known| **known == op) {
+            return known.clone();
+        }
+        let new = SharedOp::from(op);
+        if self.0.len() < Self::MOST {
+            self.0.push(new.clone());
+        }
+        new
+    }
 }
 
 /// The object-safe face of [`OpDef`].

@@ -62,7 +62,7 @@ impl OpDef for Broadcast {
         attrs
     }
     fn from_attrs(_: &str, attrs: &mut AttrReader<'_>) -> Result<Self, String> {
-        Ok(Broadcast { shape: attrs.dims("shape")? })
+        Ok(Broadcast { shape: attrs.dims("shape")?.into() })
     }
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
         let [x] = ctx.exactly()?;
@@ -108,7 +108,7 @@ impl OpDef for Reshape {
         attrs
     }
     fn from_attrs(_: &str, attrs: &mut AttrReader<'_>) -> Result<Self, String> {
-        Ok(Reshape { shape: attrs.dims("shape")? })
+        Ok(Reshape { shape: attrs.dims("shape")?.into() })
     }
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
         let [x] = ctx.exactly()?;
@@ -334,7 +334,11 @@ impl OpDef for Iota {
         attrs
     }
     fn from_attrs(_: &str, attrs: &mut AttrReader<'_>) -> Result<Self, String> {
-        Ok(Iota { shape: attrs.dims("shape")?, axis: attrs.usize("axis")?, dtype: attrs.dtype("dtype")? })
+        Ok(Iota {
+            shape: attrs.dims("shape")?.into(),
+            axis: attrs.usize("axis")?,
+            dtype: attrs.dtype("dtype")?,
+        })
     }
     fn infer(&self, ctx: &InferCtx<'_>) -> Result<Vec<TensorType>, String> {
         let [] = ctx.exactly()?;
@@ -411,7 +415,7 @@ mod tests {
 
     #[test]
     fn broadcast_repeats_rows() {
-        let shape: Shape = [2usize, 3].map(Dim::from).to_vec();
+        let shape: Shape = [2usize, 3].map(Dim::from).to_vec().into();
         let out = run(Broadcast { shape: shape.clone() }, &[f32s(&[3], &[1.0, 2.0, 3.0])]).remove(0);
         assert_eq!(out.data, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]);
         assert!(fails(Broadcast { shape }, &[ramp(&[4])]).contains("broadcast"));
@@ -419,9 +423,12 @@ mod tests {
 
     #[test]
     fn reshape_keeps_order_and_count() {
-        let out = run(Reshape { shape: [3usize, 2].map(Dim::from).to_vec() }, &[ramp(&[2, 3])]).remove(0);
+        let out =
+            run(Reshape { shape: [3usize, 2].map(Dim::from).to_vec().into() }, &[ramp(&[2, 3])]).remove(0);
         assert_eq!(out.data, ramp(&[2, 3]).data);
-        assert!(fails(Reshape { shape: vec![Dim::from(5usize)] }, &[ramp(&[2, 3])]).contains("elements"));
+        assert!(
+            fails(Reshape { shape: vec![Dim::from(5usize)].into() }, &[ramp(&[2, 3])]).contains("elements")
+        );
     }
 
     #[test]
@@ -455,7 +462,7 @@ mod tests {
 
     #[test]
     fn iota_counts_along_its_axis() {
-        let shape: Shape = [2usize, 3].map(Dim::from).to_vec();
+        let shape: Shape = [2usize, 3].map(Dim::from).to_vec().into();
         let out = run(Iota { shape: shape.clone(), axis: 1, dtype: DType::I32 }, &[]).remove(0);
         assert_eq!(out.data, [0.0, 1.0, 2.0, 0.0, 1.0, 2.0]);
         assert!(fails(Iota { shape, axis: 2, dtype: DType::I32 }, &[]).contains("axis"));
@@ -484,8 +491,9 @@ mod tests {
     #[test]
     fn reshape_believes_no_saturated_count() {
         let t = Dim::from(Sym::new("t").unwrap());
-        let ty = |shape: &[Dim]| TensorType { dtype: DType::F32, shape: shape.to_vec() };
-        let infer = |from: &[Dim], to: &[Dim]| Op::from(Reshape { shape: to.to_vec() }).infer(&[ty(from)]);
+        let ty = |shape: &[Dim]| TensorType { dtype: DType::F32, shape: shape.to_vec().into() };
+        let infer =
+            |from: &[Dim], to: &[Dim]| Op::from(Reshape { shape: to.to_vec().into() }).infer(&[ty(from)]);
         let c = |v: i64| Dim::from(v);
         let big = c(1 << 40);
         for lead in [c(1), t.clone()] {
@@ -515,7 +523,7 @@ mod tests {
     #[test]
     fn slices_have_symbolic_bounds() {
         let t = Dim::from(Sym::new("t").unwrap());
-        let ty = |extent: &Dim| TensorType { dtype: DType::F32, shape: vec![extent.clone()] };
+        let ty = |extent: &Dim| TensorType { dtype: DType::F32, shape: vec![extent.clone()].into() };
         let slice = |start: Dim, end: Dim, step| Op::from(Slice { axis: 0, start, end, step });
         let c = |v: i64| Dim::from(v);
         assert_eq!(slice(t.sub(&c(1)), t.clone(), 1).infer(&[ty(&t)]), Ok(vec![ty(&c(1))]));
@@ -561,10 +569,15 @@ mod tests {
         assert!(fails(Select, &[cond.clone(), ramp(&[2]), i32s(&[2], &[0.0; 2])]).contains("element types"));
         assert!(fails(Select, &[cond, ramp(&[2])]).contains("takes 3"));
         for shape in [vec![], vec![Dim::from(1usize)], vec![Dim::from(2usize), Dim::from(1usize)]] {
-            assert!(fails(Broadcast { shape }, &[ramp(&[1, 3])]).contains("broadcast"));
+            assert!(fails(Broadcast { shape: shape.into() }, &[ramp(&[1, 3])]).contains("broadcast"));
         }
         let shape = vec![Dim::from(2usize)];
-        assert!(fails(Iota { shape: shape.clone(), axis: 0, dtype: DType::Bool }, &[]).contains("count"));
-        assert!(fails(Iota { shape, axis: 0, dtype: DType::I32 }, &[ramp(&[2])]).contains("takes 0"));
+        assert!(
+            fails(Iota { shape: shape.clone().into(), axis: 0, dtype: DType::Bool }, &[]).contains("count")
+        );
+        assert!(
+            fails(Iota { shape: shape.into(), axis: 0, dtype: DType::I32 }, &[ramp(&[2])])
+                .contains("takes 0")
+        );
     }
 }

@@ -102,9 +102,10 @@ mod tests {
                 Step::Reduce(ReduceFn::Sum, t(2)),
                 Step::Unary(UnaryFn::Recip, t(3)),
                 Step::Binary(BinaryFn::Mul, t(2), t(4)),
-            ],
-            out: vec![Out::full(t(5)), Out::row(t(3))],
-            dtypes: vec![DType::F32; 2],
+            ]
+            .into(),
+            out: vec![Out::full(t(5)), Out::row(t(3))].into(),
+            dtypes: vec![DType::F32; 2].into(),
         };
         let phases = region.phases(&[false]);
         assert_eq!(phases.per_row, [true, false, false, true, true, false]);

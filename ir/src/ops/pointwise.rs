@@ -17,6 +17,7 @@ use super::unary::UnaryFn;
 use crate::attr::{Attr, AttrReader, Attrs, as_float};
 use crate::dim::Dim;
 use crate::dtype::DType;
+use crate::list::List;
 use crate::tensor::{Tensor, round_to};
 use crate::types::{Shape, TensorType};
 
@@ -71,11 +72,11 @@ impl Out {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pointwise {
     /// Steps in order, at most [`Pointwise::MAX_STEPS`]; each may read earlier ones.
-    pub body: Vec<Step>,
+    pub body: List<Step>,
     /// What each result is; at most [`Pointwise::MAX_RESULTS`].
-    pub out: Vec<Out>,
+    pub out: List<Out>,
     /// Element type of each result.
-    pub dtypes: Vec<DType>,
+    pub dtypes: List<DType>,
 }
 
 impl Source {
@@ -181,7 +182,7 @@ impl Pointwise {
 
     /// A region of elementwise steps with results of its shape.
     pub fn elementwise(body: Vec<Step>, out: Vec<Source>, dtypes: Vec<DType>) -> Self {
-        Pointwise { body, out: out.into_iter().map(Out::full).collect(), dtypes }
+        Pointwise { body: body.into(), out: out.into_iter().map(Out::full).collect(), dtypes: dtypes.into() }
     }
 
     /// The shape all operands broadcast to.

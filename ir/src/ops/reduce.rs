@@ -94,7 +94,7 @@ impl OpDef for Reduce {
                 (true, false) => {}
             }
         }
-        Ok(vec![TensorType { dtype: x.dtype, shape }])
+        Ok(vec![TensorType { dtype: x.dtype, shape: shape.into() }])
     }
     fn eval(&self, ctx: &EvalCtx<'_>) -> Result<Vec<Tensor>, String> {
         let x = ctx.operand(0)?;

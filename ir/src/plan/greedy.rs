@@ -2,17 +2,24 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::instants::{by_time, dense, end};
 use super::item::Item;
 
 /// Placed items by lifetime: those of length up to `2^l` lie in buckets of `2^l` instants, so that the items that
 /// meet a lifetime are found by looking at few buckets of each level.
 struct Lifetimes {
-    levels: Vec<BTreeMap<usize, Vec<u32>>>,
+    /// For each level the last item of each bucket.
+    levels: Vec<Vec<u32>>,
+    /// The item before each item in its bucket.
+    before: Vec<u32>,
+    end: usize,
 }
 
+const NONE: u32 = u32::MAX;
+
 impl Lifetimes {
-    fn new() -> Self {
-        Lifetimes { levels: Vec::new() }
+    fn of(items: &[Item]) -> Self {
+        Lifetimes { levels: Vec::new(), before: vec![NONE; items.len()], end: end(items) }
     }
 
     fn level(item: &Item) -> usize {
@@ -22,20 +29,31 @@ impl Lifetimes {
     fn insert(&mut self, index: u32, item: &Item) {
         let level = Self::level(item);
         if self.levels.len() <= level {
-            self.levels.resize_with(level + 1, BTreeMap::new);
+            self.levels.resize_with(level + 1, Vec::new);
         }
-        self.levels[level].entry(item.start >> level).or_default().push(index);
+        let buckets = &mut self.levels[level];
+        if buckets.is_empty() {
+            buckets.resize((self.end >> level) + 1, NONE);
+        }
+        let last = &mut buckets[item.start >> level];
+        self.before[index as usize] = *last;
+        *last = index;
     }
 
     /// Calls `found` with every item that meets `item`; returns how many were looked at.
     fn meeting(&self, items: &[Item], item: &Item, mut found: impl FnMut(u32)) -> usize {
         let mut looked = 0;
-        for (level, buckets) in self.levels.iter().enumerate() {
+        for (level, buckets) in self.levels.iter().enumerate().filter(|(_, b)| !b.is_empty()) {
             let first = (item.start >> level).saturating_sub(1);
             let last = item.end.saturating_sub(1) >> level;
-            for (_, bucket) in buckets.range(first..=last) {
-                looked += bucket.len();
-                bucket.iter().filter(|i| items[**i as usize].meets(item)).for_each(|i| found(*i));
+            for mut at in buckets[first..=last].iter().copied() {
+                while at != NONE {
+                    looked += 1;
+                    if items[at as usize].meets(item) {
+                        found(at);
+                    }
+                    at = self.before[at as usize];
+                }
             }
         }
         looked
@@ -45,8 +63,13 @@ impl Lifetimes {
 /// Places items in `order`, each in the lowest gap that is free over its lifetime. Gives up after looking at `work`
 /// neighbours.
 pub(super) fn first_fit(items: &[Item], order: &[u32], work: usize) -> Option<(Vec<u64>, u64)> {
+    first_fit_in(&dense(items), order, work)
+}
+
+/// [`first_fit`] in dense time.
+fn first_fit_in(items: &[Item], order: &[u32], work: usize) -> Option<(Vec<u64>, u64)> {
     let mut offsets = vec![0; items.len()];
-    let mut placed = Lifetimes::new();
+    let mut placed = Lifetimes::of(items);
     let (mut peak, mut looked) = (0u64, 0usize);
     let mut taken: Vec<(u64, u64)> = Vec::new();
     for &index in order {
@@ -81,17 +104,32 @@ pub(super) fn first_fit(items: &[Item], order: &[u32], work: usize) -> Option<(V
 /// Linear but for the logarithm. Holes reach up to the arena's end, which grows as needed.
 pub(super) fn best_fit(items: &[Item]) -> (Vec<u64>, u64) {
     let mut offsets = vec![0u64; items.len()];
-    let mut events: Vec<(usize, bool, u64, u32)> = Vec::with_capacity(items.len() * 2);
-    for (index, item) in items.iter().enumerate().filter(|(_, i)| i.size > 0 && i.start < i.end) {
-        // Deaths first; among births of one instant the large ones first.
-        events.push((item.start, true, u64::MAX - item.size, index as u32));
-        events.push((item.end, false, 0, index as u32));
+    let items = &dense(items)[..];
+    let real: Vec<u32> = (0..items.len() as u32)
+        .filter(|i| items[*i as usize].size > 0 && items[*i as usize].start < items[*i as usize].end)
+        .collect();
+    let sorted = |time: fn(&Item) -> usize| {
+        let times: Vec<usize> = real.iter().map(|i| time(&items[*i as usize])).collect();
+        by_time(&times).into_iter().map(|n| real[n as usize]).collect::<Vec<u32>>()
+    };
+    let (mut births, deaths) = (sorted(|i| i.start), sorted(|i| i.end));
+    // Deaths first; among births of one instant the large ones first.
+    for born in births.chunk_by_mut(|a, b| items[*a as usize].start == items[*b as usize].start) {
+        born.sort_by_key(|i| u64::MAX - items[*i as usize].size);
     }
-    events.sort_unstable();
+    let mut deaths = deaths.into_iter().peekable();
+    let mut births = births.into_iter().peekable();
+    let mut next = || {
+        let birth = births.peek().map(|i| items[*i as usize].start);
+        match deaths.next_if(|i| birth.is_none_or(|at| items[*i as usize].end <= at)) {
+            Some(death) => Some((false, death)),
+            None => births.next().map(|birth| (true, birth)),
+        }
+    };
     let mut holes: BTreeMap<u64, u64> = BTreeMap::new();
     let mut sizes: BTreeSet<(u64, u64)> = BTreeSet::new();
     let mut top = 0u64;
-    for (_, birth, _, index) in events {
+    while let Some((birth, index)) = next() {
         let item = &items[index as usize];
         if birth {
             let fits = |(len, low): &&(u64, u64)| item.at_or_above(*low) - *low <= *len - item.size;
@@ -157,6 +195,7 @@ pub(super) fn squeaky_wheel(
     rounds: usize,
     work: usize,
 ) -> Option<(Vec<u64>, u64)> {
+    let ranked = dense(items);
     let span = items.iter().map(|i| i.end).max().unwrap_or(0).max(1) as f64;
     let most = items.iter().map(|i| i.size).max().unwrap_or(0).max(1) as f64;
     let mut seed = 0x9e37_79b9_7f4a_7c15u64;
@@ -179,7 +218,7 @@ pub(super) fn squeaky_wheel(
         for _ in 0..rounds / 3 {
             let mut order: Vec<u32> = (0..items.len() as u32).collect();
             order.sort_by(|a, b| priority[*b as usize].total_cmp(&priority[*a as usize]));
-            let Some((offsets, peak)) = first_fit(items, &order, left) else { return best };
+            let Some((offsets, peak)) = first_fit_in(&ranked, &order, left) else { return best };
             left = left.saturating_sub(work / rounds.max(1));
             for (i, item) in items.iter().enumerate() {
                 if offsets[i].saturating_add(item.size) > goal {

@@ -1,5 +1,7 @@
 //! What the packer packs: sizes with lifetimes, and what it answers.
 
+use super::instants::{dense, end};
+
 /// A buffer with a half-open lifetime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Item {
@@ -43,19 +45,19 @@ pub struct Packing {
 
 /// The largest sum of sizes alive at one instant.
 pub fn lower_bound(items: &[Item]) -> u64 {
-    let mut events: Vec<(usize, bool, u64)> = Vec::with_capacity(items.len() * 2);
+    let items = dense(items);
+    // What is born and what dies at each instant; deaths come before births.
+    let mut births = vec![(0u128, 0u128); end(&items) + 1];
     for item in items.iter().filter(|i| i.start < i.end) {
-        events.push((item.start, true, item.size));
-        events.push((item.end, false, item.size));
+        births[item.start].0 += u128::from(item.size);
+        births[item.end].1 += u128::from(item.size);
     }
-    // Deaths come before births at the same instant.
-    events.sort_unstable();
-    let (mut alive, mut most) = (0u64, 0u64);
-    for (_, birth, size) in events {
-        alive = if birth { alive.saturating_add(size) } else { alive.saturating_sub(size) };
+    let (mut alive, mut most) = (0, 0);
+    for (born, died) in births {
+        alive = alive - died + born;
         most = most.max(alive);
     }
-    most
+    u64::try_from(most).unwrap_or(u64::MAX)
 }
 
 /// Proves a packing without help from the packer: every offset is aligned and below `capacity`, and items that live

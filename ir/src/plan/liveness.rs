@@ -9,7 +9,7 @@ use crate::graph::*;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Buffer {
     /// The values, in order of definition.
-    pub values: Vec<ValueId>,
+    pub values: Results,
     /// Bytes, not padded.
     pub bytes: Dim,
     /// Position of the defining node.
@@ -102,7 +102,7 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
                 None => {
                     buffer_of[result.index()] = Some(liveness.buffers.len());
                     liveness.buffers.push(Buffer {
-                        values: vec![*result],
+                        values: Results::from_slice(&[*result]),
                         bytes: bytes_of(*result).clone(),
                         start: at,
                         end,

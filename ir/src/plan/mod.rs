@@ -6,6 +6,7 @@
 
 mod check;
 mod greedy;
+mod instants;
 mod item;
 mod liveness;
 mod pack;

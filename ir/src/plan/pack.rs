@@ -69,7 +69,7 @@ pub fn pack_with(items: &[Item], effort: Effort) -> Packing {
 }
 
 fn order(items: &[Item], letters: &str) -> Vec<u32> {
-    let key = |i: u32| {
+    let key = |i: u32, letter: char| {
         let item = &items[i as usize];
         let life = item.end.saturating_sub(item.start) as u64;
         let value = |letter| match letter {
@@ -78,11 +78,13 @@ fn order(items: &[Item], letters: &str) -> Vec<u32> {
             'W' => life,
             _ => u64::MAX - item.start as u64,
         };
-        let mut letters = letters.chars().map(value);
-        (u64::MAX - letters.next().unwrap_or(0), u64::MAX - letters.next().unwrap_or(0), i)
+        value(letter)
     };
+    // By the last letter first: both sorts keep the order of equals, and find much of it already.
     let mut order: Vec<u32> = (0..items.len() as u32).collect();
-    order.sort_by_cached_key(|i| key(*i));
+    for letter in letters.chars().rev() {
+        order.sort_by_key(|i| u64::MAX - key(*i, letter));
+    }
     order
 }
 

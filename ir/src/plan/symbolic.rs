@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use super::instants::{InstantSet, dense, end};
 use super::item::{Item, Packing};
 use crate::dim::{Bindings, Dim};
+use crate::distinct::Dims;
 
 /// Most arguments of a `max` before it is replaced by a simpler upper bound; the second is for plans that the first
 /// makes too large.
@@ -43,6 +45,9 @@ pub fn symbolic(
     (packing.offsets.iter().map(|o| number(*o)).collect(), number(packing.peak))
 }
 
+/// Where no item is on top.
+const NOTHING: u32 = u32::MAX;
+
 /// Items are stacked from the bottom up on a skyline over time: at each instant the top item starts at or above the end
 /// of everything below it, so an item only has to clear the tops it covers. Equal maxima are computed once.
 fn stacked(
@@ -52,42 +57,65 @@ fn stacked(
     align: u64,
     most_arguments: usize,
 ) -> (Vec<Dim>, Dim) {
-    let mut order: Vec<usize> = (0..items.len()).collect();
-    order.sort_by_key(|i| (packing.offsets[*i], *i));
+    let items = &dense(items)[..];
+    // A stable sort: equal offsets go by index.
+    let mut order: Vec<(u64, u32)> = packing.offsets.iter().copied().zip(0..).collect();
+    order.sort_by_key(|(offset, _)| *offset);
     let mut dims = Interned::new(align, most_arguments);
-    let sizes: Vec<u32> = sizes.iter().map(|s| dims.id(s.clone())).collect();
+    let mut known: Dims<'_, u32> = Dims::new();
+    let mut number = |size| match known.get(size, 0) {
+        Some(id) => *id,
+        None => {
+            let id = dims.id(Dim::clone(size));
+            known.remember(size, 0, id);
+            id
+        }
+    };
+    let sizes: Vec<u32> = sizes.iter().map(&mut number).collect();
     let zero = dims.id(Dim::from(0i64));
     let mut ends = vec![zero; items.len()];
     let mut offsets = vec![zero; items.len()];
     let mut total = zero;
-    // Skyline: start of a section -> the item on top, until the next section.
-    let mut skyline: BTreeMap<usize, Option<usize>> = BTreeMap::from([(0, None)]);
-    for &i in &order {
+    // Skyline: a section begins at each instant of the set and has one item on top, until the next one begins.
+    let last = end(items);
+    let mut begins = InstantSet::up_to(last);
+    let mut top = vec![NOTHING; last + 1];
+    begins.insert(0);
+    let top_at =
+        |begins: &InstantSet, top: &[u32], at: usize| begins.previous(at).map_or(NOTHING, |at| top[at]);
+    let mut tops: Vec<u32> = Vec::new();
+    for i in order.into_iter().map(|(_, i)| i as usize) {
         let item = &items[i];
         if item.start >= item.end {
             continue;
         }
-        let mut below: Vec<usize> = Vec::new();
-        let first = skyline.range(..=item.start).next_back().and_then(|(_, top)| *top);
-        below.extend(first);
-        below.extend(skyline.range(item.start + 1..item.end).filter_map(|(_, top)| *top));
-        below.sort_unstable();
-        below.dedup();
-        let mut tops: Vec<u32> = below.iter().map(|j| ends[*j]).collect();
+        tops.clear();
+        let mut see = |below: u32| {
+            if below != NOTHING {
+                tops.push(ends[below as usize]);
+            }
+        };
+        see(top_at(&begins, &top, item.start));
+        let after = top_at(&begins, &top, item.end);
+        // The item is the top of its whole lifetime from here on.
+        let mut section = begins.next(item.start);
+        while let Some(at) = section.filter(|at| *at <= item.end) {
+            if at > item.start && at < item.end {
+                see(top[at]);
+            }
+            begins.remove(at);
+            section = begins.next(at + 1);
+        }
+        for (at, on_top) in [(item.start, i as u32), (item.end, after)] {
+            begins.insert(at);
+            top[at] = on_top;
+        }
         tops.sort_unstable();
         tops.dedup();
-        let offset = tops.into_iter().fold(zero, |offset, top| dims.max(offset, top));
+        let offset = tops.iter().fold(zero, |offset, top| dims.max(offset, *top));
         offsets[i] = offset;
         ends[i] = dims.sum(offset, sizes[i]);
         total = dims.max(total, ends[i]);
-        // The item is the top of its whole lifetime from here on.
-        let after = skyline.range(..=item.end).next_back().and_then(|(_, top)| *top);
-        let covered: Vec<usize> = skyline.range(item.start..=item.end).map(|(at, _)| *at).collect();
-        covered.into_iter().for_each(|at| {
-            skyline.remove(&at);
-        });
-        skyline.insert(item.start, Some(i));
-        skyline.insert(item.end, after);
     }
     (
         offsets.into_iter().map(|id| dims.list[id as usize].clone()).collect(),

@@ -61,7 +61,7 @@ impl Sample for Matmul {
             let lead = &ty.shape[..ty.rank() - 2];
             shape.splice(0..0, draft.broadcastable(lead));
         }
-        let b = draft.value(&TensorType { dtype: ty.dtype, shape }, -1.0, 1.0);
+        let b = draft.value(&TensorType { dtype: ty.dtype, shape: shape.into() }, -1.0, 1.0);
         let out = draft.random.once_in(8).then(|| draft.float_type());
         Some((Matmul { transpose_b, out }.into(), vec![a, b]))
     }

@@ -239,7 +239,11 @@ impl Draft {
         found.unwrap_or_else(|| {
             let (dtype, more) = (self.float_type(), self.random.below(3));
             let shape = self.shape(rank + more);
-            self.fresh(TensorType { dtype, shape }, low.max(-2.0).min(high), high.min(2.0).max(low))
+            self.fresh(
+                TensorType { dtype, shape: shape.into() },
+                low.max(-2.0).min(high),
+                high.min(2.0).max(low),
+            )
         })
     }
 
@@ -256,7 +260,7 @@ impl Draft {
             None => {
                 let (dtype, rank) = (self.float_type(), self.random.below(3));
                 let shape = self.shape(rank);
-                self.fresh(TensorType { dtype, shape }, -2.0, 2.0)
+                self.fresh(TensorType { dtype, shape: shape.into() }, -2.0, 2.0)
             }
         }
     }
@@ -289,7 +293,7 @@ impl Draft {
             0 => vec![Dim::from(0i64); rank.max(1)],
             _ => (0..rank).map(|_| self.extent()).collect(),
         };
-        self.input(TensorType { dtype, shape }, Fill::Index(extent.clone()))
+        self.input(TensorType { dtype, shape: shape.into() }, Fill::Index(extent.clone()))
     }
 
     /// `seq_starts`, `kv_lens` and `block_table` of the graph.

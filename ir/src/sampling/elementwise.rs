@@ -85,7 +85,7 @@ impl Sample for Binary {
                 None => {
                     let dtype = draft.random.pick(&[DType::I32, DType::I64]);
                     let shape = draft.shape(2);
-                    draft.fresh(TensorType { dtype, shape }, -9.0, 9.0)
+                    draft.fresh(TensorType { dtype, shape: shape.into() }, -9.0, 9.0)
                 }
             }
         } else if function == BinaryFn::Pow {
@@ -113,7 +113,7 @@ impl Sample for Binary {
             None => {
                 let shape = draft.broadcastable(&ty.shape);
                 let low = if ty.dtype == DType::U8 { 0.0 } else { low.max(-2.0) };
-                draft.fresh(TensorType { dtype: ty.dtype, shape }, low, high.min(2.0))
+                draft.fresh(TensorType { dtype: ty.dtype, shape: shape.into() }, low, high.min(2.0))
             }
         };
         let swap = draft.random.once_in(3) && !matches!(function, BinaryFn::Div | BinaryFn::Pow);
@@ -142,11 +142,11 @@ impl Sample for Select {
             Some(found) => found,
             None => {
                 let shape = draft.broadcastable(&ty.shape);
-                draft.fresh(TensorType { dtype: DType::Bool, shape }, 0.0, 1.0)
+                draft.fresh(TensorType { dtype: DType::Bool, shape: shape.into() }, 0.0, 1.0)
             }
         };
         let shape = draft.broadcastable(&ty.shape);
-        let b = draft.value(&TensorType { dtype: ty.dtype, shape }, -TAME, TAME);
+        let b = draft.value(&TensorType { dtype: ty.dtype, shape: shape.into() }, -TAME, TAME);
         let swap = draft.random.once_in(2);
         Some((Select.into(), if swap { vec![c, b, a] } else { vec![c, a, b] }))
     }

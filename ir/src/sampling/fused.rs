@@ -41,13 +41,17 @@ impl Sample for FusedMatmul {
             Operand::Weight(of) if panel > 0 => {
                 let panels: usize = segments.iter().map(|s| s.div_ceil(panel)).sum();
                 let ty = TensorType::new(ty.dtype, [Dim::from(panels), k, Dim::from(panel)]);
-                draft.add_weight(ty, WeightExpr::Pack { panel, segments: segments.clone(), of }, (-0.5, 0.5))
+                draft.add_weight(
+                    ty,
+                    WeightExpr::Pack { panel, segments: segments.clone().into(), of },
+                    (-0.5, 0.5),
+                )
             }
             Operand::Weight(of) if cores => {
                 let panels: usize = segments.iter().map(|s| s.div_ceil(8)).sum();
                 let (columns, eight) = (Dim::from(k.as_const().unwrap_or(0) / 8), Dim::from(8usize));
                 let ty = TensorType::new(ty.dtype, [Dim::from(panels), columns, eight.clone(), eight]);
-                let expr = WeightExpr::Cores { segments: segments.clone(), alternate: glu, of };
+                let expr = WeightExpr::Cores { segments: segments.clone().into(), alternate: glu, of };
                 draft.add_weight(ty, expr, (-0.5, 0.5))
             }
             other => other,
@@ -79,7 +83,10 @@ impl Sample for FusedMatmul {
             epilogue.push(step);
         }
         let out = draft.random.once_in(8).then(|| draft.float_type());
-        Some((FusedMatmul { segments, panel, cores, epilogue, out }.into(), operands))
+        Some((
+            FusedMatmul { segments: segments.into(), panel, cores, epilogue: epilogue.into(), out }.into(),
+            operands,
+        ))
     }
 
     fn range(&self, operands: &[Known]) -> Option<(f64, f64)> {
@@ -121,7 +128,7 @@ impl Sample for Pointwise {
         for _ in 0..draft.random.below(3) {
             let shape = draft.broadcastable(&ty.shape);
             let dtype = if draft.random.once_in(4) { draft.float_type() } else { ty.dtype };
-            operands.push(draft.value(&TensorType { dtype, shape }, -2.0, 2.0));
+            operands.push(draft.value(&TensorType { dtype, shape: shape.into() }, -2.0, 2.0));
         }
         let steps = draft.random.between(1, 6);
         let reduces = !ty.shape.is_empty() && draft.random.once_in(2);

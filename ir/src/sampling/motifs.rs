@@ -183,7 +183,7 @@ fn chain_of_shapes(draft: &mut Draft) -> Option<()> {
         x = match draft.random.below(5) {
             0 | 1 => {
                 let shape = draft.reshaped(&ty.shape);
-                draft.node(Reshape { shape }, &[x])?
+                draft.node(Reshape { shape: shape.into() }, &[x])?
             }
             2 | 3 => {
                 let perm = draft.permutation(ty.rank());
@@ -211,7 +211,7 @@ fn chain_of_points(draft: &mut Draft) -> Option<()> {
             }
             _ => {
                 let shape = draft.broadcastable(&ty.shape);
-                let other = draft.value(&TensorType { dtype: ty.dtype, shape }, -2.0, 2.0);
+                let other = draft.value(&TensorType { dtype: ty.dtype, shape: shape.into() }, -2.0, 2.0);
                 let smooth = [BinaryFn::Add, BinaryFn::Sub, BinaryFn::Mul, BinaryFn::Max, BinaryFn::Min];
                 let function = draft.random.pick(&smooth);
                 binary(draft, function, x, other)?
@@ -236,7 +236,7 @@ pub(super) fn qkv(draft: &mut Draft, n: usize, kv: usize, d: usize) -> Option<[O
         let y = project(draft, x, &Dim::from(count * d))?;
         let y = unary(draft, UnaryFn::Tanh, y)?;
         let shape = vec![draft.rows(), count.into(), d.into()];
-        made.push(draft.node(Reshape { shape }, &[y])?);
+        made.push(draft.node(Reshape { shape: shape.into() }, &[y])?);
     }
     made.try_into().ok()
 }
@@ -265,7 +265,7 @@ fn paged_block(draft: &mut Draft) -> Option<()> {
     let window = if draft.random.once_in(3) { 2 } else { 0 };
     let op = PagedAttention { scale: 0.5, window };
     let y = draft.node(op, &[q, keys, values, starts, lens, table])?;
-    let flat = draft.node(Reshape { shape: vec![draft.rows(), Dim::from(n * d)] }, &[y])?;
+    let flat = draft.node(Reshape { shape: vec![draft.rows(), Dim::from(n * d)].into() }, &[y])?;
     let width = draft.width();
     project(draft, flat, &width)?;
     Some(())
@@ -283,7 +283,7 @@ fn packed_block(draft: &mut Draft) -> Option<()> {
     let [starts, ..] = draft.paging();
     let mask = Mask { scale: 0.25, causal: draft.random.once_in(2), window: 0 };
     let y = draft.node(Attention { mask }, &[q, k, v, starts])?;
-    draft.node(Reshape { shape: vec![draft.rows(), Dim::from(n * d)] }, &[y])?;
+    draft.node(Reshape { shape: vec![draft.rows(), Dim::from(n * d)].into() }, &[y])?;
     Some(())
 }
 
@@ -307,7 +307,7 @@ fn constants(draft: &mut Draft) -> Option<()> {
     let mut w = draft.weight(TensorType::new(ty.dtype, [n.clone()]), -1.0, 1.0);
     for _ in 0..draft.random.between(1, 3) {
         w = match draft.random.below(6) {
-            0 => draft.node(Reshape { shape: vec![Dim::from(1i64), n.clone()] }, &[w])?,
+            0 => draft.node(Reshape { shape: vec![Dim::from(1i64), n.clone()].into() }, &[w])?,
             1 => draft.node(Concat { axis: 0 }, &[w])?,
             2 => unary(draft, UnaryFn::Tanh, w)?,
             3 => {

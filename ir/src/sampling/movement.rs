@@ -81,7 +81,7 @@ impl Sample for Reshape {
         let x = anything(draft, 0);
         let from = draft.ty(x).shape;
         let shape = draft.reshaped(&from);
-        Some((Reshape { shape }.into(), vec![x]))
+        Some((Reshape { shape: shape.into() }.into(), vec![x]))
     }
     fn range(&self, operands: &[Known]) -> Option<(f64, f64)> {
         same(operands)
@@ -152,7 +152,7 @@ impl Sample for Iota {
         let shape = draft.shape(rank);
         let axis = draft.random.below(rank);
         let dtype = draft.random.pick(&[DType::I32, DType::I32, DType::I64, DType::F32, DType::BF16]);
-        Some((Iota { shape, axis, dtype }.into(), vec![]))
+        Some((Iota { shape: shape.into(), axis, dtype }.into(), vec![]))
     }
     fn range(&self, _: &[Known]) -> Option<(f64, f64)> {
         Some((0.0, self.shape[self.axis].as_const().unwrap_or(MOST as i64) as f64 - 1.0))

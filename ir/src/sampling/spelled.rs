@@ -191,7 +191,7 @@ pub(super) fn attention(draft: &mut Draft) -> Option<()> {
     let weights = draft.node(Softmax { axis: 2 }, &[scores])?;
     let y = draft.node(Matmul { transpose_b: false, out: None }, &[weights, turned[2]])?;
     let y = draft.node(Transpose { perm: vec![1, 0, 2] }, &[y])?;
-    draft.node(Reshape { shape: vec![draft.rows(), Dim::from(n * d)] }, &[y])?;
+    draft.node(Reshape { shape: vec![draft.rows(), Dim::from(n * d)].into() }, &[y])?;
     Some(())
 }
 
@@ -207,7 +207,7 @@ pub(super) fn masked(draft: &mut Draft) -> Option<()> {
 fn mask(draft: &mut Draft, scores: Operand) -> Option<Operand> {
     let ty = draft.ty(scores);
     let shape = ty.shape[ty.rank() - 2..].to_vec();
-    let iota = |axis| Iota { shape: shape.clone(), axis, dtype: DType::I32 };
+    let iota = |axis| Iota { shape: shape.clone().into(), axis, dtype: DType::I32 };
     let (row, column) = (draft.node(iota(0), &[])?, draft.node(iota(1), &[])?);
     let function = draft.random.pick(&[BinaryFn::Ge, BinaryFn::Ge, BinaryFn::Gt, BinaryFn::Le]);
     let seen = draft.node(Binary { function }, &[row, column])?;
@@ -230,12 +230,12 @@ pub(super) fn rope(draft: &mut Draft) -> Option<()> {
     let frequencies =
         draft.add_weight(TensorType::new(DType::F32, [half]), WeightExpr::Dense(frequencies), (0.0, 1.0));
     let places = draft.node(Cast { to: DType::F32 }, &[positions])?;
-    let places = draft.node(Reshape { shape: vec![t.clone(), Dim::from(1i64)] }, &[places])?;
+    let places = draft.node(Reshape { shape: vec![t.clone(), Dim::from(1i64)].into() }, &[places])?;
     let angles = binary(draft, BinaryFn::Mul, places, frequencies)?;
     let (c, s) = (unary(draft, UnaryFn::Cos, angles)?, unary(draft, UnaryFn::Sin, angles)?);
     let shape = vec![t, Dim::from(1i64), Dim::from(half)];
-    let c = draft.node(Reshape { shape: shape.clone() }, &[c])?;
-    let s = draft.node(Reshape { shape }, &[s])?;
+    let c = draft.node(Reshape { shape: shape.clone().into() }, &[c])?;
+    let s = draft.node(Reshape { shape: shape.into() }, &[s])?;
     let part = |start: usize| Slice { axis: 2, start: start.into(), end: (start + half).into(), step: 1 };
     let (a, b) = (draft.node(part(0), &[x])?, draft.node(part(half), &[x])?);
     let (ac, bs) = (binary(draft, BinaryFn::Mul, a, c)?, binary(draft, BinaryFn::Mul, b, s)?);

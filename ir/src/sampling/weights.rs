@@ -19,7 +19,7 @@ impl Draft {
 
     /// A weight where every element is `value`.
     pub fn splat(&mut self, dtype: DType, shape: Vec<Dim>, value: f64) -> Operand {
-        self.add_weight(TensorType { dtype, shape }, WeightExpr::Splat(value), (value, value))
+        self.add_weight(TensorType { dtype, shape: shape.into() }, WeightExpr::Splat(value), (value, value))
     }
 
     fn weight_of(&mut self, ty: TensorType, low: f64, high: f64, depth: usize) -> Operand {
@@ -66,7 +66,7 @@ impl Draft {
                 }
             }
             6 => {
-                let source = TensorType { dtype: ty.dtype, shape: vec![ty.elements()] };
+                let source = TensorType { dtype: ty.dtype, shape: vec![ty.elements()].into() };
                 let of = self.weight_of(source, low, high, depth - 1);
                 match id(of) {
                     Some(of) => (WeightExpr::Reshape { of }, (low, high)),

@@ -9,18 +9,21 @@ use crate::graph::*;
 
 pub(super) fn structure(module: &Module, report: &mut Report) {
     let graph = &module.graph;
-    let mut position: Vec<Option<usize>> = vec![None; graph.nodes.bound()];
+    // Position in the order of each node that has one.
+    let mut position: Vec<u32> = vec![u32::MAX; graph.nodes.bound()];
     for (at, id) in graph.order.iter().enumerate() {
-        match graph.nodes.get(*id) {
-            None => report.add(5, None, format!("the order names {id}, which does not exist")),
-            Some(_) if position[id.index()].is_some() => {
-                report.add(5, Some(*id), "stands in the order twice")
-            }
-            Some(_) => position[id.index()] = Some(at),
+        if !graph.nodes.contains(*id) {
+            report.add(5, None, format!("the order names {id}, which does not exist"));
+        } else if position[id.index()] != u32::MAX {
+            report.add(5, Some(*id), "stands in the order twice");
+        } else {
+            position[id.index()] = at as u32;
         }
     }
+    // Values that are what their node or the list of inputs says of them.
+    let mut agreed = 0;
     for (id, node) in graph.nodes.iter() {
-        if position[id.index()].is_none() {
+        if position[id.index()] == u32::MAX {
             report.add(5, Some(id), "is missing from the order");
         }
         if node.results.is_empty() {
@@ -28,7 +31,9 @@ pub(super) fn structure(module: &Module, report: &mut Report) {
         }
         for (index, result) in node.results.iter().enumerate() {
             let def = graph.values.get(*result).map(|v| &v.def);
-            if def != Some(&(Def::Node { node: id, index })) {
+            if matches!(def, Some(Def::Node { node, index: i }) if (*node, *i) == (id, index)) {
+                agreed += 1;
+            } else {
                 report.add(5, Some(id), format!("{result} is not defined by this node"));
             }
         }
@@ -40,11 +45,16 @@ pub(super) fn structure(module: &Module, report: &mut Report) {
     for input in &graph.inputs {
         match is_input.get_mut(input.index()) {
             Some(true) => report.add(5, None, format!("{input} is an input twice")),
-            Some(slot) => *slot = true,
+            Some(slot) => {
+                *slot = true;
+                let def = graph.values.get(*input).map(|v| &v.def);
+                agreed += usize::from(matches!(def, Some(Def::Input(_))));
+            }
             None => {}
         }
     }
-    for (id, value) in graph.values.iter() {
+    let disputed = agreed != graph.values.len();
+    for (id, value) in graph.values.iter().filter(|_| disputed) {
         let known = match &value.def {
             Def::Input(_) => is_input[id.index()],
             Def::Node { node, index } => {
@@ -76,16 +86,16 @@ pub(super) fn structure(module: &Module, report: &mut Report) {
         let Some(node) = graph.nodes.get(*id) else { continue };
         for operand in &node.operands {
             let missing: Option<&dyn Display> = match operand {
-                Operand::Value(v) => graph.values.get(*v).is_none().then_some(v),
-                Operand::Weight(w) => module.weights.get(*w).is_none().then_some(w),
-                Operand::State(s) => module.states.get(*s).is_none().then_some(s),
+                Operand::Value(v) => (!graph.values.contains(*v)).then_some(v),
+                Operand::Weight(w) => (!module.weights.contains(*w)).then_some(w),
+                Operand::State(s) => (!module.states.contains(*s)).then_some(s),
             };
             if let Some(missing) = missing {
                 report.add(6, Some(*id), format!("{missing} does not exist"));
             }
             if let Operand::Value(v) = operand
                 && let Some(Value { def: Def::Node { node, .. }, .. }) = graph.values.get(*v)
-                && position.get(node.index()).copied().flatten().is_none_or(|p| p >= at)
+                && position.get(node.index()).is_none_or(|p| *p as usize >= at)
             {
                 report.add(7, Some(*id), format!("{v} is used before it is defined"));
             }

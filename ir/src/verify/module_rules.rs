@@ -1,12 +1,13 @@
 //! Rules about declarations: V1 names, V2 symbols, V3 and V9 sizes, V4 weights.
 
 use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 
 use super::Report;
 use crate::arena::Id;
 use crate::attr::Quoted;
 use crate::dim::{Bindings, Dim, MAX_EXTENT, MAX_NESTING, MAX_SIZE, SymDecl};
-use crate::distinct::{Ops, Types};
+use crate::distinct::{Dims, Ops, TypeId, Types};
 use crate::dtype::DType;
 use crate::graph::*;
 use crate::launch::{tile_count, tile_first};
@@ -15,25 +16,45 @@ use crate::ops::movement::is_permutation;
 use crate::types::TensorType;
 use crate::weights::MAX_DEPTH;
 
-pub(super) fn names(module: &Module, report: &mut Report) {
-    let mut unique = |what: &str, names: Vec<&str>| {
-        let mut seen = HashSet::with_capacity(names.len());
-        for name in names {
-            if name.is_empty() {
-                report.add(1, None, format!("a {what} has no name"));
-            } else if name.chars().any(char::is_control) {
-                report.add(1, None, format!("the {what} {} has control characters", Quoted(name)));
-            } else if !seen.insert(name) {
-                report.add(1, None, format!("the {what} `{name}` is declared twice"));
-            }
+/// Whether all names are fit to be printed and differ; a rare `false` may be wrong.
+///
+/// Hashes are sorted, not kept in a table: a sort goes through memory in order, however many there are.
+fn surely_unique<'a>(names: impl Iterator<Item = &'a str>) -> bool {
+    let state = RandomState::new();
+    let mut hashes = Vec::with_capacity(names.size_hint().0);
+    for name in names {
+        if name.is_empty() || !name.bytes().all(|b| (b' '..=b'~').contains(&b)) {
+            return false;
         }
-    };
+        hashes.push(state.hash_one(name));
+    }
+    hashes.sort_unstable();
+    hashes.windows(2).all(|pair| pair[0] != pair[1])
+}
+
+fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str> + Clone, report: &mut Report) {
+    if surely_unique(names.clone()) {
+        return;
+    }
+    let mut seen = HashSet::new();
+    for name in names {
+        if name.is_empty() {
+            report.add(1, None, format!("a {what} has no name"));
+        } else if name.chars().any(char::is_control) {
+            report.add(1, None, format!("the {what} {} has control characters", Quoted(name)));
+        } else if !seen.insert(name) {
+            report.add(1, None, format!("the {what} `{name}` is declared twice"));
+        }
+    }
+}
+
+pub(super) fn names(module: &Module, report: &mut Report) {
     let constants = module.weights.iter().map(|(_, w)| w.name.as_str());
-    unique("weight or state", constants.chain(module.states.iter().map(|(_, s)| s.name.as_str())).collect());
-    unique("arena", module.arenas.iter().map(|(_, a)| a.name.as_str()).collect());
-    unique("symbol", module.dims.iter().map(|d| d.sym.name()).collect());
-    unique("input", module.input_types().into_iter().map(|(n, _)| n).collect());
-    unique("output", module.graph.outputs.iter().map(|o| o.name.as_str()).collect());
+    unique("weight or state", constants.chain(module.states.iter().map(|(_, s)| s.name.as_str())), report);
+    unique("arena", module.arenas.iter().map(|(_, a)| a.name.as_str()), report);
+    unique("symbol", module.dims.iter().map(|d| d.sym.name()), report);
+    unique("input", module.input_types().iter().map(|(n, _)| *n), report);
+    unique("output", module.graph.outputs.iter().map(|o| o.name.as_str()), report);
     for (what, name) in [("module", &module.name), ("graph", &module.graph.name)] {
         if name.is_empty() {
             report.add(1, None, format!("the {what} has no name"));
@@ -90,7 +111,7 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
         }
     }
     let mut good = vec![false; types.list().len()];
-    let mut offsets: HashSet<&Dim> = HashSet::new();
+    let mut offsets: Dims<'_, ()> = Dims::new();
     for (id, value) in module.graph.values.iter() {
         let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
         let before = report.found.len();
@@ -99,12 +120,12 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
             good[types.value(id) as usize] = report.found.len() == before;
         }
         if let Some(Place::Arena { offset, .. }) = &value.place
-            && !offsets.contains(offset)
+            && offsets.get(offset, 0).is_none()
         {
             let before = report.found.len();
             declared(offset, report, node);
             if report.found.len() == before {
-                offsets.insert(offset);
+                offsets.remember(offset, 0, ());
             }
         }
     }
@@ -119,16 +140,11 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
 /// Most forms of weights that are remembered.
 const FORMS: usize = 64;
 
-/// Whether a weight is well typed because another one is: one type, one expression over parts of the same types.
-fn same_form(
-    module: &Module,
-    types: &Types<'_>,
-    good: (WeightId, &Weight),
-    other: (WeightId, &Weight),
-) -> bool {
-    let ty = |id: WeightId| module.weights.get(id).map(|_| types.operand(Operand::Weight(id)));
+/// Whether a weight is well typed because another one of its type is: one expression over parts of the same types.
+fn same_form(module: &Module, types: &Types<'_>, good: &Weight, other: &Weight) -> bool {
+    let ty = |id: WeightId| module.weights.contains(id).then(|| types.operand(Operand::Weight(id)));
     let axis = |weight: &Weight| weight.stream.as_ref().map(|s| s.tile_axis);
-    let ((a, x), (b, y)) = (good, other);
+    let (x, y) = (good, other);
     let alike = || match (&x.expr, &y.expr) {
         (WeightExpr::File { .. }, WeightExpr::File { file, key }) => !file.is_empty() && !key.is_empty(),
         (WeightExpr::Concat { axis, .. }, WeightExpr::Concat { axis: other, .. }) => axis == other,
@@ -141,22 +157,22 @@ fn same_form(
         _ => false,
     };
     let parts = |w: &Weight| w.expr.parts().len();
-    ty(a) == ty(b)
-        && alike()
+    alike()
         && axis(x) == axis(y)
         && parts(x) == parts(y)
         && x.expr.parts().iter().zip(y.expr.parts()).all(|(p, q)| ty(*q).is_some() && ty(*p) == ty(*q))
 }
 
 pub(super) fn weights(module: &Module, types: &Types<'_>, report: &mut Report) {
-    let mut good: Vec<(WeightId, &Weight)> = Vec::new();
+    let mut good: Vec<(TypeId, &Weight)> = Vec::new();
     for (id, weight) in module.weights.iter() {
-        if good.iter().any(|known| same_form(module, types, *known, (id, weight))) {
+        let ty = types.operand(Operand::Weight(id));
+        if good.iter().any(|(t, known)| *t == ty && same_form(module, types, known, weight)) {
             continue;
         }
         match expression(module, weight) {
             Err(message) => report.add(4, None, format!("@{}: {message}", weight.name)),
-            Ok(()) if good.len() < FORMS => good.push((id, weight)),
+            Ok(()) if good.len() < FORMS => good.push((ty, weight)),
             Ok(()) => {}
         }
     }
@@ -165,14 +181,17 @@ pub(super) fn weights(module: &Module, types: &Types<'_>, report: &mut Report) {
     let mut deepest = None;
     for _ in 0..=MAX_DEPTH {
         deepest = None;
+        let mut later = false;
         for (id, weight) in module.weights.iter() {
+            later |= weight.expr.parts().iter().any(|part| *part >= id);
             let below = weight.expr.parts().iter().filter_map(|p| depth.get(p.index())).max().copied();
             let here = below.map_or(0, |d| d + 1);
             if std::mem::replace(&mut depth[id.index()], here) != here || here > MAX_DEPTH {
                 deepest.get_or_insert(&weight.name);
             }
         }
-        if deepest.is_none() {
+        // Where every part comes before what is made of it, the first round finds each depth.
+        if deepest.is_none() || (!later && depth.iter().all(|d| *d <= MAX_DEPTH)) {
             return;
         }
     }
@@ -359,8 +378,12 @@ pub(super) fn sizes(module: &Module, types: &Types<'_>, report: &mut Report) {
     };
     // Each distinct type is named by the first value that has it.
     let mut seen = vec![false; types.list().len()];
-    for (id, value) in module.graph.values.iter() {
-        if !std::mem::replace(&mut seen[types.value(id) as usize], true) {
+    for id in (0..module.graph.values.bound()).map(ValueId::from_index) {
+        if seen[types.value(id) as usize] {
+            continue;
+        }
+        if let Some(value) = module.graph.values.get(id) {
+            seen[types.value(id) as usize] = true;
             let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
             check(id.to_string(), &value.ty, node);
         }

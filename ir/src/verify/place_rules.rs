@@ -1,12 +1,10 @@
 //! Rules about phases (V11) and places (V12).
 
-use std::collections::HashSet;
-
 use super::Report;
 use super::module_rules::simple;
 use crate::arena::Id;
 use crate::dim::{Bindings, Dim};
-use crate::distinct::{TypeId, Types};
+use crate::distinct::{Dims, TypeId, Types};
 use crate::graph::*;
 
 pub(super) fn phases(module: &Module, report: &mut Report) {
@@ -56,7 +54,8 @@ pub(super) fn places(module: &Module, types: &Types<'_>, versions: &[Option<Stat
     let graph = &module.graph;
     let ends = [Bindings::minima(&module.dims), Bindings::maxima(&module.dims)];
     // Offset and type of places that were found good.
-    let mut good: HashSet<(ArenaId, &Dim, TypeId)> = HashSet::new();
+    let mut good: Dims<'_, ()> = Dims::new();
+    let number = |arena: ArenaId, ty: TypeId| (arena.index() as u64) << 32 | u64::from(ty);
     for (id, value) in graph.values.iter() {
         let Def::Node { node, .. } = value.def else {
             if value.place.is_some() {
@@ -80,7 +79,7 @@ pub(super) fn places(module: &Module, types: &Types<'_>, versions: &[Option<Stat
                 Some(_) if !simple(offset) => {
                     report.add(3, node, format!("the offset of {id} is too complex"));
                 }
-                Some(_) if good.contains(&(*arena, offset, types.value(id))) => {}
+                Some(_) if good.get(offset, number(*arena, types.value(id))).is_some() => {}
                 Some(declared) => {
                     let before = report.found.len();
                     if !offset.is_monotone(&module.dims) {
@@ -94,7 +93,7 @@ pub(super) fn places(module: &Module, types: &Types<'_>, versions: &[Option<Stat
                         report.add(12, node, format!("{id} {message}"));
                     }
                     if report.found.len() == before {
-                        good.insert((*arena, offset, types.value(id)));
+                        good.remember(offset, number(*arena, types.value(id)), ());
                     }
                 }
             },

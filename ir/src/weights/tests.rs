@@ -42,11 +42,11 @@ fn pieces_equal_the_whole() {
     let module = module(&[
         ("a", DType::F32, &[3, 5], file("a")),
         ("b", DType::F32, &[2, 5], file("b")),
-        ("ab", DType::F32, &[5, 5], WeightExpr::Concat { axis: 0, parts: vec![id(0), id(1)] }),
-        ("aa", DType::F32, &[3, 10], WeightExpr::Concat { axis: 1, parts: vec![id(0), id(0)] }),
+        ("ab", DType::F32, &[5, 5], WeightExpr::Concat { axis: 0, parts: vec![id(0), id(1)].into() }),
+        ("aa", DType::F32, &[3, 10], WeightExpr::Concat { axis: 1, parts: vec![id(0), id(0)].into() }),
         ("t", DType::F32, &[5, 3], WeightExpr::Transpose { perm: vec![1, 0], of: id(0) }),
         ("c", DType::BF16, &[5, 5], WeightExpr::Cast { of: id(2) }),
-        ("p", DType::BF16, &[3, 5, 2], WeightExpr::Pack { panel: 2, segments: vec![3, 2], of: id(5) }),
+        ("p", DType::BF16, &[3, 5, 2], WeightExpr::Pack { panel: 2, segments: vec![3, 2].into(), of: id(5) }),
         ("r", DType::F32, &[25], WeightExpr::Reshape { of: id(2) }),
         ("s", DType::F16, &[7], WeightExpr::Splat(1.5)),
         ("n", DType::F32, &[9], WeightExpr::Random { seed: 3, std: 0.5 }),
@@ -59,7 +59,7 @@ fn pieces_equal_the_whole() {
             "packed part",
             DType::BF16,
             &[3, 2, 2],
-            WeightExpr::Pack { panel: 2, segments: vec![3, 2], of: id(12) },
+            WeightExpr::Pack { panel: 2, segments: vec![3, 2].into(), of: id(12) },
         ),
     ]);
     let source = source();

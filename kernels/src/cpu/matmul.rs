@@ -511,7 +511,9 @@ mod tests {
                 assert_eq!(run(&single), whole);
                 assert_eq!(run(&[0..3, 3..3, 3..panels]), whole);
                 // The second panel alone: the first columns stay.
-                let (found, before) = (run(&single[1..2]).swap_remove(0), &x);
+                let only = 1..2;
+                let mut one = vec![run(std::slice::from_ref(&only)).swap_remove(0)];
+                let (found, before) = (one.swap_remove(0), &x);
                 for (i, value) in found.iter().enumerate() {
                     let expected =
                         if (PANEL..2 * PANEL).contains(&(i % n)) { whole[0][i] } else { before[i] };

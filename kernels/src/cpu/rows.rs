@@ -256,9 +256,10 @@ mod tests {
                 Step::Reduce(ReduceFn::Sum, t(3)),
                 Step::Unary(UnaryFn::Recip, t(4)),
                 Step::Binary(BinaryFn::Mul, t(3), t(5)),
-            ],
-            out: vec![Result::full(t(6)), Result::row(t(4))],
-            dtypes: vec![DType::F32; 2],
+            ]
+            .into(),
+            out: vec![Result::full(t(6)), Result::row(t(4))].into(),
+            dtypes: vec![DType::F32; 2].into(),
         }
     }
 

@@ -27,7 +27,7 @@ pub fn select(module: &Module, node: &Node) -> &'static str {
     let result = &module.graph.values[node.results[0]].ty;
     let whole = (0..node.operands.len()).map(ty).chain([result]).all(|t| t.dtype != DType::I4);
     if !whole {
-        return if matches!(node.op, Op::Reshape(_)) { "cpu.view" } else { REFERENCE };
+        return if matches!(*node.op, Op::Reshape(_)) { "cpu.view" } else { REFERENCE };
     }
     movement(&node.op)
         .or_else(|| elementwise(module, node))
@@ -59,7 +59,7 @@ fn elementwise(module: &Module, node: &Node) -> Option<&'static str> {
     let operands = node.operands.iter().map(|o| module.operand_type(*o).dtype);
     let results = node.results.iter().map(|r| module.graph.values[*r].ty.dtype);
     let fast = operands.chain(results).all(in_f32);
-    let fast = match &node.op {
+    let fast = match &*node.op {
         Op::Unary(_) | Op::Binary(_) | Op::Cast(_) => fast,
         Op::Pointwise(p) => {
             let fast = fast && p.body.iter().all(|s| !matches!(s, Step::Cast(dtype, _) if !in_f32(*dtype)));
@@ -98,7 +98,7 @@ fn rows(module: &Module, node: &Node) -> Option<&'static str> {
         computes(first) && range.into_iter().all(|i| ty(i).dtype == first)
     };
     let ids = |indices: &[usize]| indices.iter().all(|i| indexes(ty(*i).dtype));
-    let kernel = match &node.op {
+    let kernel = match &*node.op {
         Op::Rope(_) if floats(0..1) && ids(&[1]) && head_fits(ty(0).last()) => "cpu.rope",
         Op::KvAppend(_) if floats(0..2) && ids(&[2, 3, 4]) => "cpu.kv_append",
         Op::PagedAttention(_) if floats(0..3) && ids(&[3, 4, 5]) && head_fits(ty(0).last()) => {

@@ -18,7 +18,7 @@ pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
     let mut extents = Extents::new(site.module);
     extents.covers(x);
     extents.covers(y);
-    let (family, text, channels) = match &node.op {
+    let (family, text, channels) = match &*node.op {
         Op::Conv2d(op) => {
             let w = site.operand_ty(node, 1);
             let (text, channels) = convolve(op, x, w, y, node.operands.len() == 3, &mut extents)?;

@@ -221,7 +221,7 @@ fn every_op_of_random_graphs_has_a_plan() {
             let planned = plan(&case.module, node);
             assert_eq!(
                 planned.is_some(),
-                whole || matches!(node.op, Op::Reshape(_)),
+                whole || matches!(*node.op, Op::Reshape(_)),
                 "seed {seed}: {:?}",
                 node.op
             );

@@ -16,7 +16,7 @@ const THREADS: u32 = 256;
 
 /// Plans the ops of this family. `None` for element types smaller than a byte (except views) and extents beyond 32 bits.
 pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
-    match &node.op {
+    match &*node.op {
         Op::Reshape(_) => reshape(site, node),
         Op::Transpose(op) => transpose(site, node, op),
         Op::Broadcast(op) => broadcast(site, node, op),
@@ -65,7 +65,7 @@ fn transpose(site: Site<'_>, node: &Node, op: &Transpose) -> Option<Planned> {
     let (x, y) = (site.operand_ty(node, 0), site.result_ty(node, 0));
     let of = strides(&x.shape);
     let copy = Copy {
-        extents: y.shape.clone(),
+        extents: y.shape.clone().to_vec(),
         from: op.perm.iter().map(|p| of[*p].clone()).collect(),
         to: strides(&y.shape),
         from_base: zero(),
@@ -87,7 +87,7 @@ fn broadcast(site: Site<'_>, node: &Node, _: &Broadcast) -> Option<Planned> {
         })
         .collect();
     let copy = Copy {
-        extents: y.shape.clone(),
+        extents: y.shape.clone().to_vec(),
         from,
         to: strides(&y.shape),
         from_base: zero(),
@@ -103,7 +103,7 @@ fn slice(site: Site<'_>, node: &Node, op: &Slice) -> Option<Planned> {
     let from_base = op.start.mul(&from[op.axis]);
     from[op.axis] = from[op.axis].mul(&Dim::from(op.step));
     let copy = Copy {
-        extents: y.shape.clone(),
+        extents: y.shape.clone().to_vec(),
         from,
         to: strides(&y.shape),
         from_base,
@@ -122,7 +122,7 @@ fn concat(site: Site<'_>, node: &Node, op: &Concat) -> Option<Planned> {
     for (index, operand) in node.operands.iter().enumerate() {
         let x = site.operand_ty(node, index);
         let copy = Copy {
-            extents: x.shape.clone(),
+            extents: x.shape.clone().to_vec(),
             from: strides(&x.shape),
             to: to.clone(),
             from_base: zero(),
@@ -295,7 +295,7 @@ mod tests {
     fn memory_that_is_shared_is_not_copied() {
         let mut b = Builder::new("m");
         let x = b.input("x", TensorType::new(DType::F32, [4u64, 6]));
-        let y = b.one(Reshape { shape: vec![Dim::from(24u64)] }, &[x], "y").unwrap();
+        let y = b.one(Reshape { shape: vec![Dim::from(24u64)].into() }, &[x], "y").unwrap();
         let mut module = b.finish();
         assert_eq!(launches(&module), 1);
         place(&mut module, x, Place::Output(0));

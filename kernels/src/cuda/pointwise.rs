@@ -29,7 +29,7 @@ pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
     let operands: Vec<DType> = (0..node.operands.len()).map(|i| site.operand_ty(node, i).dtype).collect();
     let results: Vec<DType> = (0..node.results.len()).map(|i| site.result_ty(node, i).dtype).collect();
     let steps = |body: &[Step], out: &[Source]| body::write(body, out, &operands, &results);
-    let (family, text) = match &node.op {
+    let (family, text) = match &*node.op {
         Op::Unary(u) => {
             ("cuda.pointwise", steps(&[Step::Unary(u.function, Source::Input(0))], &[Source::Step(0)])?)
         }

@@ -36,7 +36,7 @@ fn runs(shape: &[Dim], axes: &[usize], fits: impl Fn(&Dim) -> bool) -> Vec<Run> 
 
 /// Plans a reduction of floats.
 pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
-    let Op::Reduce(op) = &node.op else { return None };
+    let Op::Reduce(op) = &*node.op else { return None };
     let (x, y) = (site.operand_ty(node, 0), site.result_ty(node, 0));
     if !x.dtype.is_float() {
         return None;

@@ -26,7 +26,7 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
     // Any other mix runs node by node.
     let mut variants = [Vec::new(), Vec::new()];
     for node in &parts.nodes {
-        match &node.op {
+        match &*node.op {
             Op::Rope(rope) => {
                 let launches = rotate(&parts, node, rope)?;
                 variants.iter_mut().zip(launches).for_each(|(all, own)| all.push(own));
@@ -37,7 +37,7 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
             }
         }
     }
-    let rope = parts.nodes.iter().find(|n| matches!(n.op, Op::Rope(_)));
+    let rope = parts.nodes.iter().find(|n| matches!(*n.op, Op::Rope(_)));
     let [few, many] = variants;
     Some(match rope {
         Some(node) => by_rows(&site.operand_ty(node, 0).shape[0], few, many),
@@ -65,7 +65,7 @@ impl<'a> BeforeAttention<'a> {
     /// make, and nothing outside the site reads rotated queries or keys.
     pub fn of(site: Site<'a>) -> Option<BeforeAttention<'a>> {
         let attention = site.node(site.nodes.len() - 1);
-        if !matches!(attention.op, Op::PagedAttention(_)) {
+        if !matches!(*attention.op, Op::PagedAttention(_)) {
             return None;
         }
         let parts = Parts::of(site)?;
@@ -134,7 +134,7 @@ impl<'a> Parts<'a> {
         let mut parts = Parts { site, nodes: Vec::new(), views: Vec::new() };
         for index in 0..site.nodes.len() {
             let node = site.node(index);
-            match &node.op {
+            match &*node.op {
                 Op::Rope(_) | Op::KvAppend(_) => parts.nodes.push(node),
                 Op::Reshape(_) => parts.views.push((node.results[0], node.operands[0])),
                 Op::PagedAttention(_) if index > 0 && index + 1 == site.nodes.len() => {}
@@ -349,7 +349,7 @@ impl<'p, 'a> Group<'p, 'a> {
     fn of(parts: &'p Parts<'a>) -> Option<Group<'p, 'a>> {
         let (mut ropes, mut appends) = (Vec::new(), Vec::new());
         for node in &parts.nodes {
-            match &node.op {
+            match &*node.op {
                 Op::Rope(rope) => ropes.push((*node, rope)),
                 _ => appends.push(*node),
             }

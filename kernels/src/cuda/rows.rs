@@ -38,7 +38,7 @@ struct Roles {
 pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
     let operand = |index: usize| node.operands.get(index).copied();
     let plain = |function, eps| Roles { function, eps, added: None, weight: None, bias: None, sum: false };
-    let roles = match &node.op {
+    let roles = match &*node.op {
         Op::RmsNorm(op) => Roles { weight: operand(1), ..plain(Function::Rms, op.eps) },
         Op::LayerNorm(op) => Roles { weight: operand(1), bias: operand(2), ..plain(Function::Layer, op.eps) },
         Op::AddNorm(op) => {
@@ -57,7 +57,7 @@ pub fn plan(site: Site<'_>, node: &Node) -> Option<Planned> {
 /// Plans an rms_norm with a given division.
 #[cfg(test)]
 pub(super) fn plan_divided(site: Site<'_>, node: &Node, division: Division) -> Option<Planned> {
-    let Op::RmsNorm(op) = &node.op else { return None };
+    let Op::RmsNorm(op) = &*node.op else { return None };
     let (added, bias) = (None, None);
     let weight = node.operands.get(1).copied();
     let roles = Roles { function: Function::Rms, eps: op.eps, added, weight, bias, sum: false };

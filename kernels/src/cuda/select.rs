@@ -22,7 +22,7 @@ pub fn plan_with(site: Site<'_>, choices: &Choices) -> Option<Planned> {
             _ => rope::plan(site),
         };
     };
-    match &node.op {
+    match &*node.op {
         Op::Unary(_) | Op::Binary(_) | Op::Cast(_) | Op::Select(_) | Op::Pointwise(_) => {
             pointwise::plan(site, node)
         }

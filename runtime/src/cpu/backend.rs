@@ -8,7 +8,7 @@ use super::residence::Residence;
 use super::{Program, Regions, Streaming};
 use crate::budget::Residency;
 use crate::engine::Engine;
-use crate::memory::{Buffer, Region};
+use crate::memory::{ALIGN, Buffer, Region};
 use crate::profile::Profile;
 use crate::session::TensorRef;
 use crate::sizes::{StepSizes, bytes_at, no_size};
@@ -23,6 +23,17 @@ pub(crate) struct Cpu {
     arenas: Vec<Buffer>,
     inputs: Vec<Buffer>,
     outputs: Vec<Buffer>,
+}
+
+/// Arenas side by side in `lent`, each on the alignment of buffers.
+fn arenas_in(lent: &mut [u8], sizes: &[u64]) -> Result<Vec<Region>> {
+    let (whole, mut at) = (Region::of(lent), 0u64);
+    let mut arenas = Vec::with_capacity(sizes.len());
+    for size in sizes {
+        arenas.push(whole.part(at, *size).ok_or_else(|| no_size("an arena in lent memory"))?);
+        at = at.saturating_add(*size).next_multiple_of(ALIGN as u64);
+    }
+    Ok(arenas)
 }
 
 impl Cpu {
@@ -105,7 +116,8 @@ impl Cpu {
         self.weights.bytes()
     }
 
-    /// Runs one step whose sizes are `sizes`.
+    /// Runs one step whose sizes are `sizes`, with its arenas in `lent` if something was.
+    #[allow(clippy::too_many_arguments)]
     pub fn run(
         &mut self,
         supply: Supply<'_>,
@@ -113,6 +125,7 @@ impl Cpu {
         inputs: &[TensorRef<'_>],
         sizes: &StepSizes,
         bindings: &Bindings,
+        lent: Option<&mut [u8]>,
         profile: Option<&mut Profile>,
     ) -> Result<()> {
         for (buffer, input) in self.inputs.iter_mut().zip(inputs) {
@@ -126,7 +139,10 @@ impl Cpu {
         let mut regions = Regions {
             inputs: parts(&mut self.inputs, &sizes.inputs)?,
             outputs: parts(&mut self.outputs, &sizes.outputs)?,
-            arenas: self.arenas.iter_mut().map(Buffer::region).collect(),
+            arenas: match lent {
+                Some(lent) => arenas_in(lent, &sizes.arenas)?,
+                None => self.arenas.iter_mut().map(Buffer::region).collect(),
+            },
             states: self.states.iter_mut().map(|s| s.as_mut().map(Buffer::region)).collect(),
             weights: self.weights.regions(module.weights.bound()),
         };

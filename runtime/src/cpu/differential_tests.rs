@@ -236,7 +236,7 @@ proptest! {
     #[test]
     fn broadcasts(dtype in bytes(), shape in shape(0..9, 0..5), mask: u64, seed: u64) {
         let from = repeated(&shape, mask);
-        check(Broadcast { shape: dims(&shape) }, &[(dtype, from, Fill::Any)], seed);
+        check(Broadcast { shape: dims(&shape).into() }, &[(dtype, from, Fill::Any)], seed);
     }
 
     #[test]
@@ -296,7 +296,7 @@ proptest! {
 
     #[test]
     fn iotas(dtype in numbers(), shape in shape(0..9, 1..4), axis: usize) {
-        check(Iota { axis: axis % shape.len(), shape: dims(&shape), dtype }, &[], 0);
+        check(Iota { axis: axis % shape.len(), shape: dims(&shape).into(), dtype }, &[], 0);
     }
 
     #[test]
@@ -364,9 +364,9 @@ proptest! {
             Step::Select(t(8), t(7), t(1)),
         ];
         let mut op = Pointwise {
-            body,
-            out: vec![Out::full(t(9)), Out::row(t(7)), Out::full(t(5)), Out::row(t(3))],
-            dtypes: vec![types[0], types[0], types[1], DType::F32],
+            body: body.into(),
+            out: vec![Out::full(t(9)), Out::row(t(7)), Out::full(t(5)), Out::row(t(3))].into(),
+            dtypes: vec![types[0], types[0], types[1], DType::F32].into(),
         };
         let mut operands: Vec<Spec> =
             (0..3).map(|i| (types[i], repeated(&shape, masks[i]), Fill::Tame)).collect();
@@ -454,7 +454,7 @@ proptest! {
             operands.push((dtype, vec![m, n], Fill::Tame));
             epilogue.push(Epilogue::Residual);
         }
-        check(FusedMatmul { segments, panel, cores: false, epilogue, out }, &operands, seed);
+        check(FusedMatmul { segments: segments.into(), panel, cores: false, epilogue: epilogue.into(), out }, &operands, seed);
     }
 
     #[test]
@@ -529,7 +529,7 @@ fn large_tensors() {
 /// The sum of every row.
 fn row_sums(dtype: DType) -> Pointwise {
     let body = vec![Step::Reduce(ReduceFn::Sum, Source::Input(0))];
-    Pointwise { body, out: vec![Out::row(Source::Step(0))], dtypes: vec![dtype] }
+    Pointwise { body: body.into(), out: vec![Out::row(Source::Step(0))].into(), dtypes: vec![dtype].into() }
 }
 
 /// All that may still run the reference evaluator: 4-bit elements, which no kernel addresses; sums and windows of 8-bit
@@ -545,7 +545,7 @@ fn the_reference_evaluator_is_for_exotic_types() {
         let mut ops: Vec<(Op, Vec<Spec>)> = vec![
             (Cast { to: DType::F32 }.into(), vec![x.clone()]),
             (Transpose { perm: vec![1, 0] }.into(), vec![x.clone()]),
-            (Broadcast { shape: dims(&[3, 2, 2]) }.into(), vec![x.clone()]),
+            (Broadcast { shape: dims(&[3, 2, 2]).into() }.into(), vec![x.clone()]),
             (
                 Slice { axis: 0, start: Dim::from(1usize), end: Dim::from(2usize), step: 1 }.into(),
                 vec![x.clone()],
@@ -558,7 +558,7 @@ fn the_reference_evaluator_is_for_exotic_types() {
         ];
         if dtype != DType::Bool {
             ops.push((Binary { function: BinaryFn::Add }.into(), vec![x.clone(), x.clone()]));
-            ops.push((Iota { shape: dims(&[2]), axis: 0, dtype }.into(), vec![]));
+            ops.push((Iota { shape: dims(&[2]).into(), axis: 0, dtype }.into(), vec![]));
         }
         if dtype.is_float() {
             let window = Pool2d {
@@ -569,8 +569,13 @@ fn the_reference_evaluator_is_for_exotic_types() {
                 count_include_pad: false,
             };
             let conv = Conv2d { stride: [1, 1], pad: [0; 4], dilation: [1, 1], groups: 1 };
-            let product =
-                FusedMatmul { segments: vec![2], panel: 0, cores: false, epilogue: vec![], out: None };
+            let product = FusedMatmul {
+                segments: vec![2].into(),
+                panel: 0,
+                cores: false,
+                epilogue: vec![].into(),
+                out: None,
+            };
             ops.extend([
                 (Op::from(Unary { function: UnaryFn::Exp }), vec![x.clone()]),
                 (Embedding.into(), vec![x.clone(), ids]),

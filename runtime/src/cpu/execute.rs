@@ -177,7 +177,7 @@ impl<'a> Node<'a> {
             return self.reference();
         }
         let dtype = self.result_ty(0).dtype;
-        match &self.node.op {
+        match &*self.node.op {
             Op::Reshape(_) => self.replace::<u8>().map(|_| ()),
             Op::Rope(op) => {
                 let frequencies = self.frequencies.ok_or_else(|| internal("frequencies are missing"))?;

@@ -54,7 +54,7 @@ impl Program {
                     .at(id)
                     .hint("build the engine again with this version"));
             }
-            if let Op::Rope(rope) = &node.op {
+            if let Op::Rope(rope) = &*node.op {
                 let d = module.operand_type(node.operands[0]).last().as_const().unwrap_or(0);
                 // The verifier has bounded the head size with the type.
                 frequencies[id.index()] =

@@ -30,7 +30,7 @@ impl Node<'_> {
     /// The program of an elementwise node.
     fn program(&self) -> Result<Program<'_>> {
         let one = |step: Step| (Cow::Owned(vec![step]), Cow::Owned(vec![Source::Step(0)]));
-        Ok(match &self.node.op {
+        Ok(match &*self.node.op {
             Op::Unary(op) => one(Step::Unary(op.function, Source::Input(0))),
             Op::Binary(op) => one(Step::Binary(op.function, Source::Input(0), Source::Input(1))),
             Op::Cast(_) => (Cow::Owned(Vec::new()), Cow::Owned(vec![Source::Input(0)])),

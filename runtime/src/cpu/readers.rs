@@ -60,8 +60,9 @@ impl Shared {
             let skip = state.tickets[job.ticket].error.is_some();
             drop(state);
             let result = if skip { Ok(()) } else { self.file.read(job.offset, job.gap.bytes()) };
+            let number = job.ticket;
             state = self.lock();
-            let ticket = &mut state.tickets[job.ticket];
+            let ticket = &mut state.tickets[number];
             ticket.pending -= 1;
             if let Err(error) = result {
                 ticket.error.get_or_insert(error);

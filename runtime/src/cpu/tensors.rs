@@ -39,7 +39,7 @@ impl Node<'_> {
         let size = movement::element_size(self.result_ty(0).dtype)?;
         let result = self.shape(self.result_ty(0))?;
         let operand = |index: usize| self.shape(self.ty(index));
-        match &self.node.op {
+        match &*self.node.op {
             Op::Transpose(op) => {
                 let (x, out) = (self.read::<u8>(0)?, self.write::<u8>(0)?);
                 movement::transpose(pool, size, x, &operand(0)?, &op.perm, out)
@@ -64,7 +64,7 @@ impl Node<'_> {
                 movement::concat(pool, rows, &parts, self.write::<u8>(0)?)
             }
             Op::Gather(_) | Op::Embedding(_) => {
-                let axis = if let Op::Gather(op) = &self.node.op { op.axis } else { 0 };
+                let axis = if let Op::Gather(op) = &*self.node.op { op.axis } else { 0 };
                 let around = self.around(&operand(0)?, axis, size)?;
                 let places = self.places(1, around[1])?;
                 if let Some(table) = self.table {

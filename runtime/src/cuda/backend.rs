@@ -17,6 +17,7 @@ use millrace_ir::plan::stream::Demand;
 use millrace_ir::{Bindings, Error, Id, Kind, Module, Result};
 
 use super::argmax::{Argmax, Tail};
+use super::device_arena::DeviceArena;
 use super::driver::{Block, Context, Event, Stream};
 use super::launch::{Graph, Ready};
 use super::program::{Program, bundle};
@@ -30,7 +31,7 @@ use super::upload::Sources;
 use crate::budget::Residency;
 use crate::engine::Engine;
 use crate::needs;
-use crate::options::{Allocation, SessionOptions};
+use crate::options::SessionOptions;
 use crate::places::{Piece, Regions};
 use crate::profile::Profile;
 use crate::session::TensorRef;
@@ -123,6 +124,8 @@ pub(crate) struct Cuda {
     /// Whether activations, inputs and outputs stay where they are.
     fixed: bool,
     report: GraphReport,
+    /// Bytes that context and code took.
+    driver_bytes: u64,
     stream: Arc<Stream>,
     recording: Arc<Stream>,
     context: Arc<Context>,
@@ -145,6 +148,8 @@ impl Cuda {
             Some(raw) => Stream::borrowed(&context, raw),
             None => Stream::new(&context)?,
         };
+        let recording = Stream::new(&context)?;
+        let driver_bytes = context.taken()?;
         Ok(Cuda {
             prepared: Recent::new(PREPARED),
             slots: engine.module().graph.outputs.iter().map(|_| Slot::default()).collect(),
@@ -162,8 +167,9 @@ impl Cuda {
             program,
             fixed: false,
             report: GraphReport { enabled: options.graphs, ..GraphReport::default() },
+            driver_bytes,
             stream,
-            recording: Stream::new(&context)?,
+            recording,
             context,
         })
     }
@@ -178,10 +184,14 @@ impl Cuda {
         self.context.memory()
     }
 
-    /// Bytes of scratch memory and counters at `bindings`.
-    pub fn workspace_bytes(&self, bindings: &Bindings) -> Result<u64> {
-        let scratch = workspace_bytes(&self.program.table, bindings)?;
-        scratch.checked_add(self.program.table.counters).ok_or_else(|| no_size("scratch memory"))
+    /// Bytes of scratch memory at `bindings`.
+    pub fn scratch_bytes(&self, bindings: &Bindings) -> Result<u64> {
+        workspace_bytes(&self.program.table, bindings)
+    }
+
+    /// Bytes of counters.
+    pub fn counter_bytes(&self) -> u64 {
+        self.program.table.counters
     }
 
     /// Bytes of scratch memory and counters held now, those of an argmax included.
@@ -228,6 +238,21 @@ impl Cuda {
     /// Allocations of device memory so far.
     pub fn allocations(&self) -> u64 {
         self.context.allocations()
+    }
+
+    /// Bytes that context and code took when the session was opened.
+    pub fn driver_bytes(&self) -> u64 {
+        self.driver_bytes
+    }
+
+    /// Bytes that allocations hold beyond what was asked for.
+    pub fn slack_bytes(&self) -> u64 {
+        self.context.slack()
+    }
+
+    /// Bytes that the device has less of than before the session.
+    pub fn taken(&self) -> Result<u64> {
+        self.context.taken()
     }
 
     /// What has become of graphs.
@@ -281,9 +306,9 @@ impl Cuda {
         self.stream.synchronize()
     }
 
-    /// Allocates what a step needs; an earlier allocation must have been released.
-    pub fn allocate(&mut self, sizes: &StepSizes, bindings: &Bindings, allocation: Allocation) -> Result<()> {
-        let fixed = allocation == Allocation::Static;
+    /// Allocates what a step needs, with `scratch` bytes of scratch memory: to stay where it is if `fixed`, else from the
+    /// pool. An earlier allocation must have been released.
+    pub fn allocate(&mut self, sizes: &StepSizes, scratch: u64, fixed: bool) -> Result<()> {
         let block = |len: u64, what: &str| match fixed {
             true => Block::new(&self.context, len, what),
             false => Block::from_pool(&self.stream, len, what),
@@ -293,7 +318,7 @@ impl Cuda {
         let arenas = blocks(&sizes.arenas, "activations")?;
         let inputs = block(input_bytes, "inputs")?;
         let outputs = blocks(&sizes.outputs, "outputs")?;
-        let workspace = block(workspace_bytes(&self.program.table, bindings)?, "scratch memory")?;
+        let workspace = block(scratch, "scratch memory")?;
         let staging = self.turns[0].staging.as_ref();
         if staging.is_none_or(|s| (s.len() as u64) < input_bytes) {
             // Graphs name the staging memory that goes. Only steps ahead need that of other turns.
@@ -346,14 +371,24 @@ impl Cuda {
         }
     }
 
-    /// Where the values of a step whose sizes are `sizes` lie, inputs at `offsets` of their block.
-    fn moving(&self, offsets: &[u64], sizes: &StepSizes) -> Option<Moving> {
+    /// Where the values of a step whose sizes are `sizes` lie, inputs at `offsets` of their block. Arenas and so many bytes of
+    /// scratch memory lie side by side in `lent` if something was.
+    fn moving(&self, offsets: &[u64], sizes: &StepSizes, lent: Option<(Range, u64)>) -> Option<Moving> {
+        let (arenas, workspace) = match lent {
+            Some((lent, scratch)) => {
+                let sizes: Vec<u64> = sizes.arenas.iter().copied().chain([scratch]).collect();
+                let mut arenas = parts(lent, &pack(&sizes)?.0, &sizes)?;
+                let workspace = arenas.pop()?;
+                (arenas, workspace)
+            }
+            None => (self.arenas.iter().map(Block::range).collect(), self.workspace.as_ref()?.range()),
+        };
         let outputs = self.outputs.iter().zip(&sizes.outputs).map(|(o, len)| o.range().part(0, *len));
         Some(Moving {
             inputs: parts(self.inputs.as_ref()?.range(), offsets, &sizes.inputs)?,
             outputs: outputs.collect::<Option<_>>()?,
-            arenas: self.arenas.iter().map(Block::range).collect(),
-            workspace: self.workspace.as_ref()?.range(),
+            arenas,
+            workspace,
         })
     }
 
@@ -379,7 +414,8 @@ impl Cuda {
     }
 
     /// Enqueues one step whose sizes are `sizes`, and what follows it; returns before it has ended. If the argmax was
-    /// asked for and the device can tell it, [`Cuda::take`] does.
+    /// asked for and the device can tell it, [`Cuda::take`] does. Arenas and scratch memory are in `lent` if something was.
+    #[allow(clippy::too_many_arguments)]
     pub fn start(
         &mut self,
         (engine, source): (&Engine, Option<&dyn TensorSource>),
@@ -387,10 +423,14 @@ impl Cuda {
         sizes: &StepSizes,
         bindings: &Bindings,
         after: After,
+        mut lent: Option<&mut DeviceArena>,
         profile: Option<&mut Profile>,
     ) -> Result<()> {
         let module = engine.module();
         self.context.enter()?;
+        if let Some(lent) = &mut lent {
+            lent.begin(&self.stream)?;
+        }
         let sources = if self.residence.is_fed() { Some(Sources::of(engine, source)?) } else { None };
         self.residence.heal(sources.as_ref())?;
         self.retire_outputs();
@@ -411,7 +451,11 @@ impl Cuda {
         }
         let block = self.inputs.as_ref().ok_or_else(no_memory)?.range();
         let arrival = block.part(0, bytes).ok_or_else(no_memory)?;
-        let moving = self.moving(&offsets, sizes).ok_or_else(no_memory)?;
+        let lent_range = match &lent {
+            Some(lent) => Some((lent.range(), self.scratch_bytes(bindings)?)),
+            None => None,
+        };
+        let moving = self.moving(&offsets, sizes, lent_range).ok_or_else(no_memory)?;
         let key = (bindings.clone(), after.argmax.map(|(output, ..)| output), after.fed);
         let mut prepared = match self.prepared.take(&key) {
             Some(found) if found.moving == moving => found,
@@ -426,6 +470,9 @@ impl Cuda {
         let result = result.and_then(|()| self.residence.end(sources.as_ref()));
         let told = prepared.tail.is_some();
         self.prepared.put(key, prepared);
+        if let Some(lent) = lent {
+            lent.end(&self.stream)?;
+        }
         result?;
         if let (Some((_, rows, _)), true) = (after.argmax, told) {
             self.ahead.push_back(Ahead { turn, rows });

@@ -14,6 +14,8 @@ use cudarc::driver::sys;
 use millrace_ir::{Error, Kind, Result};
 use sys::CUdevice_attribute as Attribute;
 
+use super::granules::Granules;
+use super::management::free_bytes;
 use super::range::Range;
 use super::report::PoolReport;
 
@@ -198,7 +200,34 @@ pub(super) struct Context {
     poison: OnceLock<String>,
     allocations: AtomicU64,
     pinned: AtomicU64,
+    granules: Granules,
+    /// Bytes of blocks from the pool.
+    pooled: AtomicU64,
     pool: OnceLock<Pool>,
+    baseline: Baseline,
+}
+
+/// Free memory before the context was made here.
+#[derive(Clone, Debug)]
+struct Baseline {
+    /// Where the device is on its bus; by it the management library knows it.
+    bus: Option<CString>,
+    free: u64,
+}
+
+impl Baseline {
+    /// As the management library tells it, or after the context was made if it is not there.
+    fn before(device: sys::CUdevice) -> Baseline {
+        let mut name = [0u8; 32];
+        // SAFETY: writes at most 32 bytes, ending in zero.
+        let named = unsafe { sys::cuDeviceGetPCIBusId(name.as_mut_ptr().cast(), 32, device) };
+        let bus = CStr::from_bytes_until_nul(&name).ok().map(CStr::to_owned);
+        let bus = bus.filter(|_| named == sys::CUresult::CUDA_SUCCESS);
+        match bus.as_deref().and_then(free_bytes) {
+            Some(free) => Baseline { bus, free },
+            None => Baseline { bus: None, free: 0 },
+        }
+    }
 }
 
 // SAFETY: the driver's functions may be called from any thread; handles are plain numbers to this process.
@@ -211,10 +240,11 @@ impl Context {
     pub fn retain(index: u32) -> Result<Arc<Context>> {
         let driver = start()?;
         let (device, info) = (device(index)?, device_info(index)?);
+        let baseline = Baseline::before(device);
         let mut raw = null_mut();
         // SAFETY: the device exists; the context is released when dropped.
         check(unsafe { sys::cuDevicePrimaryCtxRetain(&mut raw, device) }, "open a context")?;
-        let context = Context {
+        let mut context = Context {
             raw,
             device,
             info,
@@ -222,9 +252,15 @@ impl Context {
             poison: OnceLock::new(),
             allocations: AtomicU64::new(0),
             pinned: AtomicU64::new(0),
+            granules: Granules::default(),
+            pooled: AtomicU64::new(0),
             pool: OnceLock::new(),
+            baseline,
         };
         context.enter()?;
+        if context.baseline.bus.is_none() {
+            context.baseline.free = context.memory()?.0;
+        }
         Ok(Arc::new(context))
     }
 
@@ -258,6 +294,33 @@ impl Context {
     /// Allocations of device memory so far.
     pub fn allocations(&self) -> u64 {
         self.allocations.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that the device has less of than before this context was opened here, whoever took them. Without the management
+    /// library the context itself is not among them.
+    pub fn taken(&self) -> Result<u64> {
+        let free = match self.baseline.bus.as_deref().and_then(free_bytes) {
+            Some(free) => free,
+            None => self.memory()?.0,
+        };
+        Ok(self.baseline.free.saturating_sub(free))
+    }
+
+    /// Bytes that allocations hold and nobody asked for.
+    pub fn slack(&self) -> u64 {
+        let pooled = self.pooled.load(Ordering::Relaxed);
+        let reserved = self.reserved().unwrap_or(pooled);
+        self.granules.slack().saturating_add(reserved.saturating_sub(pooled))
+    }
+
+    /// Bytes that the pool has taken from the device.
+    fn reserved(&self) -> Result<u64> {
+        let Some(pool) = self.pool.get() else { return Ok(0) };
+        self.enter()?;
+        let (what, mut value) = (sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, 0u64);
+        // SAFETY: the attribute is a 64-bit number.
+        let got = unsafe { sys::cuMemPoolGetAttribute(pool.0, what, (&raw mut value).cast()) };
+        self.check(got, "measure the memory pool").map(|()| value)
     }
 
     /// Bytes of pinned memory held now.
@@ -310,6 +373,8 @@ impl Context {
         Ok(PoolReport {
             reserved: get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
             used: get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+            most_reserved: get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)?,
+            most_used: get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
         })
     }
 
@@ -536,6 +601,7 @@ impl Block {
             let done = unsafe { sys::cuMemAlloc_v2(&mut base, len as usize) };
             context.check(done, &format!("allocate {len} bytes for {what}"))?;
             context.allocations.fetch_add(1, Ordering::Relaxed);
+            context.granules.add(len);
         }
         Ok(Block { range: Range { base, len }, context: context.clone(), stream: None })
     }
@@ -551,6 +617,7 @@ impl Block {
             let done = unsafe { sys::cuMemAllocFromPoolAsync(&mut base, len as usize, pool, stream.raw) };
             context.check(done, &format!("allocate {len} bytes for {what}"))?;
             context.allocations.fetch_add(1, Ordering::Relaxed);
+            context.pooled.fetch_add(len, Ordering::Relaxed);
         }
         Ok(Block { range: Range { base, len }, context: context.clone(), stream: Some(stream.clone()) })
     }
@@ -565,6 +632,12 @@ impl Drop for Block {
     fn drop(&mut self) {
         if self.range.len == 0 {
             return;
+        }
+        match &self.stream {
+            Some(_) => {
+                self.context.pooled.fetch_sub(self.range.len, Ordering::Relaxed);
+            }
+            None => self.context.granules.remove(self.range.len),
         }
         // SAFETY: the memory is live and this is its owner. `cuMemFree` waits for work that may use it, and the
         // stream-ordered release comes after such work in its stream.

@@ -4,6 +4,7 @@
 use std::ffi::c_void;
 use std::mem::{MaybeUninit, size_of_val};
 use std::ptr::null_mut;
+use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
 use cudarc::cublaslt::sys;
@@ -67,7 +68,7 @@ pub(super) struct Library {
 
 impl Library {
     /// Opens the library; `None` where it is not there.
-    pub fn open(context: &Arc<Context>) -> Result<Option<Arc<Library>>> {
+    pub fn open(context: &Arc<Context>) -> Result<Option<Rc<Library>>> {
         if !present() {
             return Ok(None);
         }
@@ -75,7 +76,7 @@ impl Library {
         let mut handle = null_mut();
         // SAFETY: the library is there and a context is current; the handle is destroyed when dropped.
         check(unsafe { sys::cublasLtCreate(&mut handle) }, "start")?;
-        Ok(Some(Arc::new(Library { handle, context: context.clone() })))
+        Ok(Some(Rc::new(Library { handle, context: context.clone() })))
     }
 }
 
@@ -94,7 +95,7 @@ struct Descriptors {
     operation: sys::cublasLtMatmulDesc_t,
     /// Of `w`, `x` and `y`.
     layouts: [sys::cublasLtMatrixLayout_t; 3],
-    library: Arc<Library>,
+    library: Rc<Library>,
 }
 
 impl Drop for Descriptors {
@@ -113,14 +114,14 @@ impl Drop for Descriptors {
 
 /// A way to compute a product.
 pub(super) struct Plan {
-    descriptors: Arc<Descriptors>,
+    descriptors: Rc<Descriptors>,
     algorithm: sys::cublasLtMatmulAlgo_t,
     bytes: [u64; 3],
 }
 
 impl Plan {
     /// At most `most` ways, those first that the library thinks best.
-    pub fn all(library: &Arc<Library>, product: Product, most: usize) -> Result<Vec<Plan>> {
+    pub fn all(library: &Rc<Library>, product: Product, most: usize) -> Result<Vec<Plan>> {
         let Product { m, n, k, dtype, out } = product;
         let (input, output) = (element(dtype)?, element(out)?);
         let mut made =
@@ -128,10 +129,8 @@ impl Plan {
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let scale = sys::cudaDataType::CUDA_R_32F;
         // SAFETY: the library is there; the result is written to a live pointer.
-        check(
-            unsafe { sys::cublasLtMatmulDescCreate(&mut made.operation, compute, scale) },
-            "describe a product",
-        )?;
+        let created = unsafe { sys::cublasLtMatmulDescCreate(&mut made.operation, compute, scale) };
+        check(created, "describe a product")?;
         // The library counts by columns: w is [k, n] there and to be transposed, x is [k, m], y is [n, m].
         let transpose: i32 = TRANSPOSE;
         let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
@@ -179,7 +178,7 @@ impl Plan {
         asked?;
         let size = |dtype: DType| dtype.size_bytes().unwrap_or(0) as u64;
         let bytes = [n * k * size(dtype), m * k * size(dtype), m * n * size(out)];
-        let descriptors = Arc::new(made);
+        let descriptors = Rc::new(made);
         let plans = found.iter().take(usize::try_from(count).unwrap_or(0)).filter_map(|result| {
             // SAFETY: zeroed at first, which is a value of every field, and written by the library up to `count`.
             let result = unsafe { result.assume_init() };

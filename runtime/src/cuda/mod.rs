@@ -11,12 +11,16 @@
 mod arch;
 mod argmax;
 mod backend;
+mod device_arena;
 #[allow(unsafe_code)]
 mod driver;
+mod granules;
 #[allow(unsafe_code)]
 mod launch;
 #[allow(unsafe_code)]
 mod library;
+#[allow(unsafe_code)]
+mod management;
 mod program;
 mod range;
 mod rates;
@@ -38,4 +42,5 @@ pub use report::{GraphReport, PoolReport, Survey, survey};
 pub use timing::{Bench, Timed, TimedBuffer, Timer, distance};
 
 pub(crate) use backend::{After, Cuda};
+pub(crate) use device_arena::DeviceArena;
 pub(crate) use resolve::reads;

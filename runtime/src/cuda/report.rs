@@ -39,6 +39,17 @@ pub struct PoolReport {
     pub reserved: u64,
     /// Bytes of them that are in use.
     pub used: u64,
+    /// Most bytes that it ever had taken.
+    pub most_reserved: u64,
+    /// Most bytes that were ever in use.
+    pub most_used: u64,
+}
+
+impl PoolReport {
+    /// Bytes that the pool has and nobody uses: what trimming may give back.
+    pub fn free(&self) -> u64 {
+        self.reserved.saturating_sub(self.used)
+    }
 }
 
 /// What has become of CUDA graphs in a session.

@@ -402,7 +402,13 @@ fn streamed() -> (Module, LaunchTable, Addresses) {
     let rows = builder.dim("t", 0, 100, None).unwrap();
     let x = builder.input("x", TensorType::new(DType::F32, [rows, dim(16)]));
     let w = builder.weight("w", TensorType::new(DType::F32, [8u64, 16]), WeightExpr::Splat(0.5));
-    let op = FusedMatmul { segments: vec![8], panel: 0, cores: false, epilogue: Vec::new(), out: None };
+    let op = FusedMatmul {
+        segments: vec![8].into(),
+        panel: 0,
+        cores: false,
+        epilogue: Vec::new().into(),
+        out: None,
+    };
     let y = builder.one(op, &[x, w], "y").unwrap();
     builder.output("y", y).unwrap();
     let mut module = builder.finish();

@@ -63,6 +63,7 @@ pub(super) fn engine(target: &str, bundles: &[(&str, Vec<u8>)]) -> Engine {
         pipeline: String::new(),
         weight_streaming: false,
         model: None,
+        profiles: Vec::new(),
     };
     let mut writer = EngineWriter::in_memory(&WriterOptions { producer: "test".into() }).unwrap();
     writer.section(SectionKind::Manifest, "", &manifest.to_json()).unwrap();

@@ -344,9 +344,9 @@ impl Trace {
                         "flops": cost.flops,
                         "read_bytes": cost.read,
                         "written_bytes": cost.written,
+                        "rates": rates,
                         "stall_us": us(span.stall),
                         "streamed_bytes": span.streamed,
-                        "rates": rates,
                     },
                 }));
             }

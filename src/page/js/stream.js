@@ -22,8 +22,14 @@ function drawResidency() {
     return `<div class="residency-row"><span class="name" title="${esc(streamWeight(item))}">${esc(streamWeight(item))}</span><span class="bar-track"><span class="residency-bar" style="width:${Math.max(width, 0.3)}%"><b style="flex:${part}"></b><span class="tiles ${cut}" style="flex:${1 - part}">${cells}</span></span></span><span class="size">${showBytes(bytes)}</span><span class="what">${what}</span></div>`;
   }).join("");
 }
+// Steps repeat: what a copy does after the end of a step, it also did at the beginning of this one.
+function stepSpans() {
+  const step = D.streaming.steps[streaming.step];
+  const before = step.spans.filter(s => s[3] > step.time).map(([kind, number, start, end]) => [kind, number, start - step.time, end - step.time]);
+  return before.concat(step.spans);
+}
 function timelineScale() {
-  const canvas = $("timeline"), step = D.streaming.steps[streaming.step], end = step.spans.reduce((n, s) => Math.max(n, s[3]), 1);
+  const canvas = $("timeline"), end = Math.max(1, D.streaming.steps[streaming.step].time) * 1.01;
   const width = canvas.clientWidth, left = 76, inner = Math.max(1, width - left - 14);
   return {
     width, left, end,
@@ -44,7 +50,7 @@ function drawTimeline() {
   const step = D.streaming.steps[streaming.step];
   paint.fillStyle = colour("--dim");
   LANES.forEach(([name], lane) => paint.fillText(name, 8, 40 + lane * 60));
-  const visible = step.spans.filter(p => s.x(p[3]) >= s.left && s.x(p[2]) <= s.width);
+  const visible = stepSpans().filter(p => s.x(p[3]) >= s.left && s.x(p[2]) <= s.width);
   for (const [kind, number, start, end] of visible) {
     const x = Math.max(s.left, s.x(start)), w = Math.max(0.6, s.x(end) - x), y = kind === 2 ? 78 : 18;
     paint.fillStyle = kind === 0 ? colourOf(number) : kind === 1 ? colour("--del-text") : D.streaming.copies[number][4] % 2 ? "#5b8fd6" : "#2f5fa3";
@@ -81,7 +87,7 @@ if (D.streaming) {
   }, { passive: false });
   canvas.addEventListener("mousemove", e => {
     const s = timelineScale(), t = s.time(e.offsetX), lane = e.offsetY < 66 ? 0 : 2;
-    const hit = D.streaming.steps[streaming.step].spans.find(p => (p[0] === 2) === (lane === 2) && p[2] <= t && t < p[3]);
+    const hit = stepSpans().find(p => (p[0] === 2) === (lane === 2) && p[2] <= t && t < p[3]);
     hint.textContent = hit ? spanText(hit) : "";
   });
   drawResidency();

@@ -191,7 +191,7 @@ fn rows_of_table(module: &Module, input: usize) -> Option<usize> {
     let reads = module.graph.nodes.iter().filter(|(_, n)| n.operands.get(1) == Some(&Operand::Value(value)));
     let mut tables = reads.filter_map(|(_, node)| {
         let ty = module.operand_type(node.operands[0]);
-        let axis = match &node.op {
+        let axis = match &*node.op {
             Op::Embedding(_) => 0,
             Op::Gather(op) => op.axis,
             Op::Scatter(op) => op.axis,

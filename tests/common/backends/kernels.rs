@@ -43,10 +43,10 @@ fn matmul(dtype: DType, k: u64, form: &Form) -> Case {
     let mut b = Builder::new("matmul");
     let t = b.dim("t", 1, 512, Some(8)).unwrap();
     let op = FusedMatmul {
-        segments: form.segments.clone(),
+        segments: form.segments.clone().into(),
         panel: 0,
         cores: false,
-        epilogue: form.epilogue.clone(),
+        epilogue: form.epilogue.clone().into(),
         out: form.out,
     };
     let n: u64 = form.segments.iter().map(|s| *s as u64).sum();

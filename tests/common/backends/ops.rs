@@ -144,8 +144,8 @@ fn movement(dtype: DType) -> Case {
     n.add(Slice { axis: 1, start: 16u64.into(), end: 48u64.into(), step: 1 }, &[x]);
     n.add(Slice { axis: 1, start: 3u64.into(), end: 20u64.into(), step: 5 }, &[x]);
     n.add(Slice { axis: 0, start: t.sub(&1u64.into()), end: t.clone(), step: 1 }, &[x]);
-    n.add(Broadcast { shape: vec![2u64.into(), t.clone(), 5u64.into()] }, &[z]);
-    n.add(Reshape { shape: vec![t.clone(), 4u64.into(), 12u64.into()] }, &[x]);
+    n.add(Broadcast { shape: vec![2u64.into(), t.clone(), 5u64.into()].into() }, &[z]);
+    n.add(Reshape { shape: vec![t.clone(), 4u64.into(), 12u64.into()].into() }, &[x]);
     n.add(Gather { axis: 0 }, &[table, ids]);
     let more = n.input("more", DType::I64, &[7]);
     n.add(Gather { axis: 1 }, &[table, more]);
@@ -159,7 +159,7 @@ fn movement(dtype: DType) -> Case {
         n.add(Embedding, &[words, tokens]);
     }
     if dtype != DType::Bool {
-        n.add(Iota { shape: vec![3u64.into(), t, 2u64.into()], axis: 1, dtype }, &[]);
+        n.add(Iota { shape: vec![3u64.into(), t, 2u64.into()].into(), axis: 1, dtype }, &[]);
     }
     n.case(format!("movement/{dtype}"), &[1, 3, 64])
 }
@@ -251,7 +251,14 @@ fn regions_of_rows(dtype: DType) -> Case {
     for width in [1, 5, 40, 700] {
         let x = n.input(&format!("x{width}"), dtype, &[0, 3, width]);
         let out = vec![Out::full(t(5)), Out::row(t(3))];
-        n.add(Pointwise { body: softmax.clone(), out, dtypes: vec![dtype, DType::F32] }, &[x]);
+        n.add(
+            Pointwise {
+                body: softmax.clone().into(),
+                out: out.into(),
+                dtypes: vec![dtype, DType::F32].into(),
+            },
+            &[x],
+        );
         let (row, column) = (
             n.input(&format!("r{width}"), dtype, &[0, 3, 1]),
             n.input(&format!("c{width}"), dtype, &[width]),
@@ -267,7 +274,10 @@ fn regions_of_rows(dtype: DType) -> Case {
             Body::Reduce(ReduceFn::Min, t(6)),
         ];
         let out = vec![Out::full(t(6)), Out::row(t(7)), Out::full(t(0))];
-        n.add(Pointwise { body, out, dtypes: vec![dtype, dtype, DType::F32] }, &[x, row, column]);
+        n.add(
+            Pointwise { body: body.into(), out: out.into(), dtypes: vec![dtype, dtype, DType::F32].into() },
+            &[x, row, column],
+        );
     }
     n.case(format!("rows/{dtype}"), &[1, 2, 33])
 }

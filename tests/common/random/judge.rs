@@ -115,17 +115,17 @@ fn noisy(
     let integers = node.results.iter().all(|r| !module.graph.values[*r].ty.dtype.is_float());
     let keeps = numerics == Numerics::Exact
         || (integers && !node.op.traits().fused_only)
-        || matches!(node.op, Op::Cast(_)) && !reads_dirty;
+        || matches!(*node.op, Op::Cast(_)) && !reads_dirty;
     let mut results = if numerics == Numerics::Accumulated {
         // Steps of a pointwise region may compare, and only exact operands: those stay. An operand that is not exact
         // may come from a node that joins the region, and so without its rounding.
         let compares = |step: &PointwiseStep| matches!(step, PointwiseStep::Binary(f, ..) if f.compares());
         // Attention on tensor cores rounds the weight of each value row to the element type, half a unit at most.
-        let values = match &node.op {
+        let values = match &*node.op {
             Op::Attention(_) | Op::PagedAttention(_) if strict => node.operands.get(2),
             _ => None,
         };
-        let size = |operand: &Operand, dtype: DType| match &node.op {
+        let size = |operand: &Operand, dtype: DType| match &*node.op {
             _ if Some(operand) == values => rounding(dtype) / 2.0,
             Op::Pointwise(_) if reached(operand) => rounding(dtype),
             Op::Pointwise(p) if p.body.iter().any(compares) => 0.0,

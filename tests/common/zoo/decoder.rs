@@ -105,7 +105,7 @@ pub fn build(spelling: Spelling, shape: &Shape) -> (&'static str, Module) {
         Some(n) => Dim::from(n),
         None => net.builder.dim("t", 1, MOST_TOKENS, Some(8)).unwrap(),
     };
-    let ids = TensorType { dtype: DType::I32, shape: vec![tokens.clone()] };
+    let ids = TensorType { dtype: DType::I32, shape: vec![tokens.clone()].into() };
     let token_ids = net.builder.input("token_ids", ids.clone());
     let positions = net.builder.input("positions", ids);
     let mut model = Model { net, shape, tokens, positions, turn: None, kept: None, seq_starts: None };
@@ -142,7 +142,7 @@ impl Model<'_> {
         if let Some(n) = self.shape.tokens {
             return self.net.dense("const.seq_starts", DType::I32, &[2], vec![0.0, n as f64]);
         }
-        let count = |extent: Dim| Iota { shape: vec![extent], axis: 0, dtype: DType::I32 };
+        let count = |extent: Dim| Iota { shape: vec![extent].into(), axis: 0, dtype: DType::I32 };
         let next = self.tokens.add(&Dim::from(1i64));
         let first = self.net.op(count(Dim::from(1i64)), &[]);
         let all = self.net.op(count(next.clone()), &[]);
@@ -185,8 +185,8 @@ impl Model<'_> {
     fn causal(&mut self) -> Operand {
         self.net.at("mask");
         let shape = vec![self.tokens.clone(), self.tokens.clone()];
-        let [i, j] =
-            [0, 1].map(|axis| self.net.op(Iota { shape: shape.clone(), axis, dtype: DType::I32 }, &[]));
+        let [i, j] = [0, 1]
+            .map(|axis| self.net.op(Iota { shape: shape.clone().into(), axis, dtype: DType::I32 }, &[]));
         self.net.binary(BinaryFn::Ge, i, j)
     }
 
@@ -245,7 +245,7 @@ impl Model<'_> {
                 let [k, v] = [k, v].map(|part| {
                     let y = net.reshape(part, [t.clone(), KV_HEADS.into(), 1i64.into(), D.into()]);
                     let shape = vec![t.clone(), KV_HEADS.into(), group.into(), D.into()];
-                    let y = net.op(Broadcast { shape }, &[y]);
+                    let y = net.op(Broadcast { shape: shape.into() }, &[y]);
                     net.reshape(y, [t.clone(), HEADS.into(), D.into()])
                 });
                 let (q, k, v) =

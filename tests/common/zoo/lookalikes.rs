@@ -249,7 +249,7 @@ impl Lookalikes {
             let y = self.net.reshape(part, [N, shared[0], shared[1], D].map(Dim::from));
             let repeated = |n: u64| if n == 1 { HEADS / KV_HEADS } else { n };
             let shape = vec![N.into(), repeated(shared[0]).into(), repeated(shared[1]).into(), D.into()];
-            let y = self.net.op(millrace::ir::ops::Broadcast { shape }, &[y]);
+            let y = self.net.op(millrace::ir::ops::Broadcast { shape: shape.into() }, &[y]);
             self.net.reshape(y, [N, HEADS, D].map(Dim::from))
         });
         let q = self.net.transpose(q, [1, 0, 2]);
@@ -269,9 +269,9 @@ impl Lookalikes {
     /// Scores where `function(row, column + shift)` holds, -1000 elsewhere.
     fn kept(&mut self, scores: Operand, function: BinaryFn, shift: f64) -> Operand {
         let shape = vec![Dim::from(N), Dim::from(N)];
-        let [i, j] =
-            [0, 1].map(|axis| self.net.op(Iota { shape: shape.clone(), axis, dtype: DType::I32 }, &[]));
-        let ty = TensorType { dtype: DType::I32, shape: Vec::new() };
+        let [i, j] = [0, 1]
+            .map(|axis| self.net.op(Iota { shape: shape.clone().into(), axis, dtype: DType::I32 }, &[]));
+        let ty = TensorType { dtype: DType::I32, shape: Vec::new().into() };
         let shift = self.net.builder.weight(&format!("const.shift_{shift}"), ty, WeightExpr::Splat(shift));
         let j = self.add(j, shift);
         let kept = self.net.binary(function, i, j);

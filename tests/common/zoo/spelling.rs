@@ -92,7 +92,7 @@ impl Net {
 
     /// A scalar of f32, the type that primitive layers compute in.
     pub fn scalar(&mut self, name: &str, value: f64) -> Operand {
-        let ty = TensorType { dtype: DType::F32, shape: Vec::new() };
+        let ty = TensorType { dtype: DType::F32, shape: Vec::new().into() };
         self.builder.weight(&format!("const.{name}"), ty, WeightExpr::Splat(f64::from(value as f32)))
     }
 
@@ -121,7 +121,7 @@ impl Net {
 
     /// The same elements in another shape.
     pub fn reshape<const N: usize>(&mut self, x: Operand, shape: [Dim; N]) -> Operand {
-        self.op(Reshape { shape: shape.to_vec() }, &[x])
+        self.op(Reshape { shape: shape.to_vec().into() }, &[x])
     }
 
     /// Axes permuted.

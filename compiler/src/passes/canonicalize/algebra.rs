@@ -25,7 +25,7 @@ use crate::rewrite::{From, Outcome, Patch, View};
 /// Looks for arithmetic that has a cheaper spelling.
 pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
     let node = view.node(id);
-    match &node.op {
+    match &*node.op {
         Op::Unary(Unary { function }) => unary(view, id, *function),
         Op::Binary(Binary { function }) => binary(view, id, *function),
         Op::Cast(Cast { to }) => {

@@ -22,14 +22,14 @@
 use millrace_ir::ops::broadcasting::broadcast_shapes;
 use millrace_ir::ops::{Broadcast, Concat, Iota, Matmul, Op, Reduce, Reshape, Slice, Transpose};
 use millrace_ir::types::Shape;
-use millrace_ir::{Dim, NodeId, Operand, TensorType, WeightExpr};
+use millrace_ir::{Dim, NodeId, Operand, SharedOp, TensorType, WeightExpr};
 
 use crate::pattern::constant;
 use crate::rewrite::{From, Outcome, Patch, View};
 
 /// Looks for a movement that has a cheaper spelling.
 pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
-    let found = match &view.node(id).op {
+    let found = match &*view.node(id).op {
         Op::Slice(slice) => slice_of(view, id, slice),
         Op::Concat(concat) => concat_of(view, id, concat.axis),
         Op::Reshape(Reshape { shape }) => reshape_of(view, id, shape),
@@ -59,7 +59,7 @@ fn one_node<const N: usize>(
     view: &View<'_>,
     id: NodeId,
     sources: [NodeId; N],
-    op: impl Into<Op>,
+    op: impl Into<SharedOp>,
     operands: impl IntoIterator<Item = Operand>,
 ) -> Option<Patch> {
     let mut patch = Patch::new(sources);
@@ -113,7 +113,7 @@ fn concat_of(view: &View<'_>, id: NodeId, axis: usize) -> Option<Patch> {
         let sources: Vec<NodeId> = parts.iter().filter_map(nested).chain([id]).collect();
         let flat: Vec<From> = parts
             .iter()
-            .flat_map(|p| nested(p).map_or_else(|| vec![*p], |inner| view.node(inner).operands.clone()))
+            .flat_map(|p| nested(p).map_or_else(|| vec![*p], |inner| view.node(inner).operands.to_vec()))
             .map(From::Old)
             .collect();
         let mut patch = Patch::new(sources);

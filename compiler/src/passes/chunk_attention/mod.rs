@@ -84,7 +84,7 @@ fn sink(module: &mut Module, bound: usize) {
     let mut moved = BTreeSet::new();
     for id in &graph.order {
         let node = &graph.nodes[*id];
-        if !matches!(node.op, Op::KvAppend(_)) {
+        if !matches!(*node.op, Op::KvAppend(_)) {
             continue;
         }
         let mut chain = Vec::new();
@@ -143,7 +143,7 @@ impl Parts {
         norm: Option<NodeId>,
     ) -> std::result::Result<Site, Option<String>> {
         let reshape = view.def(view.node(down).operands[0]).map(|(id, _)| id).ok_or(None)?;
-        let attention = match view.node(reshape).op {
+        let attention = match *view.node(reshape).op {
             Op::Reshape(_) => view.def(view.node(reshape).operands[0]).map(|(id, _)| id).ok_or(None)?,
             _ => return Err(None),
         };
@@ -170,11 +170,11 @@ impl Parts {
     /// matmul with others.
     fn rows(&self, view: &View<'_>, id: NodeId) -> Option<Chain> {
         let append = reader(view, view.node(id))?;
-        if id.index() >= self.bound || !matches!(view.node(append).op, Op::KvAppend(_)) {
+        if id.index() >= self.bound || !matches!(*view.node(append).op, Op::KvAppend(_)) {
             return None;
         }
         let cache = *view.node(append).results.first()?;
-        let attends = |n: &&NodeId| matches!(view.node(**n).op, Op::PagedAttention(_));
+        let attends = |n: &&NodeId| matches!(*view.node(**n).op, Op::PagedAttention(_));
         let attention = *view.users(cache).iter().find(attends)?;
         self.behind(view, attention)?;
         let chain = Chain::of(view, Operand::Value(view.node(id).results[0])).ok()?;
@@ -197,15 +197,15 @@ impl Parts {
             _ => None,
         };
         let segments = vec![rows.and_then(|n| usize::try_from(n).ok()).unwrap_or(0)];
-        let mut last = patch.node(FusedMatmul { segments, ..op.clone() }, operands);
+        let mut last = patch.node(FusedMatmul { segments: segments.into(), ..op.clone() }, operands);
         for step in &chain.steps {
-            let op = match &step.op {
+            let op = match &*step.op {
                 Op::Reshape(reshape) => {
                     let mut shape = reshape.shape.clone();
                     shape[1] = Dim::from(heads);
                     Op::from(Reshape { shape })
                 }
-                other => other.clone(),
+                other => (*other).clone(),
             };
             let rest = step.operands[1..].iter().copied().map(From::Old);
             last = patch.node(op, [From::New(last, 0)].into_iter().chain(rest));
@@ -271,7 +271,7 @@ impl Parts {
 impl Rule for Parts {
     fn look(&self, view: &View<'_>, id: NodeId) -> Outcome {
         let node = view.node(id);
-        let found = match &node.op {
+        let found = match &*node.op {
             Op::Matmul(_) => match scores::look(view, id, self.parts, self.bound) {
                 Ok(patch) => return Outcome::Rewrite(patch),
                 Err(reason) => Err(reason),
@@ -299,7 +299,7 @@ impl Rule for Parts {
                 None => Err(None),
             },
         };
-        let anchor = self.parts > 1 || matches!(node.op, Op::PagedAttention(_));
+        let anchor = self.parts > 1 || matches!(*node.op, Op::PagedAttention(_));
         match found {
             Ok(site) if anchor && site.applies(self.parts) => {
                 let patch = Patch::new(site.sources(self.parts));

@@ -47,7 +47,7 @@ fn chain(view: &View<'_>, product: &Node) -> Found<Vec<(NodeId, usize)>> {
     let shape = &view.ty(product.operands[0]).shape;
     loop {
         let found = view.def(Operand::Value(value)).filter(|(_, index)| *index == 0);
-        let seen = probabilities || found.is_some_and(|(id, _)| matches!(view.node(id).op, Op::Softmax(_)));
+        let seen = probabilities || found.is_some_and(|(id, _)| matches!(*view.node(id).op, Op::Softmax(_)));
         let other = |reason: String| if seen { blocked(reason) } else { Err(None) };
         let Some((id, _)) = found else { return other("scores are no product".into()) };
         let node = view.node(id);
@@ -58,7 +58,7 @@ fn chain(view: &View<'_>, product: &Node) -> Found<Vec<(NodeId, usize)>> {
         {
             return other(format!("`{}` stands between scores and values", node.op.name()));
         }
-        let path = match &node.op {
+        let path = match &*node.op {
             Op::Matmul(_) if probabilities => {
                 chain.push((id, 0));
                 chain.reverse();
@@ -87,8 +87,8 @@ fn leads(view: &View<'_>, operand: Operand, shape: &[Dim]) -> bool {
     let Operand::Value(value) = operand else { return false };
     let op = &view.node(id).op;
     let elementwise =
-        matches!(op, Op::Unary(_) | Op::Binary(_) | Op::Cast(_) | Op::Select(_) | Op::Pointwise(_));
-    (elementwise || matches!(op, Op::Matmul(_) | Op::Softmax(_)))
+        matches!(**op, Op::Unary(_) | Op::Binary(_) | Op::Cast(_) | Op::Select(_) | Op::Pointwise(_));
+    (elementwise || matches!(**op, Op::Matmul(_) | Op::Softmax(_)))
         && view.used_once(value)
         && view.ty(operand).shape[..] == *shape
 }

@@ -47,8 +47,8 @@ impl Chain {
             }
             let node = view.node(id);
             nodes.push(id);
-            let cuts = steps.last().is_some_and(|n: &Node| matches!(n.op, Op::Reshape(_)));
-            match (&node.op, node.operands.first()) {
+            let cuts = steps.last().is_some_and(|n: &Node| matches!(*n.op, Op::Reshape(_)));
+            match (&*node.op, node.operands.first()) {
                 (Op::FusedMatmul(_), _) if cuts => break (node, index),
                 (Op::Reshape(_) | Op::Rope(_) | Op::RmsNorm(_), Some(Operand::Value(from))) if !cuts => {
                     steps.push(node.clone());
@@ -75,7 +75,7 @@ impl Chain {
             return blocked("a weight or bias is computed");
         }
         let len = op.segments[segment];
-        let heads = match &steps[0].op {
+        let heads = match &*steps[0].op {
             Op::Reshape(Reshape { shape })
                 if shape.len() == 3 && view.ty(steps[0].operands[0]).rank() == 2 =>
             {
@@ -130,7 +130,7 @@ impl Site {
     ) -> Found<Site> {
         let node = view.node(attention);
         let heads_of = |operand: usize, axis: usize| whole(&view.ty(node.operands[operand]).shape[axis]);
-        let (paged, kv_heads) = match &node.op {
+        let (paged, kv_heads) = match &*node.op {
             Op::PagedAttention(_) => (true, heads_of(1, 2)),
             Op::Attention(_) => (false, heads_of(1, 1)),
             _ => return Err(None),
@@ -142,7 +142,7 @@ impl Site {
         if reader(view, node) != Some(reshape_id) || reader(view, between) != Some(down) {
             return blocked("the result of attention has other uses");
         }
-        let Op::Reshape(reshape) = &between.op else { return Err(None) };
+        let Op::Reshape(reshape) = &*between.op else { return Err(None) };
         let q = Chain::of(view, node.operands[0])?;
         if reshape.shape.len() != 2 || reshape.shape[1] != Dim::from(q.len) {
             return blocked("a reshape does more than join heads");

@@ -32,10 +32,10 @@ struct Scores {
 /// Looks for an attention that ends in this node.
 pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
     let node = view.node(id);
-    let Op::Matmul(outer) = &node.op else { return Outcome::NoMatch };
+    let Op::Matmul(outer) = &*node.op else { return Outcome::NoMatch };
     let (probabilities, mut nodes) = below_casts(view, node.operands[0]);
     let Some((softmax, 0)) = view.def(probabilities) else { return Outcome::NoMatch };
-    match &view.node(softmax).op {
+    match &*view.node(softmax).op {
         Op::Softmax(s) if s.axis + 1 == view.ty(probabilities).rank() => {}
         _ => return Outcome::NoMatch,
     }
@@ -69,7 +69,7 @@ fn scores(view: &View<'_>, operand: Operand) -> Result<Option<Scores>, String> {
         let Some((id, 0)) = view.def(below) else { return Ok(None) };
         found.nodes.push(id);
         let node = view.node(id);
-        at = match &node.op {
+        at = match &*node.op {
             Op::Matmul(_) if matches!(node.operands[1], Operand::Value(_)) => {
                 found.product = id;
                 for mask in masks {
@@ -127,7 +127,7 @@ fn leads_to_product(view: &View<'_>, operand: Operand) -> bool {
     for _ in 0..CHAIN {
         let Some((id, 0)) = view.def(at) else { return false };
         let node = view.node(id);
-        at = match &node.op {
+        at = match &*node.op {
             Op::Matmul(_) => return true,
             Op::Cast(_) => node.operands[0],
             Op::Select(_) if constant(view, node.operands[1]).is_some() => node.operands[2],
@@ -160,7 +160,7 @@ fn source(view: &View<'_>, operand: Operand, turned: bool, group: bool) -> Sourc
         perm.swap(rank - 2, rank - 1);
     }
     if let Some((id, _)) = view.def(at)
-        && let Op::Transpose(transpose) = &view.node(id).op
+        && let Op::Transpose(transpose) = &*view.node(id).op
     {
         perm = perm.iter().map(|p| transpose.perm[*p]).collect();
         at = below_casts(view, view.node(id).operands[0]).0;
@@ -186,11 +186,11 @@ fn repeated(view: &View<'_>, operand: Operand) -> Option<(usize, Operand, Shape)
     let node = view.node(id);
     let one = Dim::from(1i64);
     let to = &view.ty(operand).shape;
-    let (broadcast, merged) = match node.op {
+    let (broadcast, merged) = match *node.op {
         Op::Broadcast(_) => (id, false),
         Op::Reshape(_) => {
             let (below, _) = view.def(node.operands[0])?;
-            matches!(view.node(below).op, Op::Broadcast(_)).then_some((below, true))?
+            matches!(*view.node(below).op, Op::Broadcast(_)).then_some((below, true))?
         }
         _ => return None,
     };
@@ -223,7 +223,7 @@ fn unscaled(view: &View<'_>, operand: Operand) -> (Operand, f64) {
     let (below, _) = below_casts(view, operand);
     let Some((id, 0)) = view.def(below) else { return (operand, 1.0) };
     let node = view.node(id);
-    let Op::Binary(Binary { function }) = node.op else { return (operand, 1.0) };
+    let Op::Binary(Binary { function }) = *node.op else { return (operand, 1.0) };
     let (a, b) = (node.operands[0], node.operands[1]);
     let same = |o: Operand| view.ty(o).shape == view.ty(operand).shape;
     match (function, constant(view, a), constant(view, b)) {
@@ -244,7 +244,7 @@ fn rewrite(
     let result = view.node(id).results[0];
     let ty = &view.module.graph.values[result].ty;
     let inner = view.node(scores.product);
-    let Op::Matmul(Matmul { transpose_b, .. }) = inner.op else { return Ok(Outcome::NoMatch) };
+    let Op::Matmul(Matmul { transpose_b, .. }) = *inner.op else { return Ok(Outcome::NoMatch) };
     let (q, q_scale) = unscaled(view, inner.operands[0]);
     let (k, k_scale) = unscaled(view, inner.operands[1]);
     let v = view.node(id).operands[1];
@@ -309,7 +309,7 @@ fn rewrite(
     }
     let attention = patch.node(Attention { mask }, packed.into_iter().chain([starts]));
     // Back to [batch.., heads.., s, d].
-    let mut shape: Shape = lead[..split].to_vec();
+    let mut shape: Shape = lead[..split].to_vec().into();
     shape.push(rows.clone());
     shape.extend(lead[split..].iter().cloned());
     shape.push(width);
@@ -359,7 +359,7 @@ fn pack(
     let [rows, width] = [&source.shape[own - 2], &source.shape[own - 1]];
     let heads = product(&source.shape[split..own - 2]);
     let shape = vec![product(batch).mul(rows), heads, width.clone()];
-    From::New(patch.node(Reshape { shape }, [at]), 0)
+    From::New(patch.node(Reshape { shape: shape.into() }, [at]), 0)
 }
 
 /// `[0, s, 2 s, ..]` for `b` sequences of `s` rows.
@@ -377,7 +377,7 @@ pub(super) fn seq_starts(patch: &mut Patch, b: &Dim, s: &Dim) -> From {
     {
         return multiples(patch, count, rows);
     }
-    let iota = |shape: Dim| Iota { shape: vec![shape], axis: 0, dtype: DType::I32 };
+    let iota = |shape: Dim| Iota { shape: vec![shape].into(), axis: 0, dtype: DType::I32 };
     let length = match s.as_const() {
         Some(rows) => {
             let ty = TensorType::new(DType::I32, [one]);

@@ -53,7 +53,7 @@ pub(super) fn additive(view: &View<'_>, mask: Operand, scale: f64) -> Result<Mas
     }
     let Some((node, _)) = view.def(mask) else { return Err(data(mask)) };
     let node = view.node(node);
-    match node.op {
+    match *node.op {
         Op::Select(_) => {
             let values = [constant(view, node.operands[1]), constant(view, node.operands[2])];
             match values {
@@ -76,7 +76,7 @@ pub(super) fn additive(view: &View<'_>, mask: Operand, scale: f64) -> Result<Mas
             }
             let (truth, visible) = match view.def(truth).map(|(n, _)| view.node(n)) {
                 Some(inner)
-                    if matches!(inner.op, Op::Binary(Binary { function: BinaryFn::Sub }))
+                    if matches!(*inner.op, Op::Binary(Binary { function: BinaryFn::Sub }))
                         && constant(view, inner.operands[0]) == Some(1.0) =>
                 {
                     (inner.operands[1], true)
@@ -99,7 +99,7 @@ pub(super) fn additive(view: &View<'_>, mask: Operand, scale: f64) -> Result<Mas
 fn additive_leaf(view: &View<'_>, mask: Operand, scale: f64) -> Result<Mask, Reason> {
     let is_sum = view
         .def(below_movements(view, mask))
-        .is_some_and(|(n, _)| matches!(view.node(n).op, Op::Binary(Binary { function: BinaryFn::Add })));
+        .is_some_and(|(n, _)| matches!(*view.node(n).op, Op::Binary(Binary { function: BinaryFn::Add })));
     if is_sum { Err(data(mask)) } else { additive(view, mask, scale) }
 }
 
@@ -125,7 +125,7 @@ pub(super) fn condition(
     }
     let Some((node, _)) = view.def(truth) else { return Err(data(truth)) };
     let node = view.node(node);
-    match node.op {
+    match *node.op {
         Op::Binary(Binary { function }) if function.compares() => {
             let sides = [linear(view, node.operands[0], depth), linear(view, node.operands[1], depth)];
             let [Some(left), Some(right)] = sides else { return Err(data(truth)) };
@@ -180,7 +180,7 @@ fn linear(view: &View<'_>, operand: Operand, depth: usize) -> Option<Linear> {
     let (node, _) = view.def(operand)?;
     let node = view.node(node);
     let next = depth.checked_sub(1)?;
-    match &node.op {
+    match &*node.op {
         // The only coordinate along an extent of 1 is 0.
         Op::Iota(Iota { shape, axis, .. }) if shape[*axis].as_const() == Some(1) => {
             Some(Linear { row: 0.0, column: 0.0, constant: 0.0 })
@@ -293,7 +293,7 @@ fn below_movements(view: &View<'_>, operand: Operand) -> Operand {
             let added = to.len().saturating_sub(from.len());
             to.ends_with(from) && to[..added].iter().all(|d| d.as_const() == Some(1))
         };
-        match view.node(node).op {
+        match *view.node(node).op {
             Op::Broadcast(_) => at = source,
             Op::Reshape(_) if adds_ones() => at = source,
             Op::Cast(ref cast) if cast.to.is_float() && view.ty(source).dtype.is_float() => at = source,
@@ -307,7 +307,7 @@ fn below_movements(view: &View<'_>, operand: Operand) -> Operand {
 fn below_cast(view: &View<'_>, operand: Operand) -> Operand {
     let at = below_movements(view, operand);
     match view.def(at) {
-        Some((node, _)) if matches!(view.node(node).op, Op::Cast(_)) => view.node(node).operands[0],
+        Some((node, _)) if matches!(*view.node(node).op, Op::Cast(_)) => view.node(node).operands[0],
         _ => at,
     }
 }

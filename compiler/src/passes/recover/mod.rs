@@ -107,7 +107,7 @@ fn other_operand(view: &View<'_>, user: NodeId, value: Operand) -> Option<Operan
 /// Whether the op is a cast between float types.
 fn is_float_cast(view: &View<'_>, id: NodeId) -> bool {
     let node = view.node(id);
-    matches!(&node.op, Op::Cast(cast) if cast.to.is_float()) && view.ty(node.operands[0]).dtype.is_float()
+    matches!(&*node.op, Op::Cast(cast) if cast.to.is_float()) && view.ty(node.operands[0]).dtype.is_float()
 }
 
 /// The element type a recovered op computes for `result`, and the value it replaces: a result that is only cast to
@@ -126,6 +126,6 @@ fn stored_as(view: &View<'_>, result: ValueId, narrow: DType, nodes: &mut Vec<No
 fn cast_after(view: &View<'_>, value: ValueId, dtype: DType) -> Option<(NodeId, ValueId)> {
     let [user] = view.users(value)[..] else { return None };
     let wider = view.ty(Operand::Value(value)).dtype.bits() > dtype.bits();
-    let casts = matches!(&view.node(user).op, Op::Cast(cast) if cast.to == dtype);
+    let casts = matches!(&*view.node(user).op, Op::Cast(cast) if cast.to == dtype);
     (wider && casts && view.used_once(value)).then(|| (user, view.node(user).results[0]))
 }

@@ -14,12 +14,12 @@ use crate::rewrite::{From, Outcome, Patch, View};
 /// Looks for a narrowing cast of an op whose operands were all widened before it.
 pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
     let node = view.node(id);
-    let Op::Cast(Cast { to }) = node.op else { return Outcome::NoMatch };
+    let Op::Cast(Cast { to }) = *node.op else { return Outcome::NoMatch };
     let wide = node.operands[0];
     let Some((source, 0)) = view.def(wide) else { return Outcome::NoMatch };
     let inner = view.node(source);
     let computes_wide = matches!(
-        inner.op,
+        *inner.op,
         Op::RmsNorm(_)
             | Op::LayerNorm(_)
             | Op::L2Normalize(_)

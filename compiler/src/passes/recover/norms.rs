@@ -66,7 +66,7 @@ static L2_ADDED: LazyLock<Pattern> =
 
 /// Looks for a norm that ends in this node.
 pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
-    let Op::Binary(Binary { function }) = view.node(id).op else { return Outcome::NoMatch };
+    let Op::Binary(Binary { function }) = *view.node(id).op else { return Outcome::NoMatch };
     let mut blocked = None;
     let mut find = |pattern: &Pattern| match pattern.find(view, id) {
         Found::Match(found) => Some(found),
@@ -136,7 +136,7 @@ fn weight_follows(view: &View<'_>, value: Operand) -> bool {
     let Operand::Value(id) = value else { return false };
     let n = view.ty(value).last();
     let weighs = |user: &NodeId| {
-        matches!(view.node(*user).op, Op::Binary(Binary { function: BinaryFn::Mul }))
+        matches!(*view.node(*user).op, Op::Binary(Binary { function: BinaryFn::Mul }))
             && other_operand(view, *user, value).is_some_and(|w| is_vector(view, w, &n))
     };
     let casts = |user: &NodeId| {
@@ -145,7 +145,7 @@ fn weight_follows(view: &View<'_>, value: Operand) -> bool {
             let below = Operand::Value(cast);
             !view.is_output(cast)
                 && view.users(cast).iter().all(|u| {
-                    matches!(view.node(*u).op, Op::Binary(Binary { function: BinaryFn::Mul }))
+                    matches!(*view.node(*u).op, Op::Binary(Binary { function: BinaryFn::Mul }))
                         && other_operand(view, *u, below).is_some_and(|w| is_vector(view, w, &n))
                 })
         }
@@ -192,7 +192,7 @@ fn rewrite(view: &View<'_>, found: &Match, norm: Norm, id: NodeId) -> Outcome {
 fn flat(patch: &mut Patch, vector: From, rank: usize, n: &Dim) -> From {
     match rank {
         1 => vector,
-        _ => From::New(patch.node(Reshape { shape: vec![n.clone()] }, [vector]), 0),
+        _ => From::New(patch.node(Reshape { shape: vec![n.clone()].into() }, [vector]), 0),
     }
 }
 
@@ -220,7 +220,7 @@ fn l2(view: &View<'_>, found: &Match, id: NodeId) -> Outcome {
 fn unbiased(view: &View<'_>, operand: Operand) -> Option<NodeId> {
     let (source, _) = view.def(operand)?;
     let node = view.node(source);
-    (matches!(node.op, Op::LayerNorm(_)) && node.operands.len() == 2).then_some(source)
+    (matches!(*node.op, Op::LayerNorm(_)) && node.operands.len() == 2).then_some(source)
 }
 
 fn bias(view: &View<'_>, id: NodeId) -> Outcome {
@@ -252,7 +252,7 @@ fn late_weight(view: &View<'_>, id: NodeId) -> Outcome {
     let plain = |operand: Operand| {
         let (source, _) = view.def(operand)?;
         let node = view.node(source);
-        let is_norm = matches!(node.op, Op::LayerNorm(_) | Op::RmsNorm(_)) && node.operands.len() == 2;
+        let is_norm = matches!(*node.op, Op::LayerNorm(_) | Op::RmsNorm(_)) && node.operands.len() == 2;
         (is_norm && constant(view, node.operands[1]) == Some(1.0)).then_some(source)
     };
     let (source, y, vector) = match (plain(a), plain(b)) {

@@ -17,14 +17,14 @@ use crate::rewrite::{From, Outcome, Patch, View};
 /// Looks for a mean that ends in this node.
 pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
     let node = view.node(id);
-    if let Op::Reduce(reduce) = &node.op {
+    if let Op::Reduce(reduce) = &*node.op {
         return pool(view, id, reduce);
     }
-    let Op::Binary(Binary { function }) = node.op else { return Outcome::NoMatch };
+    let Op::Binary(Binary { function }) = *node.op else { return Outcome::NoMatch };
     let (a, b) = (node.operands[0], node.operands[1]);
     let summed = |sum: Operand, factor: Operand, divides: bool| {
         let (source, _) = view.def(sum)?;
-        let Op::Reduce(Reduce { function: ReduceFn::Sum, axes, keep }) = &view.node(source).op else {
+        let Op::Reduce(Reduce { function: ReduceFn::Sum, axes, keep }) = &*view.node(source).op else {
             return None;
         };
         let x = view.node(source).operands[0];
@@ -65,7 +65,8 @@ fn pool(view: &View<'_>, id: NodeId, reduce: &Reduce) -> Outcome {
         return Outcome::NoMatch;
     }
     let mut patch = Patch::new([id]);
-    let packed = patch.node(Reshape { shape: vec![sequences.mul(rows), width.clone()] }, [From::Old(x)]);
+    let packed =
+        patch.node(Reshape { shape: vec![sequences.mul(rows), width.clone()].into() }, [From::Old(x)]);
     let starts = seq_starts(&mut patch, sequences, rows);
     let new = patch.node(MeanPool, [From::New(packed, 0), starts]);
     patch.replace(node.results[0], From::New(new, 0));

@@ -38,7 +38,7 @@ struct Rotation {
 
 /// Looks for a rotation that ends in this node.
 pub(super) fn look(view: &View<'_>, id: NodeId) -> Outcome {
-    let found = match &view.node(id).op {
+    let found = match &*view.node(id).op {
         Op::Binary(Binary { function: BinaryFn::Add }) => whole(view, id),
         Op::Concat(_) | Op::Reshape(_) => halves(view, id),
         _ => None,
@@ -145,7 +145,7 @@ fn joined(view: &View<'_>, operand: Operand, nodes: &mut Vec<NodeId>) -> Option<
                 };
                 let source = view.node(id).operands[0];
                 let (last, lead) = inner.split_last()?;
-                (last.as_const() == Some(1) && lead == view.ty(source).shape).then_some(source)
+                (last.as_const() == Some(1) && view.ty(source).shape == lead).then_some(source)
             };
             let (a, b) = (below(a)?, below(b)?);
             let is_last = axis + 1 == view.ty(stacked).rank();
@@ -224,7 +224,7 @@ fn halves(view: &View<'_>, id: NodeId) -> Option<Rotation> {
     let fits = lo.index == 0
         && hi == (Half { index: 1, ..lo })
         && (sum == [(hi, cos), (lo, sin)] || sum == [(lo, sin), (hi, cos)]);
-    let rest = match (&view.node(id).op, &view.node(id).operands[..]) {
+    let rest = match (&*view.node(id).op, &view.node(id).operands[..]) {
         (Op::Concat(_), [_, _, rest]) => Some(is_rest(view, *rest, lo.x, lo.width)?),
         _ => None,
     };
@@ -235,7 +235,7 @@ fn halves(view: &View<'_>, id: NodeId) -> Option<Rotation> {
 /// The node that makes `operand`, if it is all of x but the first `width` elements.
 fn is_rest(view: &View<'_>, operand: Operand, x: Operand, width: i64) -> Option<NodeId> {
     let (id, 0) = view.def(operand)? else { return None };
-    let Op::Slice(slice) = &view.node(id).op else { return None };
+    let Op::Slice(slice) = &*view.node(id).op else { return None };
     let ty = view.ty(x);
     let fits = slice.axis + 1 == ty.rank()
         && slice.step == 1
@@ -249,7 +249,7 @@ fn is_rest(view: &View<'_>, operand: Operand, x: Operand, width: i64) -> Option<
 fn joined_rest(view: &View<'_>, result: ValueId, x: Operand, width: i64) -> Option<([NodeId; 2], ValueId)> {
     let [user] = view.users(result)[..] else { return None };
     let node = view.node(user);
-    let Op::Concat(Concat { axis }) = node.op else { return None };
+    let Op::Concat(Concat { axis }) = *node.op else { return None };
     let [first, rest] = node.operands[..] else { return None };
     let slice = is_rest(view, rest, x, width)?;
     let fits = first == Operand::Value(result) && view.used_once(result) && axis + 1 == view.ty(x).rank();
@@ -287,7 +287,7 @@ fn rewrite(view: &View<'_>, id: NodeId, rotation: Rotation) -> Result<Outcome, S
     let shared: Vec<NodeId> = nodes
         .iter()
         .copied()
-        .filter(|n| joins.contains(n) || matches!(view.node(*n).op, Op::Cast(_) | Op::Slice(_)))
+        .filter(|n| joins.contains(n) || matches!(*view.node(*n).op, Op::Cast(_) | Op::Slice(_)))
         .collect();
     if let Some(reason) = read_outside(view, &nodes, id, &shared) {
         return Err(reason);
@@ -339,7 +339,7 @@ fn rewrite(view: &View<'_>, id: NodeId, rotation: Rotation) -> Result<Outcome, S
     let dims = |axes: &[usize]| axes.iter().map(|a| shape[*a].clone()).collect::<Shape>();
     let t = product(&dims(&rows));
     let head_count = heads.map_or(Dim::from(1i64), |axis| shape[axis].clone());
-    let packed = patch.node(Reshape { shape: vec![t.clone(), head_count, ty.last()] }, [at]);
+    let packed = patch.node(Reshape { shape: vec![t.clone(), head_count, ty.last()].into() }, [at]);
     let positions = flat_positions(view, &mut patch, positions, &rows, &axes, &dims(&rows), t);
     let turn = patch.node(op, [From::New(packed, 0), positions]);
     let mut back = patch.node(Reshape { shape: dims(&perm) }, [From::New(turn, 0)]);
@@ -380,6 +380,6 @@ fn flat_positions(
     match all {
         From::Old(given) if view.ty(given).rank() == 1 => all,
         From::New(..) if dims.len() == 1 => all,
-        _ => From::New(patch.node(Reshape { shape: vec![t] }, [all]), 0),
+        _ => From::New(patch.node(Reshape { shape: vec![t].into() }, [all]), 0),
     }
 }

@@ -69,7 +69,7 @@ pub(super) fn angles(view: &View<'_>, operand: Operand, function: UnaryFn) -> Re
         let Some((id, 0)) = view.def(at) else { return Err(unknown(at)) };
         let node = view.node(id);
         let last = |o: Operand| view.ty(o).last();
-        match &node.op {
+        match &*node.op {
             Op::Cast(_) | Op::Broadcast(_) | Op::Reshape(_) if last(node.operands[0]) == last(at) => {
                 at = node.operands[0];
             }
@@ -146,12 +146,12 @@ fn repeated_each(view: &View<'_>, operand: Operand) -> Option<(usize, Operand)> 
     let (id, _) = view.def(operand)?;
     let node = view.node(id);
     let one = |o: Operand| view.ty(o).last().as_const() == Some(1);
-    if !matches!(node.op, Op::Broadcast(_)) || !one(node.operands[0]) {
+    if !matches!(*node.op, Op::Broadcast(_)) || !one(node.operands[0]) {
         return None;
     }
     let (below, _) = view.def(node.operands[0])?;
     let base = view.node(below).operands.first().copied()?;
-    let adds_axis = matches!(view.node(below).op, Op::Reshape(_))
+    let adds_axis = matches!(*view.node(below).op, Op::Reshape(_))
         && view.ty(base).shape[..] == view.ty(node.operands[0]).shape[..view.ty(node.operands[0]).rank() - 1];
     adds_axis.then(|| (width(view, operand), base))
 }
@@ -169,7 +169,7 @@ fn product(
     for _ in 0..CHAIN {
         let Some((id, 0)) = view.def(at) else { break };
         let node = view.node(id);
-        match &node.op {
+        match &*node.op {
             Op::Cast(_) | Op::Broadcast(_) | Op::Reshape(_) => at = node.operands[0],
             Op::Iota(Iota { shape, axis, .. }) => {
                 let one_axis =

@@ -166,7 +166,7 @@ fn cut(module: &Module, node: &Node, operand: usize) -> Cut {
     let cuda = module.target.as_deref().is_some_and(|t| t.starts_with("cuda"));
     let kernel = node.kernel.and_then(|k| module.kernels.get(k)).map(|k| k.name.as_str());
     let runs = |name: &str| cuda || kernel.is_none_or(|kernel| kernel == name);
-    match &node.op {
+    match &*node.op {
         Op::FusedMatmul(op) if operand == 1 => match (op.glu().is_some(), op.cores, op.panel > 0) {
             // The panels of gate and up alternate.
             (true, true, _) if cuda => Cut::Tiles { granule: 2, parts: 1 },

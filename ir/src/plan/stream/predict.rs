@@ -121,7 +121,7 @@ fn play(
             }
         };
         let (mut next, mut user) = (0, 0);
-        for node in 0..demand.nodes {
+        for (node, stalled) in stall.iter_mut().enumerate() {
             let cost = costs.nodes.get(node).copied().unwrap_or(0);
             let mut left = cost;
             while let Some(read) = demand.uses.get(user).filter(|u| u.node == node) {
@@ -142,7 +142,7 @@ fn play(
                     }
                     let wait = arrived[index].saturating_sub(now);
                     note(Busy::Wait(index), now, now + wait);
-                    stall[node] += wait;
+                    *stalled += wait;
                     now += wait;
                     let part = part(copies[index].count).min(left);
                     note(Busy::Node(node), now, now + part);

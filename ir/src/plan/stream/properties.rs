@@ -76,8 +76,7 @@ fn simulate(
         ticks: u64,
     }
     let mut kernels = vec![Kernel { node: 0, needs: None, ticks: costs.step }];
-    for node in 0..demand.nodes {
-        let cost = costs.nodes[node];
+    for (node, cost) in costs.nodes.iter().copied().enumerate() {
         let mine: Vec<usize> = (0..placement.copies.len())
             .filter(|i| demand.uses[placement.copies[*i].user].node == node)
             .collect();

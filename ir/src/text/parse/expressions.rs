@@ -43,7 +43,7 @@ impl<'a> Parser<'a> {
         let dtype = self.dtype()?;
         self.expect("[")?;
         let shape = self.list("]", |p| p.dim(0))?;
-        Ok(TensorType { dtype, shape })
+        Ok(TensorType { dtype, shape: shape.into() })
     }
 
     pub(super) fn deeper(&self, depth: usize) -> Result<()> {

@@ -240,7 +240,8 @@ impl<'a> Parser<'a> {
             }));
             let results = results.iter().map(|(id, _)| ValueId::from_index(*id as usize)).collect();
             let operands = operands.into_iter().map(|(o, _)| o).collect();
-            let pushed = graph.nodes.push(Node { op, operands, results, loc, kernel, joined });
+            let pushed =
+                graph.nodes.push(Node { op: op.into(), operands, results, loc: loc.into(), kernel, joined });
             graph.order.push(pushed);
         }
         for (value, at) in uses {

@@ -197,7 +197,7 @@ impl<'a> Parser<'a> {
                     self.expect(",")?;
                 }
                 self.key("axis")?;
-                WeightExpr::Concat { axis: self.usize()?, parts }
+                WeightExpr::Concat { axis: self.usize()?, parts: parts.into() }
             }
             "transpose" => {
                 let of = self.weight_ref()?;
@@ -226,7 +226,7 @@ impl<'a> Parser<'a> {
                 let panel = self.usize()?;
                 self.expect(",")?;
                 self.key("segments")?;
-                WeightExpr::Pack { panel, segments: self.usize_list()?, of }
+                WeightExpr::Pack { panel, segments: self.usize_list()?.into(), of }
             }
             "cores" => {
                 let of = self.weight_ref()?;
@@ -237,7 +237,7 @@ impl<'a> Parser<'a> {
                 if alternate {
                     self.expect_word("alternate")?;
                 }
-                WeightExpr::Cores { segments, alternate, of }
+                WeightExpr::Cores { segments: segments.into(), alternate, of }
             }
             other => {
                 return Err(self.error_at(at, format!("{} is no weight expression", Tok::Word(other).show())));

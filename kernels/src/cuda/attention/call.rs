@@ -72,7 +72,7 @@ impl<'a> Call<'a> {
     /// The call of a site of one `attention` or `paged_attention`.
     pub fn of(site: Site<'a>) -> Option<Call<'a>> {
         let node: &Node = site.only()?;
-        let (scale, causal, window, paged) = match &node.op {
+        let (scale, causal, window, paged) = match &*node.op {
             Op::Attention(op) => (op.mask.scale, op.mask.causal, op.mask.window, None),
             Op::PagedAttention(op) => {
                 let paged = Paged {

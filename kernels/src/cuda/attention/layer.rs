@@ -14,7 +14,7 @@ use crate::cuda::rope::{self, BeforeAttention};
 pub fn plan(site: Site<'_>) -> Option<Planned> {
     let (attention, before) = site.nodes.split_last()?;
     let attention = Site { nodes: std::slice::from_ref(attention), ..site };
-    let works = |id| !matches!(site.module.graph.nodes[id].op, Op::Reshape(_));
+    let works = |id| !matches!(*site.module.graph.nodes[id].op, Op::Reshape(_));
     let end = before.iter().rposition(|id| works(*id))? + 1;
     // `rope` sees to the views among its nodes.
     if !before[end..].iter().all(|id| renames(site, *id)) {

@@ -32,7 +32,7 @@ pub(super) const SEQUENCES: &str = include_str!("sequences.cu");
 
 /// Plans `attention`, `paged_attention` and `mean_pool`.
 pub fn plan(site: Site<'_>) -> Option<Planned> {
-    if let Op::MeanPool(_) = site.only()?.op {
+    if let Op::MeanPool(_) = *site.only()?.op {
         return mean_pool::plan(site);
     }
     let call = Call::of(site)?;

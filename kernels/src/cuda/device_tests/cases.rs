@@ -45,7 +45,7 @@ fn extremes(dump: &mut Dump) {
     dump.one(Concat { axis: 1 }, &[x, x], &[]);
     dump.one(Gather { axis: 1 }, &[x, (DType::I32, &["7"])], &ids(64));
     dump.one(Scatter { axis: 1 }, &[x, (DType::I32, &["7"]), (b, &[HUGE, "7"])], &ids(64));
-    dump.one(Iota { shape: vec![one(3), one(1 << 12)], axis: 1, dtype: DType::F32 }, &[], &[]);
+    dump.one(Iota { shape: vec![one(3), one(1 << 12)].into(), axis: 1, dtype: DType::F32 }, &[], &[]);
     let pool =
         Pool2d { average: true, kernel: [2, 2], stride: [2, 2], pad: [0; 4], count_include_pad: false };
     dump.one(pool, &[(b, &[HUGE, "2", "8", "8"])], &[]);
@@ -257,7 +257,7 @@ fn movement(dump: &mut Dump) {
             &[Fill::Uniform(0.0, 1.0), Fill::Index(one(9))],
         );
         if dtype != DType::Bool {
-            dump.one(Iota { shape: vec![one(3), one(5), one(2)], axis: 1, dtype }, &[], &[]);
+            dump.one(Iota { shape: vec![one(3), one(5), one(2)].into(), axis: 1, dtype }, &[], &[]);
         }
     }
     let f = DType::F32;
@@ -266,10 +266,14 @@ fn movement(dump: &mut Dump) {
     dump.one(Transpose { perm: vec![0, 3, 2, 1] }, &[(f, &["2", "t", "3", "40"])], &[]);
     dump.one(Transpose { perm: vec![1, 0] }, &[(DType::I8, &["100", "70"])], &[]);
     dump.one(Transpose { perm: vec![3, 2, 1, 0] }, &[(DType::F16, &["3", "t", "5", "2"])], &[]);
-    dump.one(Broadcast { shape: vec![one(3), t.clone(), one(16)] }, &[(f, &["t", "1"])], &[]);
-    dump.one(Broadcast { shape: vec![t.clone(), one(6), one(16)] }, &[(DType::BF16, &["t", "1", "16"])], &[]);
-    dump.one(Broadcast { shape: vec![one(4), t.clone()] }, &[(DType::I64, &["t"])], &[]);
-    dump.one(Reshape { shape: vec![one(2), t.clone(), one(3)] }, &[(DType::U8, &["t", "6"])], &[]);
+    dump.one(Broadcast { shape: vec![one(3), t.clone(), one(16)].into() }, &[(f, &["t", "1"])], &[]);
+    dump.one(
+        Broadcast { shape: vec![t.clone(), one(6), one(16)].into() },
+        &[(DType::BF16, &["t", "1", "16"])],
+        &[],
+    );
+    dump.one(Broadcast { shape: vec![one(4), t.clone()].into() }, &[(DType::I64, &["t"])], &[]);
+    dump.one(Reshape { shape: vec![one(2), t.clone(), one(3)].into() }, &[(DType::U8, &["t", "6"])], &[]);
     let last = Slice { axis: 0, start: t.sub(&one(1)), end: t.clone(), step: 1 };
     dump.one(last, &[(DType::BF16, &["t", "5", "8"])], &[]);
     for (dtype, ids) in [(f, DType::I32), (DType::BF16, DType::I64), (DType::U8, DType::I32)] {

@@ -25,7 +25,7 @@ use super::plan::{Planned, Site, SiteVariant};
 /// How to run `matmul`, `matmul.fused` or `rms_norm, matmul.fused`; `None` for any other site. `choices` replace built-in
 /// ones.
 pub fn plan(site: Site<'_>, choices: &Choices) -> Option<Planned> {
-    if site.only().is_some_and(|node| matches!(node.op, Op::Matmul(_))) {
+    if site.only().is_some_and(|node| matches!(*node.op, Op::Matmul(_))) {
         return simple::activations(site);
     }
     let problem = Problem::of(site)?;

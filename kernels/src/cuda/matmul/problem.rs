@@ -70,10 +70,10 @@ impl<'a> Problem<'a> {
     /// The problem of a site `matmul.fused` or `rms_norm, matmul.fused` whose weight is in a layout of CUDA kernels.
     pub fn of(site: Site<'a>) -> Option<Problem<'a>> {
         let node = site.node(site.nodes.len() - 1);
-        let Op::FusedMatmul(op) = &node.op else { return None };
+        let Op::FusedMatmul(op) = &*node.op else { return None };
         let norm = match site.nodes.len() {
             1 => None,
-            2 => match &site.node(0).op {
+            2 => match &*site.node(0).op {
                 Op::RmsNorm(norm) => {
                     let first = site.node(0);
                     Some(Norm { x: first.operands[0], weight: first.operands[1], eps: norm.eps as f32 })
@@ -103,7 +103,7 @@ impl<'a> Problem<'a> {
             norm,
             weight,
             layout,
-            segments: op.segments.clone(),
+            segments: op.segments.clone().to_vec(),
             epilogue,
             results: node.results.iter().map(|r| Operand::Value(*r)).collect(),
             dtype: x_ty.dtype,

@@ -50,7 +50,7 @@ pub fn launches(problem: &Problem<'_>) -> Option<Vec<SiteLaunch>> {
 /// `matmul` of two activations.
 pub fn activations(site: Site<'_>) -> Option<Planned> {
     let node = site.only()?;
-    let Op::Matmul(Matmul { transpose_b, .. }) = &node.op else { return None };
+    let Op::Matmul(Matmul { transpose_b, .. }) = &*node.op else { return None };
     let (a, b, c) = (site.operand_ty(node, 0), site.operand_ty(node, 1), site.result_ty(node, 0));
     if !computes(a.dtype) || !computes(c.dtype) {
         return None;

@@ -82,7 +82,7 @@ impl Case {
         if layout == Layout::Cores {
             let w = module.weights.iter().find(|(_, w)| w.name == "w").unwrap().0;
             let panels: usize = segments.iter().map(|s| s.div_ceil(8)).sum();
-            module.weights[w].ty.shape = [panels, k / 8, 8, 8].map(Dim::from).to_vec();
+            module.weights[w].ty.shape = [panels, k / 8, 8, 8].map(Dim::from).to_vec().into();
         }
         module
     }
@@ -250,7 +250,7 @@ fn batched(transposed: bool) -> Module {
 #[test]
 fn activations_multiply_with_broadcast_batches() {
     let module = batched(false);
-    assert!(matches!(module.graph.nodes[nodes(&module)[0]].op, Op::Matmul(_)));
+    assert!(matches!(*module.graph.nodes[nodes(&module)[0]].op, Op::Matmul(_)));
     let planned = planned(&module, Arch::Sm80);
     let text = &planned.variants[0].launches[0].source.text;
     assert!(text.contains("a += (u64)i0 * (1);") && text.contains("b += (u64)i1 * (1);"), "{text}");
