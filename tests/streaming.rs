@@ -408,7 +408,7 @@ fn graph_steps(session: &mut Session<'_>, steps: &[Inputs]) -> Vec<Vec<u8>> {
 fn random_graphs_stream() {
     static STREAMED: AtomicU64 = AtomicU64::new(0);
     let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-    let count = std::env::var("MILLRACE_RANDOM_GRAPHS").map_or(200, |n| n.parse().unwrap());
+    let count = std::env::var("MILLRACE_RANDOM_GRAPHS").map_or(800, |n| n.parse().unwrap());
     for seed in 0..count {
         let drawn = graph(seed, 4 + seed as usize % 20);
         let mut random = Random::new(seed ^ 0x7374_7265);
@@ -470,5 +470,5 @@ fn random_graphs_stream() {
             }
         }
     }
-    assert!(count < 200 || STREAMED.load(Ordering::Relaxed) > 100, "{STREAMED:?} copies");
+    assert!(count < 800 || STREAMED.load(Ordering::Relaxed) > 100, "{STREAMED:?} copies");
 }
