@@ -1,7 +1,7 @@
 //! Weights that stream compute the same bits as weights that stay, under every budget, with every ring.
 //!
 //! What is compared are the bytes of outputs of a prefill and of decode steps that follow it, or of the steps of a random
-//! graph. Backends are a list: one that has no device here is left out.
+//! graph. On a machine with a GPU `MILLRACE_TARGETS=cuda:sm_90a` runs the models there.
 
 #[path = "common/models.rs"]
 mod common;
@@ -25,8 +25,12 @@ use millrace::{
 
 const BAKER: &str = "examples/models/baker-street-6m";
 
-/// Targets to compile for; each has a device here.
-const TARGETS: [&str; 1] = ["cpu"];
+/// Targets to compile for, each with a device here: the processor, or what `MILLRACE_TARGETS` lists, such as
+/// `cpu;cuda:sm_90a`.
+fn targets() -> Vec<String> {
+    let list = std::env::var("MILLRACE_TARGETS").unwrap_or_else(|_| "cpu".into());
+    list.split(';').map(str::to_string).collect()
+}
 
 /// Rings so small that small models stream: of the usual two slots, and of five.
 const RINGS: [Ring; 2] = [
@@ -146,7 +150,7 @@ fn matrix(engine: &Engine, what: &str) {
 
 #[test]
 fn tiny_models_compute_the_same_bits_under_every_budget() {
-    for target in TARGETS {
+    for target in &targets() {
         for folder in folders() {
             matrix(&engine(&folder, &options(DType::F32, target)), &folder);
         }
@@ -155,7 +159,7 @@ fn tiny_models_compute_the_same_bits_under_every_budget() {
 
 #[test]
 fn baker_street_computes_the_same_bits_under_every_budget() {
-    for target in TARGETS {
+    for target in &targets() {
         matrix(&engine(BAKER, &options(DType::BF16, target)), BAKER);
     }
 }
@@ -200,9 +204,15 @@ fn engines_without_streaming_refuse() {
 /// A guard changes the budget between steps of one generation, a hundred times, and restores it.
 #[test]
 fn live_changes_keep_the_tokens() {
+    for target in &targets() {
+        live_changes(target);
+    }
+}
+
+fn live_changes(target: &str) {
     let reference = json(&format!("{BAKER}/reference.json"));
     let prompt = ids(&reference["prompts"][0]["input_ids"]);
-    let engine = engine(BAKER, &options(DType::F32, "cpu"));
+    let engine = engine(BAKER, &options(DType::F32, target));
     let mut still = session(&engine, Allocation::Static, RINGS[0], WeightBudget::Resident);
     let mut model = Decoder::new(&mut still).unwrap();
     let request = Request { stop_at_eos: false, ..Request::greedy(prompt.clone(), 101) };

@@ -12,7 +12,7 @@ use std::ops::{Deref, DerefMut};
 
 use millrace_ir::bind::bind;
 use millrace_ir::checkpoint::{Checkpoint, TensorSource};
-use millrace_ir::plan::stream::{self, Demand, Placement};
+use millrace_ir::plan::stream::{self, Demand, Placement, Ring};
 use millrace_ir::{Bindings, DType, Error, Kind, Module, Result, StateId, TensorType};
 
 use crate::budget::{Residency, WeightBudget};
@@ -139,11 +139,12 @@ impl<'e> Session<'e> {
         let resident_before = resident_set();
         let backend = open_backend(engine, &options)?;
         let maxima = needs::upper_bounds(module, options.kv_pages)?;
-        let demand = match &backend {
-            Backend::Cpu(_) => Demand::of(module)?,
-            Backend::Cuda(cuda) => cuda.demand(module)?,
+        let (demand, align) = match &backend {
+            Backend::Cpu(_) => (Demand::of(module)?, options.ring.align),
+            // That of the blocks of a device.
+            Backend::Cuda(cuda) => (cuda.demand(module)?, options.ring.align.max(Ring::DEFAULT.align)),
         };
-        let residency = Residency::new(module, demand, options.ring)?;
+        let residency = Residency::new(module, demand, Ring { align, ..options.ring })?;
         let mut session = Session {
             engine,
             backend,

@@ -13,7 +13,8 @@ use serde_json::Value;
 
 /// A path below the repository's root.
 pub fn root(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+    let root = std::env::var_os("MILLRACE_SUITE_ROOT");
+    root.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from).join(path)
 }
 
 /// JSON from a file below the repository's root.
