@@ -1,7 +1,7 @@
 //! Helpers of model tests: compile a folder to a temporary engine, run steps, read references.
 #![allow(dead_code)]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use millrace::compiler::Registry;
 use millrace::compiler::import::Precision;
