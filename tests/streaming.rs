@@ -137,7 +137,13 @@ fn matrix(engine: &Engine, what: &str) {
                 let mut fresh = session(engine, allocation, ring, *budget);
                 assert_exact(&fresh);
                 assert!(three_steps(&mut fresh) == expected, "{what}");
-                assert_eq!(fresh.placement().1.is_resident(), *budget == WeightBudget::Resident, "{what}");
+                // Of little that streams, a part and the ring may be room for all.
+                let all = match budget {
+                    WeightBudget::Resident => true,
+                    WeightBudget::Bytes(_) => false,
+                    _ => fresh.device_budget() >= stream::resident(fresh.placement().0, &ring),
+                };
+                assert_eq!(fresh.placement().1.is_resident(), all, "{what}");
             }
             let least = moving.minimum_budget();
             let error = moving.set_weight_budget(WeightBudget::Bytes(least - 1)).unwrap_err();

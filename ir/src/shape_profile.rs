@@ -199,8 +199,8 @@ mod tests {
 
     fn module() -> Module {
         let source = "module @m phase imported {\n  dim $t in 1..=64 multiple 1 hint 8\n  dim $b in 1..=8 multiple 1\n  dim \
-                      $pages in 1..=4 multiple 1\n  state @s : f32[$pages, 4]\n  graph @main(\"x\" %0: f32[$t, 4], \"y\" %1: \
-                      f32[$b, 4]) -> (\"x\" %0) {\n  }\n}\n";
+                      $pages in 1..=4 multiple 1\n  state @s : f32[$pages, 4]\n  graph @main(%0 \"x\": f32[$t, 4], %1 \"y\": \
+                      f32[$b, 4]) -> (\"z\": f32[$t, 4]) {\n    return %0\n  }\n}\n";
         text::parse(source).unwrap_or_else(|e| panic!("{e}"))
     }
 
