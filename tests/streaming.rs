@@ -19,6 +19,7 @@ use millrace::ir::plan::stream::{self, Cut, Ring};
 use millrace::ir::sampling::{Random, graph};
 use millrace::ir::{DType, text};
 use millrace::runtime::WeightBudget;
+use millrace::runtime::joint::{Share, set_joint_budget};
 use millrace::{
     Allocation, Class, CompileOptions, Decoder, Engine, Profile, Session, SessionOptions, TensorRef, compile,
 };
@@ -249,6 +250,33 @@ fn live_changes(target: &str) {
     }
     assert_eq!(found, expected[0].token_ids);
     assert_exact(&moving);
+}
+
+/// Two sessions under one budget: the sum is kept in every order of changes, and tokens stay.
+#[test]
+fn sessions_share_a_budget() {
+    let small = engine(&folders()[3], &options(DType::F32, "cpu"));
+    let large = engine(BAKER, &options(DType::F32, "cpu"));
+    let ring = RINGS[0];
+    let mut a = session(&small, Allocation::Static, ring, WeightBudget::Resident);
+    let mut b = session(&large, Allocation::Static, ring, WeightBudget::Resident);
+    let expected = (three_steps(&mut a), three_steps(&mut b));
+    let all = a.device_budget() + b.device_budget();
+    for part in [2, 1, 3] {
+        let budget = all * part / 4;
+        for how in [Share::ByBenefit, Share::Proportional] {
+            let parts = set_joint_budget(&mut [&mut a, &mut b], budget, how).unwrap();
+            assert!(parts.iter().sum::<u64>() <= budget, "{parts:?}");
+            assert!(a.device_budget() <= parts[0] && b.device_budget() <= parts[1], "{parts:?}");
+            assert!((three_steps(&mut a), three_steps(&mut b)) == expected, "{how:?}, {part}/4");
+        }
+    }
+    let (least, held) = (a.minimum_budget() + b.minimum_budget(), (a.device_budget(), b.device_budget()));
+    for how in [Share::ByBenefit, Share::Proportional] {
+        let error = set_joint_budget(&mut [&mut a, &mut b], least - 1, how).unwrap_err();
+        assert_eq!(error.code(), "run/weight-budget");
+        assert_eq!((a.device_budget(), b.device_budget()), held);
+    }
 }
 
 /// Engines without weights: bound ones are compared once and then read piece by piece.

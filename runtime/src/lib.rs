@@ -13,6 +13,7 @@ pub mod cuda;
 mod direct;
 pub mod engine;
 pub mod generation;
+pub mod joint;
 pub mod ledger;
 pub mod lent;
 #[allow(unsafe_code)]

@@ -60,6 +60,11 @@ impl<'e> Session<'e> {
         self.placement_for(WeightBudget::Auto { reserve }).map(|p| p.device_bytes())
     }
 
+    /// The ring that weights stream through, as far as a budget lets them.
+    pub fn ring(&self) -> Ring {
+        self.residency.ring
+    }
+
     /// The budget in force.
     pub fn current_weight_budget(&self) -> WeightBudget {
         self.residency.budget
