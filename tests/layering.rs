@@ -92,7 +92,7 @@ fn unsafe_code_stays_in_the_named_modules() {
         "runtime/src/cpu/execute.rs",
         "runtime/src/cpu/readers.rs",
         "runtime/src/cpu/residence.rs",
-        "runtime/src/cuda/driver.rs",
+        "runtime/src/cuda/driver",
         "runtime/src/cuda/transfer.rs",
         "runtime/src/cuda/launch.rs",
         "runtime/src/cuda/library.rs",

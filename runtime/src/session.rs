@@ -13,25 +13,23 @@ mod weights;
 
 use std::ops::{Deref, DerefMut};
 
-use millrace_ir::bind::bind;
 use millrace_ir::checkpoint::{Checkpoint, TensorSource};
-use millrace_ir::plan::stream::{self, Demand, Placement, Ring};
-use millrace_ir::{Bindings, DType, Error, Kind, Module, Result, StateId, TensorType};
+use millrace_ir::plan::stream::{Demand, Ring};
+use millrace_ir::{Bindings, DType, Error, Kind, Module, Result, StateId};
 
-use crate::budget::{Residency, WeightBudget};
+use crate::budget::Residency;
 use crate::cpu::Cpu;
-use crate::cuda::{After, Cuda, GraphReport, PoolReport};
+use crate::cuda::{Cuda, GraphReport, PoolReport};
 use crate::engine::Engine;
-use crate::ledger::{Class, Ledger, Reconciliation};
+use crate::ledger::{Class, Ledger};
 use crate::lent::Lent;
-use crate::memory::{host_memory, resident_set};
-use crate::needs::{self, PAGES, Squeeze};
+use crate::memory::resident_set;
+use crate::needs::{self, PAGES};
 use crate::options::{Allocation, Device, OnOutOfMemory, SessionOptions};
-use crate::profile::{Profile, sequences};
-use crate::sizes::{StepSizes, no_size, state_bytes};
-use crate::weights::Supply;
+use crate::profile::Profile;
+use crate::sizes::{no_size, state_bytes};
 
-use allocation::{Bounds, Held, Need};
+use allocation::{Bounds, Held};
 pub use memory::Shrink;
 pub use weights::WeightBudgetGuard;
 

@@ -1,6 +1,16 @@
 //! What a session needs, what it holds, and what to do where that does not fit.
 
-use super::*;
+use millrace_ir::plan::stream::Placement;
+use millrace_ir::{Bindings, Error, Kind, Result};
+
+use super::allocation::{Held, Need};
+use super::{Backend, Session, on_backend};
+use crate::budget::WeightBudget;
+use crate::ledger::{Class, Ledger, Reconciliation};
+use crate::memory::{host_memory, resident_set};
+use crate::needs::{self, Squeeze};
+use crate::options::{Allocation, OnOutOfMemory};
+use crate::sizes::state_bytes;
 
 /// A weight budget that the session lowered because memory did not suffice.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,16 @@
 //! Steps of a session, and what they leave behind.
 
-use super::*;
+use millrace_ir::bind::bind;
+use millrace_ir::checkpoint::TensorSource;
+use millrace_ir::{DType, Error, Kind, Result, TensorType};
+
+use super::{Backend, Session, TensorRef, on_backend};
+use crate::cuda::After;
+use crate::ledger::Class;
+use crate::lent::Lent;
+use crate::profile::sequences;
+use crate::sizes::{StepSizes, no_size};
+use crate::weights::Supply;
 
 impl<'e> Session<'e> {
     /// Clears every state to zero. On a device that has failed it does nothing: the next step tells.

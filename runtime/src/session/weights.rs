@@ -1,6 +1,15 @@
 //! Weight budgets of a session.
 
-use super::*;
+use std::ops::{Deref, DerefMut};
+
+use millrace_ir::Result;
+use millrace_ir::checkpoint::TensorSource;
+use millrace_ir::plan::stream::{self, Demand, Placement, Ring};
+
+use super::allocation::Need;
+use super::{Backend, Session, on_backend};
+use crate::budget::{Residency, WeightBudget};
+use crate::ledger::Class;
 
 impl<'e> Session<'e> {
     /// Enters the weights into the ledger.
