@@ -130,19 +130,21 @@ impl<'a> Supply<'a> {
     /// Compares every bound weight with its hash.
     pub fn check_bound(&mut self) -> Result<()> {
         let mut buffer = Vec::new();
-        for id in self.engine.module().used_weights() {
-            let len = self.reader.len(id)?;
-            let Origin::Bound(record) = self.origin(id, len)? else { continue };
-            let (mut hasher, mut at) = (blake3::Hasher::new(), 0);
-            while at < len {
-                buffer.resize(CHUNK.min(len - at) as usize, 0);
-                self.reader.read(id, at, &mut buffer)?;
-                hasher.update(&buffer);
-                at += buffer.len() as u64;
-            }
-            check_hash(record, hasher.finalize())?;
+        self.engine.module().used_weights().into_iter().try_for_each(|id| self.check(id, &mut buffer))
+    }
+
+    /// Compares a weight with its hash if it is bound; `buffer` is room that may be used again.
+    pub fn check(&mut self, id: WeightId, buffer: &mut Vec<u8>) -> Result<()> {
+        let len = self.reader.len(id)?;
+        let Origin::Bound(record) = self.origin(id, len)? else { return Ok(()) };
+        let (mut hasher, mut at) = (blake3::Hasher::new(), 0);
+        while at < len {
+            buffer.resize(CHUNK.min(len - at) as usize, 0);
+            self.reader.read(id, at, buffer)?;
+            hasher.update(buffer);
+            at += buffer.len() as u64;
         }
-        Ok(())
+        check_hash(record, hasher.finalize())
     }
 }
 

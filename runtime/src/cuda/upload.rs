@@ -18,7 +18,7 @@ use super::resolve::pack;
 use super::transfer::Staging;
 use crate::engine::Engine;
 use crate::places::Piece as _;
-use crate::weights::{Origin, check_hash};
+use crate::weights::{Origin, Supply};
 
 /// Bytes that are copied at once: large enough for nearly the link's rate, small enough that pinning the buffers takes
 /// little time. Of 1, 2 and 4 MiB this was the fastest for 4 GiB on an H200.
@@ -73,58 +73,44 @@ pub(super) struct Sources<'a> {
     engine: &'a Engine,
     source: Option<&'a dyn TensorSource>,
     ids: Vec<WeightId>,
-    sizes: Vec<u64>,
-    origins: Vec<Origin<'a>>,
+    /// Whether all bytes are in the engine file.
+    stored: bool,
 }
 
 impl<'a> Sources<'a> {
     /// The weights that nodes of `engine` read, in the order of their first use.
     pub fn of(engine: &'a Engine, source: Option<&'a dyn TensorSource>) -> Result<Sources<'a>> {
-        let module = engine.module();
-        let reader = WeightReader::new(module);
-        let ids = module.used_weights();
-        let sizes = ids.iter().map(|id| reader.len(*id)).collect::<Result<Vec<u64>>>()?;
-        let bound = source.is_some();
-        let origin = |(id, len): (&WeightId, &u64)| Origin::of(engine, *id, *len, bound);
-        let origins = ids.iter().zip(&sizes).map(origin).collect::<Result<_>>()?;
-        Ok(Sources { engine, source, ids, sizes, origins })
+        let (supply, reader) = (Supply::new(engine, source), WeightReader::new(engine.module()));
+        let ids = engine.module().used_weights();
+        let mut stored = true;
+        for id in &ids {
+            stored &= matches!(supply.origin(*id, reader.len(*id)?)?, Origin::Stored(_));
+        }
+        Ok(Sources { engine, source, ids, stored })
     }
 
-    fn reader(&self) -> WeightReader<'a> {
-        let reader = WeightReader::new(self.engine.module());
-        match self.source {
-            Some(source) => reader.with_source("model", source),
-            None => reader,
-        }
+    fn supply(&self) -> Supply<'a> {
+        Supply::new(self.engine, self.source)
     }
 
     fn filler(&self) -> Filler<'_> {
-        Filler { sources: self, reader: self.reader() }
+        Filler { sources: self, supply: self.supply() }
     }
 
     /// Threads that fill, of `threads`.
     fn threads(&self, threads: usize) -> usize {
-        let stored = |o: &Origin<'_>| matches!(o, Origin::Stored(_));
-        threads.clamp(1, if self.origins.iter().all(stored) { READERS } else { COMPUTERS })
+        threads.clamp(1, if self.stored { READERS } else { COMPUTERS })
     }
 
     /// Compares every bound weight with its hash.
     pub fn check_bound(&self, threads: usize) -> Result<()> {
-        if !self.origins.iter().any(|o| matches!(o, Origin::Bound(_))) {
+        if self.stored {
             return Ok(());
         }
-        let check = |(reader, buffer): &mut (WeightReader<'_>, Vec<u8>), index: usize| -> Result<()> {
-            let Origin::Bound(record) = self.origins[index] else { return Ok(()) };
-            let (mut hasher, mut at, len) = (blake3::Hasher::new(), 0, self.sizes[index]);
-            while at < len {
-                buffer.resize(CHUNK.min(len - at) as usize, 0);
-                reader.read(self.ids[index], at, buffer)?;
-                hasher.update(buffer);
-                at += buffer.len() as u64;
-            }
-            check_hash(record, hasher.finalize())
+        let check = |(supply, buffer): &mut (Supply<'_>, Vec<u8>), index: usize| {
+            supply.check(self.ids[index], buffer)
         };
-        share(self.ids.len(), self.threads(threads), || Ok((self.reader(), Vec::new())), check, |_| Ok(()))
+        share(self.ids.len(), self.threads(threads), || Ok((self.supply(), Vec::new())), check, |_| Ok(()))
     }
 
     /// Fills host memory.
@@ -147,7 +133,7 @@ impl<'a> Sources<'a> {
 /// Fills chunks; each thread has its own.
 struct Filler<'a> {
     sources: &'a Sources<'a>,
-    reader: WeightReader<'a>,
+    supply: Supply<'a>,
 }
 
 impl Filler<'_> {
@@ -165,12 +151,7 @@ impl Filler<'_> {
             out[(filled - start) as usize..(low - start) as usize].fill(0);
             let room = &mut out[(low - start) as usize..(high - start) as usize];
             let at = piece.from + (low - piece.to);
-            match self.sources.origins[piece.index] {
-                Origin::Stored(record) => self.sources.engine.file().read_weight_at(record, at, room)?,
-                Origin::Bound(_) | Origin::Computed => {
-                    self.reader.read(self.sources.ids[piece.index], at, room)?
-                }
-            }
+            self.supply.read(self.sources.ids[piece.index], at, room)?;
             filled = high;
         }
         out[(filled - start) as usize..].fill(0);

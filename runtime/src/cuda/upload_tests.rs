@@ -15,8 +15,9 @@ fn image(engine: &Engine, load: &Load, chunk: usize) -> Vec<u8> {
 }
 
 fn all(engine: &Engine) -> Load {
-    let sources = Sources::of(engine, None).unwrap();
-    Load::packed(sources.sizes.iter().copied().enumerate()).unwrap()
+    let reader = WeightReader::new(engine.module());
+    let sizes = engine.module().used_weights().into_iter().map(|id| reader.len(id).unwrap());
+    Load::packed(sizes.enumerate()).unwrap()
 }
 
 #[test]

@@ -77,6 +77,15 @@ fn any_limits() -> impl Strategy<Value = ModelLimits> {
         )
 }
 
+/// The answers to `requests`, whose tokens came one by one as they stand there.
+fn completed(model: &mut impl StepModel, requests: &[Request]) -> (Vec<Completion>, GenerationStats) {
+    let mut streamed = vec![Vec::new(); requests.len()];
+    let mut generator = Generator::new(model).unwrap();
+    let completions = generator.generate(requests, |r, token| streamed[r].push(token)).unwrap();
+    assert!(streamed.iter().zip(&completions).all(|(s, c)| *s == c.token_ids));
+    (completions, generator.stats())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
@@ -87,13 +96,9 @@ proptest! {
         requests in prop::collection::vec(any_request(), 0..10),
     ) {
         let mut model = HashModel::new(limits.clone());
-        let mut streamed = vec![Vec::new(); requests.len()];
-        let mut generator = Generator::new(&mut model).unwrap();
-        let completions = generator.generate(&requests, |r, token| streamed[r].push(token)).unwrap();
-        let stats = generator.stats();
+        let (completions, stats) = completed(&mut model, &requests);
         let expected: Vec<Completion> = requests.iter().map(|r| alone(r, &limits)).collect();
         prop_assert_eq!(&completions, &expected);
-        prop_assert!(streamed.iter().zip(&completions).all(|(s, c)| *s == c.token_ids));
         prop_assert!(stats.peak_pages <= limits.pages);
         prop_assert_eq!(stats.steps, model.log.len() as u64);
 
@@ -363,13 +368,9 @@ proptest! {
         let cold = |r: Request| Request { sampling: SamplingParams::GREEDY, ..r };
         let requests: Vec<Request> = requests.into_iter().map(|r| if greedy { cold(r) } else { r }).collect();
         let mut model = Feeder::new(limits.clone());
-        let mut streamed = vec![Vec::new(); requests.len()];
-        let mut generator = Generator::new(&mut model).unwrap();
-        let completions = generator.generate(&requests, |r, token| streamed[r].push(token)).unwrap();
-        let stats = generator.stats();
+        let (completions, stats) = completed(&mut model, &requests);
         let expected: Vec<Completion> = requests.iter().map(|r| alone(r, &limits)).collect();
         prop_assert_eq!(&completions, &expected);
-        prop_assert!(streamed.iter().zip(&completions).all(|(s, c)| *s == c.token_ids));
         // Each end of a sequence can make one step for nothing.
         let eos = completions.iter().filter(|c| c.finish == FinishReason::Eos).count();
         prop_assert!((stats.steps as usize..=stats.steps as usize + eos).contains(&model.model.log.len()));
