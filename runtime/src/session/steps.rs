@@ -29,7 +29,7 @@ impl<'e> Session<'e> {
         self.run_lent(inputs, None)
     }
 
-    /// [`Session::run`] with activations in memory that the caller lends for this step; for [`Allocation::UserManaged`].
+    /// [`Session::run`] with activations in memory that the caller lends for this step; for [`Allocation::UserManaged`](crate::Allocation::UserManaged).
     ///
     /// ```no_run
     /// # use millrace_runtime::{Arena, Engine, Session, TensorRef};
