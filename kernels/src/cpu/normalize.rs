@@ -45,7 +45,10 @@ dispatch! {
         let (mean, scale) = match kind {
             Norm::Rms(eps) => (0.0, 1.0 / (sum(row, |v| v * v) / n + eps).sqrt()),
             Norm::Layer(eps) => {
-                let mean = sum(row, |v| v) / n;
+                // Summed as distances from one element: the rounding of a plain sum would turn a row of equal values,
+                // whose variance is 0, into noise as large as `1 / sqrt(eps)` times itself.
+                let origin = row.first().copied().unwrap_or_default();
+                let mean = origin + sum(row, |v| v - origin) / n;
                 (mean, 1.0 / (sum(row, |v| (v - mean) * (v - mean)) / n + eps).sqrt())
             }
         };
@@ -259,6 +262,18 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn equal_values_are_their_own_mean() {
+        for isa in Isa::available() {
+            let pool = Pool::with_isa(1, isa);
+            for (n, value) in [3, 17, 100].into_iter().flat_map(|n| ramp(20, 0.7).into_iter().map(move |v| (n, v))) {
+                let (mut row, weight, bias) = (vec![value; n], vec![7f32; n], ramp(n, 0.5));
+                norm(&pool, Norm::Layer(1e-12), &mut row, &weight, Some(&bias));
+                assert_eq!(row, bias, "{value}");
             }
         }
     }
