@@ -1,0 +1,215 @@
+//! How the keys of single rows are split over blocks, and how a block reads them: what is built in, and what a measurement
+//! may choose instead.
+//!
+//! Steps are told apart by their number of sequences ([`CLASSES`]) and by the longest context their block table has room
+//! for ([`CONTEXTS`]). A [`Split`] has a name that says everything about it, and a key says everything that its time depends
+//! on; [`Choices`](crate::cuda::Choices) maps keys to names, as for matmuls.
+
+use std::fmt::Write;
+
+use super::call::Call;
+
+/// Most sequences of the last class: blocks along the third axis of a grid.
+pub(super) const MAX_ROWS: u64 = 65535;
+
+/// Bytes of a multiprocessor's shared memory that each of its blocks takes for itself, with room for what the kernel
+/// declares beside the rings.
+const BLOCK_OVERHEAD: u64 = 5 << 10;
+
+/// Keys of a tile of a warp.
+const TILE: usize = 16;
+
+/// Steps of up to some number of sequences, and how they are split.
+pub(super) struct Class {
+    /// Most sequences.
+    pub most: u64,
+    /// Blocks of a cluster, where the architecture has clusters.
+    cluster: u64,
+    /// Fewest keys of a block's range.
+    min_chunk: usize,
+    /// Keys of a block's range up to which a row takes one cluster only.
+    one_cluster: usize,
+    /// Blocks in all, in hundredths of what a device holds at once.
+    percent: u64,
+}
+
+/// Clusters shorten the way of few rows, as many as run at once: they do not fill a device to the last block. Many rows
+/// need no splitting until contexts are long, and more blocks than run at once, since they may differ in length.
+pub(super) const CLASSES: [Class; 6] = [
+    Class { most: 1, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85 },
+    Class { most: 2, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85 },
+    Class { most: 4, cluster: 4, min_chunk: 64, one_cluster: 256, percent: 85 },
+    Class { most: 8, cluster: 4, min_chunk: 64, one_cluster: 1024, percent: 260 },
+    Class { most: 16, cluster: 1, min_chunk: 256, one_cluster: 256, percent: 260 },
+    Class { most: MAX_ROWS, cluster: 1, min_chunk: 1024, one_cluster: 1024, percent: 260 },
+];
+
+/// First and last positions that a block table has room for, in increasing order; together every number.
+pub const CONTEXTS: [(u64, u64); 2] = [(0, 8191), (8192, u64::MAX)];
+
+/// One way to split rows over blocks and to read their keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Split {
+    /// Warps of a block.
+    pub warps: u64,
+    /// Tiles of a warp's ring in shared memory; 0 for tiles in registers.
+    pub stages: u64,
+    /// Blocks of a cluster; 1 for none.
+    pub cluster: u64,
+    /// Blocks that a multiprocessor holds at once.
+    pub blocks: u64,
+    /// Fewest keys of a block's range.
+    pub min_chunk: usize,
+    /// Keys of a block's range up to which a row takes one cluster only.
+    pub one_cluster: usize,
+    /// Blocks in all, in hundredths of what a device holds at once.
+    pub percent: u64,
+    /// Ranges are whole multiples of so many keys.
+    pub grain: usize,
+    /// Bytes that level 2 fetches when it misses; 0 for what it fetches by itself.
+    pub fetch: usize,
+    /// Whether blocks of different heads and the same keys are launched side by side.
+    pub heads_first: bool,
+}
+
+impl Split {
+    /// The name, unique among all splits.
+    pub fn name(&self) -> String {
+        let Split { warps, stages, cluster, blocks, min_chunk, one_cluster, percent, grain, fetch, .. } =
+            self;
+        let heads = u8::from(self.heads_first);
+        format!(
+            "split-w{warps}-s{stages}-x{cluster}-b{blocks}-k{min_chunk}-o{one_cluster}-p{percent}-g{grain}-f{fetch}-h{heads}"
+        )
+    }
+
+    /// Bytes of a block's rings.
+    pub fn shared(&self, d: usize) -> u64 {
+        // Keys and values, rows in whole groups of 64 columns.
+        self.warps * self.stages * (2 * TILE * d.next_multiple_of(64) * 2) as u64
+    }
+}
+
+/// Query heads that a block takes: all that share a key head, if registers do.
+pub(super) fn head_block(call: &Call<'_>) -> usize {
+    // Wide heads leave registers for eight of them only.
+    call.group().min(if call.d > 128 { 8 } else { 16 })
+}
+
+/// What steps of up to `class.most` sequences take where nothing was measured.
+pub(super) fn built_in(call: &Call<'_>, class: &Class) -> Split {
+    let blocks = match call.d {
+        _ if head_block(call) > 8 => 2,
+        0..=64 => 5,
+        65..=128 => 3,
+        _ => 2,
+    };
+    let Class { cluster, min_chunk, one_cluster, percent, .. } = *class;
+    let cluster = if call.site.arch.has_tma() { cluster } else { 1 };
+    Split {
+        warps: 4,
+        stages: 0,
+        cluster,
+        blocks,
+        min_chunk,
+        one_cluster,
+        percent,
+        grain: 4 * TILE,
+        fetch: 0,
+        heads_first: false,
+    }
+}
+
+/// Warps, stages, blocks of a multiprocessor, blocks of a cluster and hundredths of a device, of steps with few sequences.
+///
+/// Multiprocessors come in pairs, and groups of them have any even number: two blocks each in clusters of four, and any
+/// number in clusters of two, fill every such group, larger clusters leave some of it empty.
+const FEW: [(u64, u64, u64, u64, u64); 8] = [
+    (4, 3, 2, 4, 100),
+    (4, 3, 2, 2, 100),
+    (8, 3, 1, 2, 100),
+    (4, 2, 3, 4, 90),
+    (4, 2, 3, 2, 100),
+    (4, 0, 3, 4, 90),
+    (4, 0, 3, 2, 100),
+    (4, 0, 2, 4, 100),
+];
+
+/// The same for steps with many sequences.
+const MANY: [(u64, u64, u64, u64, u64); 7] = [
+    (4, 3, 2, 1, 100),
+    (4, 3, 2, 1, 200),
+    (4, 3, 2, 1, 400),
+    (4, 3, 2, 4, 200),
+    (4, 3, 2, 4, 400),
+    (4, 2, 3, 1, 260),
+    (8, 3, 1, 1, 400),
+];
+
+/// Ways to run steps of a class, the built-in one first.
+pub(super) fn candidates(call: &Call<'_>, class: &Class) -> Vec<Split> {
+    let arch = call.site.arch;
+    let first = built_in(call, class);
+    // Whole rows, as far as they are whole lines.
+    let row = call.d * 2;
+    let fetch = [256, 128].into_iter().find(|line| row.is_multiple_of(*line)).unwrap_or(0);
+    let split = |&(warps, stages, blocks, cluster, percent): &(u64, u64, u64, u64, u64)| {
+        let cluster = if arch.has_tma() { cluster } else { 1 };
+        Split {
+            warps,
+            stages,
+            cluster,
+            blocks,
+            min_chunk: if cluster > 1 { 64 } else { first.min_chunk },
+            one_cluster: (512 / cluster as usize).max(first.min_chunk),
+            percent,
+            grain: TILE,
+            fetch: 0,
+            heads_first: false,
+        }
+    };
+    let list: Vec<Split> = if class.most <= 4 { &FEW[..] } else { &MANY }.iter().map(split).collect();
+    let mut all = vec![first];
+    for (at, plain) in [first].iter().chain(&list).enumerate() {
+        all.push(*plain);
+        // What is built in and the deepest ring also with what the memory may like.
+        if at < 2 {
+            all.push(Split { fetch, ..*plain });
+            all.push(Split { heads_first: true, ..*plain });
+            all.push(Split { fetch, heads_first: true, ..*plain });
+        }
+    }
+    let registers_hold = |s: &Split| s.stages > 0 || (s.warps == 4 && s.blocks <= first.blocks);
+    let fits =
+        |s: &Split| s.blocks * (s.shared(call.d) + BLOCK_OVERHEAD) <= u64::from(arch.max_shared()) + 1024;
+    let mut kept: Vec<Split> = Vec::new();
+    for split in all {
+        if !kept.contains(&split) && registers_hold(&split) && (fits(&split) || split.stages == 0) {
+            kept.push(split);
+        }
+    }
+    kept
+}
+
+/// What the time of a split depends on: architecture, types, heads, page, window, whether the launch rotates and writes the
+/// cache as well, numbers of sequences, and contexts.
+pub(super) fn key(call: &Call<'_>, fused: bool, sequences: (u64, u64), contexts: (u64, u64)) -> String {
+    let page = call.paged.as_ref().map_or(0, |paged| paged.tokens_per_block);
+    let mut text = format!(
+        "paged_attention {} {} heads={}/{} d={} page={page}",
+        call.site.arch, call.dtype, call.heads, call.kv_heads, call.d
+    );
+    if call.window > 0 {
+        // Writing to a string has no reason to fail.
+        let _ = write!(text, " window={}", call.window);
+    }
+    if fused {
+        text.push_str(" rope");
+    }
+    let range = |(first, last): (u64, u64)| match last {
+        u64::MAX | MAX_ROWS => format!("{first}.."),
+        _ => format!("{first}..{last}"),
+    };
+    let _ = write!(text, " b={} context={}", range(sequences), range(contexts));
+    text
+}
