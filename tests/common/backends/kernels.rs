@@ -264,6 +264,19 @@ pub fn paged() -> Vec<Case> {
             batches(16),
         ));
     }
+    // Every way of splitting single rows.
+    let half = Rope { base: 10000.0, layout: RopeLayout::Half, scaling: RopeScaling::Default, rotary: 0 };
+    for at in 1..16 {
+        let rope = Some(half.clone());
+        let paged = Paged { rope, ..plain(8, 2, 128) };
+        cases.push(paged.case("rope-batches", DType::BF16, batches(16)).with_split(at));
+    }
+    for (at, heads, kv_heads, d, page, window) in
+        [(4, 8, 2, 128, 16, 0), (9, 7, 1, 64, 8, 20), (10, 4, 1, 80, 16, 700), (12, 4, 1, 128, 16, 0)]
+    {
+        let paged = Paged { page, window, ..plain(heads, kv_heads, d) };
+        cases.push(paged.case("long", DType::BF16, long_context(page as usize)).with_split(at));
+    }
     cases
 }
 

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use millrace_ir::launch::{Bundle, LaunchStep, LaunchTable, Variant};
 use millrace_ir::{Bindings, DType, Dim, Module, NodeId, Operand};
-use millrace_kernels::cuda::matmul::choice::{RANGES, RowRange, candidates, key};
+use millrace_kernels::cuda::attention::{self, Split};
+use millrace_kernels::cuda::matmul::choice::{RANGES, RowRange, Way, candidates, key};
 use millrace_kernels::cuda::matmul::{Layout, Problem};
 use millrace_kernels::cuda::{Arch, Site, Source};
 
@@ -244,32 +245,49 @@ pub fn tuned(
     if tuning.entries.is_empty() {
         return found;
     }
+    let mut consider = |key: String, node: NodeId, names: &dyn Fn() -> Vec<String>| {
+        let Some(entry) = tuning.entries.get(&key) else { return };
+        if found.contains_key(&key) || told.contains(&key) {
+            return;
+        }
+        let known = names().contains(&entry.candidate);
+        if known && entry.version == VERSION {
+            found.insert(key, entry.candidate.clone());
+            return;
+        }
+        let why = match known {
+            true => format!("is of version {}", entry.version),
+            false => format!("names {}, which is not known", entry.candidate),
+        };
+        context.remark("tuning", &module.graph, node, format!("ignored: the entry for `{key}` {why}"));
+        told.push(key);
+    };
     for arch in archs {
         problems(module, *arch, |problem, node| {
             for rows in RANGES {
-                let key = key(problem, rows);
-                let Some(entry) = tuning.entries.get(&key) else { continue };
-                if found.contains_key(&key) || told.contains(&key) {
-                    continue;
-                }
-                let known = candidates(problem, rows).iter().any(|way| way.name() == entry.candidate);
-                if known && entry.version == VERSION {
-                    found.insert(key, entry.candidate.clone());
-                    continue;
-                }
-                let why = match known {
-                    true => format!("is of version {}", entry.version),
-                    false => format!("names {}, which is not known", entry.candidate),
-                };
-                context.remark(
-                    "tuning",
-                    &module.graph,
-                    node,
-                    format!("ignored: the entry for `{key}` {why}"),
-                );
-                told.push(key);
+                let names = || candidates(problem, rows).iter().map(Way::name).collect();
+                consider(key(problem, rows), node, &names);
             }
         });
+        for (key, node, names) in splits(module, *arch) {
+            consider(key, node, &|| names.clone());
+        }
+    }
+    found
+}
+
+/// What only a tuning file chooses: how the keys of steps with one row a sequence are split over blocks. Key, node of the
+/// first site, and names, the built-in one first.
+pub fn splits(module: &Module, arch: Arch) -> Vec<(String, NodeId, Vec<String>)> {
+    let order = &module.graph.order;
+    let mut found: Vec<(String, NodeId, Vec<String>)> = Vec::new();
+    for group in module.graph.launch_groups(order) {
+        let nodes = &order[group];
+        for (key, ways) in attention::splits(Site { module, nodes, arch }) {
+            if found.iter().all(|(known, ..)| *known != key) {
+                found.extend(nodes.last().map(|n| (key, *n, ways.iter().map(Split::name).collect())));
+            }
+        }
     }
     found
 }

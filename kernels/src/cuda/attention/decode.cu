@@ -16,7 +16,6 @@
 
 constexpr int NT = (HEAD_BLOCK + 7) / 8;  // tiles of 8 heads
 constexpr int PAD = D + 4;
-constexpr bool AHEAD = D <= 128;  // registers hold the next tile while this one is used
 
 // Transposes an 8x8 matrix of 16-bit elements over the warp.
 DEVICE u32 transpose(u32 v) {
@@ -470,8 +469,8 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
         }
     }
 #if CLUSTER > 1
-    // Nobody leaves while others read its memory.
-    cluster_arrive();
+    // Nobody leaves while others read its memory; what a block has read is in its stores.
+    cluster_arrive_relaxed();
 #endif
     // Blocks that wrote to the workspace arrive at the counter; the last of them joins the parts.
     constexpr int WRITERS = (HEAD_BLOCK * (D / 4) + WARPS * 32 - 1) / (WARPS * 32);

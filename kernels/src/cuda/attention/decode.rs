@@ -53,12 +53,13 @@ fn classes(call: &Call<'_>) -> Vec<(&'static split::Class, u64, u64)> {
 
 /// All choices of a call; `fused` if its launch also rotates and writes the cache.
 pub(super) fn choices(call: &Call<'_>, fused: bool) -> Vec<Choice> {
-    let of = |(class, ..): (&'static split::Class, u64, u64), least: u64| {
+    let of = |(class, least, _): (&split::Class, u64, u64)| {
         CONTEXTS.map(|contexts| {
-            (split::key(call, fused, (least, class.most), contexts), split::candidates(call, class))
+            let key = split::key(call, fused, (least, class.most), contexts);
+            (key, split::candidates(call, class, contexts))
         })
     };
-    classes(call).into_iter().flat_map(|found| of(found, found.1)).collect()
+    classes(call).into_iter().flat_map(of).collect()
 }
 
 fn source(call: &Call<'_>, before: Option<&BeforeAttention<'_>>, split: &Split) -> Arc<Source> {
@@ -108,17 +109,21 @@ pub(super) fn plan(
             when.extend(width.map(|(first, last)| between(&paged.width, first, last)));
             variants.push(SiteVariant { when, launches: vec![launch] });
         };
+        let short = split::built_in(call, class, CONTEXTS[0]);
         for contexts in CONTEXTS {
             let key = split::key(call, before.is_some(), (least, class.most), contexts);
-            let Some(name) = choices.get(&key) else { continue };
-            let Some(split) = split::candidates(call, class).into_iter().find(|s| s.name() == name) else {
-                continue;
+            let of_name = |name: &str| {
+                split::candidates(call, class, contexts).into_iter().find(|split| split.name() == name)
             };
-            // A table's room is its width in pages.
-            let last = if contexts.1 == u64::MAX { u64::MAX } else { contexts.1 / page };
-            add(split, Some((contexts.0.div_ceil(page), last)));
+            let chosen = choices.get(&key).and_then(of_name);
+            let split = chosen.unwrap_or_else(|| split::built_in(call, class, contexts));
+            if split != short {
+                // A table's room is its width in pages.
+                let last = if contexts.1 == u64::MAX { u64::MAX } else { contexts.1 / page };
+                add(split, Some((contexts.0.div_ceil(page), last)));
+            }
         }
-        add(split::built_in(call, class), None);
+        add(short, None);
     }
     let counters = most_rows(call)? * columns * 4;
     Some(Planned { variants, streamed: Vec::new(), workspace, counters })

@@ -82,7 +82,9 @@ DEVICE int prefetch(const Element *k, const Element *v, const Lens *lens, const 
 #endif
 }
 
-#if STAGES
+#if STAGES == 0
+constexpr bool AHEAD = D <= 128;  // registers hold the next tile while this one is used
+#else
 // A warp's ring. Pieces of a row are permuted within groups of eight, differently for neighbouring rows, so that the pieces that
 // eight lanes read or write together lie in different banks.
 constexpr int ROW_BYTES = VR * 128, SIDE_BYTES = TILE * ROW_BYTES, TILE_BYTES = 2 * SIDE_BYTES;

@@ -25,7 +25,8 @@ DEVICE float2 load_cluster2(u32 address) {
     asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
     return v;
 }
-// The barrier of all blocks of the cluster that still run.
+// The barrier of all blocks of the cluster that still run. To arrive empty-handed spares the wait for what was written.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)

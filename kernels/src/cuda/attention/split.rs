@@ -31,17 +31,22 @@ pub(super) struct Class {
     one_cluster: usize,
     /// Blocks in all, in hundredths of what a device holds at once.
     percent: u64,
+    /// What tables with room for the second of [`CONTEXTS`] take, if not the same.
+    long: Option<Way>,
 }
+
+/// Warps, stages, blocks of a multiprocessor, blocks of a cluster and hundredths of a device.
+type Way = (u64, u64, u64, u64, u64);
 
 /// Clusters shorten the way of few rows, as many as run at once: they do not fill a device to the last block. Many rows
 /// need no splitting until contexts are long, and more blocks than run at once, since they may differ in length.
 pub(super) const CLASSES: [Class; 6] = [
-    Class { most: 1, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85 },
-    Class { most: 2, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85 },
-    Class { most: 4, cluster: 4, min_chunk: 64, one_cluster: 256, percent: 85 },
-    Class { most: 8, cluster: 4, min_chunk: 64, one_cluster: 1024, percent: 260 },
-    Class { most: 16, cluster: 1, min_chunk: 256, one_cluster: 256, percent: 260 },
-    Class { most: MAX_ROWS, cluster: 1, min_chunk: 1024, one_cluster: 1024, percent: 260 },
+    Class { most: 1, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85, long: None },
+    Class { most: 2, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85, long: None },
+    Class { most: 4, cluster: 4, min_chunk: 64, one_cluster: 256, percent: 85, long: None },
+    Class { most: 8, cluster: 4, min_chunk: 64, one_cluster: 1024, percent: 260, long: None },
+    Class { most: 16, cluster: 1, min_chunk: 256, one_cluster: 256, percent: 260, long: None },
+    Class { most: MAX_ROWS, cluster: 1, min_chunk: 1024, one_cluster: 1024, percent: 260, long: None },
 ];
 
 /// First and last positions that a block table has room for, in increasing order; together every number.
@@ -97,7 +102,13 @@ pub(super) fn head_block(call: &Call<'_>) -> usize {
 }
 
 /// What steps of up to `class.most` sequences take where nothing was measured.
-pub(super) fn built_in(call: &Call<'_>, class: &Class) -> Split {
+pub(super) fn built_in(call: &Call<'_>, class: &Class, contexts: (u64, u64)) -> Split {
+    let long = class.long.filter(|_| contexts == CONTEXTS[1]).map(|way| split(call, class, &way));
+    long.filter(|split| fits(call, split)).unwrap_or_else(|| in_registers(call, class))
+}
+
+/// Ranges of whole steps, through registers.
+fn in_registers(call: &Call<'_>, class: &Class) -> Split {
     let blocks = match call.d {
         _ if head_block(call) > 8 => 2,
         0..=64 => 5,
@@ -120,11 +131,35 @@ pub(super) fn built_in(call: &Call<'_>, class: &Class) -> Split {
     }
 }
 
-/// Warps, stages, blocks of a multiprocessor, blocks of a cluster and hundredths of a device, of steps with few sequences.
+/// A way in ranges of whole tiles.
+fn split(call: &Call<'_>, class: &Class, &(warps, stages, blocks, cluster, percent): &Way) -> Split {
+    let cluster = if call.site.arch.has_tma() { cluster } else { 1 };
+    Split {
+        warps,
+        stages,
+        cluster,
+        blocks,
+        min_chunk: if cluster > 1 { 64 } else { class.min_chunk },
+        one_cluster: (512 / cluster as usize).max(class.min_chunk),
+        percent,
+        grain: TILE,
+        fetch: 0,
+        heads_first: false,
+    }
+}
+
+/// Whether a multiprocessor has room for the blocks of a split.
+fn fits(call: &Call<'_>, split: &Split) -> bool {
+    let registers = split.blocks <= in_registers(call, &CLASSES[0]).blocks;
+    let shared = split.blocks * (split.shared(call.d) + BLOCK_OVERHEAD);
+    registers && (split.stages == 0 || shared <= u64::from(call.site.arch.max_shared()) + 1024)
+}
+
+/// Ways to run steps with few sequences.
 ///
 /// Multiprocessors come in pairs, and groups of them have any even number: two blocks each in clusters of four, and any
 /// number in clusters of two, fill every such group, larger clusters leave some of it empty.
-const FEW: [(u64, u64, u64, u64, u64); 8] = [
+const FEW: [Way; 8] = [
     (4, 3, 2, 4, 100),
     (4, 3, 2, 2, 100),
     (8, 3, 1, 2, 100),
@@ -135,57 +170,32 @@ const FEW: [(u64, u64, u64, u64, u64); 8] = [
     (4, 0, 2, 4, 100),
 ];
 
-/// The same for steps with many sequences.
-const MANY: [(u64, u64, u64, u64, u64); 7] = [
-    (4, 3, 2, 1, 100),
-    (4, 3, 2, 1, 200),
-    (4, 3, 2, 1, 400),
-    (4, 3, 2, 4, 200),
-    (4, 3, 2, 4, 400),
-    (4, 2, 3, 1, 260),
-    (8, 3, 1, 1, 400),
-];
+/// Ways to run steps with many sequences.
+const MANY: [Way; 5] =
+    [(4, 3, 2, 1, 100), (4, 3, 2, 1, 400), (4, 3, 2, 4, 400), (4, 2, 3, 1, 260), (8, 3, 1, 1, 400)];
 
 /// Ways to run steps of a class, the built-in one first.
-pub(super) fn candidates(call: &Call<'_>, class: &Class) -> Vec<Split> {
-    let arch = call.site.arch;
-    let first = built_in(call, class);
-    // Whole rows, as far as they are whole lines.
-    let row = call.d * 2;
-    let fetch = [256, 128].into_iter().find(|line| row.is_multiple_of(*line)).unwrap_or(0);
-    let split = |&(warps, stages, blocks, cluster, percent): &(u64, u64, u64, u64, u64)| {
-        let cluster = if arch.has_tma() { cluster } else { 1 };
-        Split {
-            warps,
-            stages,
-            cluster,
-            blocks,
-            min_chunk: if cluster > 1 { 64 } else { first.min_chunk },
-            one_cluster: (512 / cluster as usize).max(first.min_chunk),
-            percent,
-            grain: TILE,
-            fetch: 0,
-            heads_first: false,
-        }
-    };
-    let list: Vec<Split> = if class.most <= 4 { &FEW[..] } else { &MANY }.iter().map(split).collect();
-    let mut all = vec![first];
-    for (at, plain) in [first].iter().chain(&list).enumerate() {
-        all.push(*plain);
-        // What is built in and the deepest ring also with what the memory may like.
-        if at < 2 {
-            all.push(Split { fetch, ..*plain });
-            all.push(Split { heads_first: true, ..*plain });
-            all.push(Split { fetch, heads_first: true, ..*plain });
-        }
-    }
-    let registers_hold = |s: &Split| s.stages > 0 || (s.warps == 4 && s.blocks <= first.blocks);
-    let fits =
-        |s: &Split| s.blocks * (s.shared(call.d) + BLOCK_OVERHEAD) <= u64::from(arch.max_shared()) + 1024;
+pub(super) fn candidates(call: &Call<'_>, class: &Class, contexts: (u64, u64)) -> Vec<Split> {
+    let first = built_in(call, class, contexts);
+    let ways: &[Way] = if class.most <= 4 { &FEW } else { &MANY };
+    let list = ways.iter().map(|way| split(call, class, way));
+    // Level 2 may fetch rows as far as they are whole lines.
+    let fetch = [256, 128].into_iter().find(|line| (call.d * 2).is_multiple_of(*line)).unwrap_or(0);
     let mut kept: Vec<Split> = Vec::new();
-    for split in all {
-        if !kept.contains(&split) && registers_hold(&split) && (fits(&split) || split.stages == 0) {
-            kept.push(split);
+    let plain = [first, in_registers(call, class)].into_iter().chain(list);
+    for plain in plain.filter(|split| fits(call, split)) {
+        if kept.contains(&plain) {
+            continue;
+        }
+        kept.push(plain);
+        // What goes through registers as built in, and the deepest ring, also with what the memory may like.
+        if plain == in_registers(call, class) || plain == split(call, class, &ways[0]) {
+            for (fetch, heads_first) in [(fetch, false), (0, true), (fetch, true)] {
+                let split = Split { fetch, heads_first, ..plain };
+                if !kept.contains(&split) {
+                    kept.push(split);
+                }
+            }
         }
     }
     kept

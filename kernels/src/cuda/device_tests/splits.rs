@@ -64,7 +64,7 @@ impl Case {
     }
 
     /// The launch of every split that may be chosen for the step, by name; the built-in one first.
-    fn launches(&self) -> Vec<(String, SiteLaunch)> {
+    fn launches(&self) -> Vec<(String, String, SiteLaunch)> {
         let module = self.module();
         let site = Site { module: &module, nodes: &module.graph.order, arch: Arch::Sm90a };
         let bindings = self.bindings();
@@ -75,14 +75,14 @@ impl Case {
             assert_eq!(variant.launches.len(), 1);
             variant.launches[0].clone()
         };
-        let mut found = vec![("built-in".to_string(), launch(&Choices::default()))];
+        let mut found = vec![("built-in".to_string(), String::new(), launch(&Choices::default()))];
         // Each key has its own candidates: those that change the launch of this step are for it.
         for (key, all) in splits(site) {
             for split in &all[1..] {
                 let choices: Choices = [(key.clone(), split.name())].into_iter().collect();
                 let launch = launch(&choices);
-                if launch.source != found[0].1.source || launch.grid != found[0].1.grid {
-                    found.push((split.name(), launch));
+                if launch.source != found[0].2.source || launch.grid != found[0].2.grid {
+                    found.push((split.name(), key.clone(), launch));
                 }
             }
         }
@@ -195,14 +195,14 @@ fn write_splits() {
         let module = case.module();
         let states: Vec<Operand> = module.states.iter().map(|(id, _)| Operand::State(id)).collect();
         let mut ways = Vec::new();
-        for (name, launch) in case.launches() {
+        for (name, key, launch) in case.launches() {
             let number = |dim: &Dim| dim.extent(&bindings).unwrap();
             let next = kernels.len();
             let kernel = *kernels.entry(launch.source.text.clone()).or_insert(next);
             let grid: Vec<u64> = launch.grid.iter().map(number).collect();
             let args: Vec<String> = launch.args.iter().map(|a| argument(a, &states, &bindings)).collect();
             ways.push(format!(
-                "{{\"name\": \"{name}\", \"kernel\": {kernel}, \"grid\": {grid:?}, \"threads\": {}, \"cluster\": {}, \"shared\": {}, \"args\": [{}]}}",
+                "{{\"name\": \"{name}\", \"key\": \"{key}\", \"kernel\": {kernel}, \"grid\": {grid:?}, \"threads\": {}, \"cluster\": {}, \"shared\": {}, \"args\": [{}]}}",
                 launch.threads,
                 launch.cluster,
                 launch.shared,
