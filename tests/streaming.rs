@@ -99,7 +99,11 @@ fn three_steps(session: &mut Session<'_>) -> Vec<Vec<u32>> {
 }
 
 fn session<'e>(engine: &'e Engine, allocation: Allocation, ring: Ring, budget: WeightBudget) -> Session<'e> {
-    engine.session(SessionOptions { allocation, ring, budget, ..SessionOptions::default() }).unwrap()
+    // As many copies under way as a ring allows.
+    let copy_queues = ring.slots - 1;
+    engine
+        .session(SessionOptions { allocation, ring, copy_queues, budget, ..SessionOptions::default() })
+        .unwrap()
 }
 
 /// What the ledger holds is what the placement says.

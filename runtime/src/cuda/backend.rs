@@ -153,7 +153,7 @@ impl Cuda {
             workspace: None,
             counters: None,
             states: Vec::new(),
-            residence: Residence::new(&context, options.host_cap, threads),
+            residence: Residence::new(&context, options, threads),
             program,
             fixed: false,
             report: GraphReport { enabled: options.graphs, ..GraphReport::default() },
