@@ -3,7 +3,6 @@
 
 mod harness;
 
-use millrace_ir::builder::Builder;
 use millrace_ir::ops::attention::Mask;
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::fused_matmul::{Epilogue, FusedMatmul};
@@ -12,15 +11,16 @@ use millrace_ir::ops::reduce::ReduceFn;
 use millrace_ir::ops::rope::{RopeLayout, RopeScaling};
 use millrace_ir::ops::unary::UnaryFn;
 use millrace_ir::ops::{
-    Attention, Binary, Broadcast, Cast, Concat, Conv2d, Embedding, EvalCtx, Gather, Iota, Matmul, MeanPool,
-    Numerics, Pointwise, Pool2d, Reduce, Rope, Scatter, Select, Slice, Softmax, Transpose, Unary,
+    Attention, Binary, Broadcast, Cast, Concat, Conv2d, Embedding, Gather, Iota, Matmul, MeanPool, Pointwise,
+    Pool2d, Reduce, Rope, Scatter, Select, Slice, Softmax, Transpose, Unary,
 };
 use millrace_ir::tensor::Tensor;
-use millrace_ir::{Bindings, DType, Dim, Id, Kernel, KernelId, Module, Op, Operand, Place, TensorType};
-use millrace_kernels::cpu::Pool;
-use millrace_kernels::cpu::select::{REFERENCE, select};
+use millrace_ir::{Bindings, DType, Dim, Op};
+use millrace_kernels::cpu::select::REFERENCE;
 use proptest::prelude::*;
 
+use super::{Program, Regions};
+use crate::memory::Buffer;
 use harness::*;
 
 proptest! {
