@@ -57,6 +57,10 @@ DEVICE Share share_of_block() {
     return {cluster / (int)gridDim.y * CLUSTER + (int)(blockIdx.x % CLUSTER), cluster % (int)gridDim.y};
 }
 
+// Whether pages of the first tiles are read before the length is known for sure. Five blocks on a multiprocessor of this
+// architecture leave no registers for it.
+constexpr bool GUESS = TOKENS_PER_BLOCK % TILE == 0 && !(ARCH >= 1200 && MIN_BLOCKS > 4);
+
 template <typename I> DEVICE int peek(const I *at) { return (int)__ldcg(at); }
 
 // Guesses the first tile of the warp while the predecessor still runs, and brings it into the level 2 cache. Whatever it reads
@@ -64,9 +68,9 @@ template <typename I> DEVICE int peek(const I *at) { return (int)__ldcg(at); }
 DEVICE int prefetch(const Element *k, const Element *v, const Lens *lens, const Table *table, int b, int width, int pages,
                     Share share) {
 #if ARCH >= 900
-    const int guess = min((int)blockIdx.z, b - 1), length = peek(lens + guess);
+    const int guess = min((int)blockIdx.z, b - 1), length = max(0, peek(lens + guess));
     const int aligned = (WINDOW > 0 ? max(0, length - WINDOW) : 0) / TILE * TILE;
-    const int chunk = chunk_of(max(0, length - aligned));
+    const int chunk = chunk_of(length - aligned);
     const int tile = aligned + share.range * chunk + threadIdx.x / 32 * TILE, key = tile + threadIdx.x % TILE;
     const int block = tile / TOKENS_PER_BLOCK;
     if (TOKENS_PER_BLOCK % TILE != 0 || key >= length || block >= width) return tile;
