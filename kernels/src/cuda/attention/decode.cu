@@ -140,7 +140,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
     auto slot_of_tile = [&](int at) -> i64 {
         return TOKENS_PER_BLOCK % TILE == 0 && at < end ? slots.of(at) : 0;
     };
-    const bool guessed = GUESS && sequence == guess && tile == guessed_tile;
+    const bool guessed = TOKENS_PER_BLOCK % TILE == 0 && sequence == guess && tile == guessed_tile;
     auto first_slot = [&](int s) -> i64 {
         const int at = tile + s * STEP;
         return guessed ? (i64)guessed_pages[s] * TOKENS_PER_BLOCK + at % TOKENS_PER_BLOCK : slot_of_tile(at);

@@ -57,10 +57,6 @@ DEVICE Share share_of_block() {
     return {cluster / (int)gridDim.y * CLUSTER + (int)(blockIdx.x % CLUSTER), cluster % (int)gridDim.y};
 }
 
-// Whether pages of the first tiles are read before the length is known for sure. Five blocks on a multiprocessor of this
-// architecture leave no registers for it.
-constexpr bool GUESS = TOKENS_PER_BLOCK % TILE == 0 && !(ARCH >= 1200 && MIN_BLOCKS > 4);
-
 template <typename I> DEVICE int peek(const I *at) { return (int)__ldcg(at); }
 
 // Guesses the first tile of the warp while the predecessor still runs, and brings it into the level 2 cache. Whatever it reads

@@ -8,6 +8,7 @@
 use std::fmt::Write;
 
 use super::call::Call;
+use crate::cuda::Arch;
 
 /// Most sequences of the last class: blocks along the third axis of a grid.
 pub(super) const MAX_ROWS: u64 = 65535;
@@ -111,6 +112,8 @@ pub(super) fn built_in(call: &Call<'_>, class: &Class, contexts: (u64, u64)) -> 
 fn in_registers(call: &Call<'_>, class: &Class) -> Split {
     let blocks = match call.d {
         _ if head_block(call) > 8 => 2,
+        // There the compiler finds no way with the registers of five.
+        0..=64 if call.site.arch == Arch::Sm120 => 4,
         0..=64 => 5,
         65..=128 => 3,
         _ => 2,
