@@ -7,10 +7,12 @@
 use std::collections::BTreeMap;
 use std::ops::Range as Span;
 
-use millrace_ir::launch::{Arg, Launch, LaunchStep, LaunchTable, MapBase, TensorMap, Tiles};
+use millrace_ir::launch::{self, Arg, ByLibrary, Launch, LaunchStep, LaunchTable, MapBase, TensorMap, Tiles};
 use millrace_ir::{Bindings, DType, Dim, Error, Kind, Module, NodeId, Operand, Result, WeightId};
 
 use super::driver::DeviceInfo;
+use super::library::{Places, Question};
+use super::products::{Call, Takes, question};
 use super::range::Range;
 use crate::places::{Piece, Regions, forged};
 
@@ -81,6 +83,8 @@ pub(super) struct Resolved {
 pub(super) enum Action {
     /// A launch.
     Launch(Resolution),
+    /// A product of a library.
+    Product(Call),
     /// What follows reads this copy of the ring.
     Arrive(usize),
     /// Nothing that follows reads this copy in this step.
@@ -159,13 +163,15 @@ pub(super) fn check_table(module: &Module, table: &LaunchTable) -> Result<()> {
     Err(forged(message))
 }
 
-/// What is launched at `bindings`.
+/// What is launched at `bindings`. Where a variant names a library and `library` takes all its products, they run in place
+/// of its launches.
 pub(super) fn resolve(
     module: &Module,
     table: &LaunchTable,
     addresses: &Addresses,
     bindings: &Bindings,
     limits: Limits,
+    library: Option<&dyn Takes>,
 ) -> Result<Resolved> {
     let (regions, ring) = (&addresses.regions, &addresses.ring);
     let mut values = regions.input_values(module);
@@ -187,8 +193,14 @@ pub(super) fn resolve(
         let begin = actions.len();
         let scope = Scope { addresses, values: &values, bindings, limits, tile: None };
         if copies == until {
-            for launch in &variant.launches {
-                actions.extend(scope.launch(table, launch).map_err(|e| e.at(first))?.map(Action::Launch));
+            let by_library = variant.library.as_ref().zip(library);
+            let taken = by_library.map(|(run, library)| scope.by_library(table, run, library)).transpose();
+            match taken.map_err(|e| e.at(first))?.flatten() {
+                Some(all) => actions.extend(all),
+                None => {
+                    let launched = scope.launches(table, &variant.launches);
+                    actions.extend(launched.map_err(|e| e.at(first))?);
+                }
             }
         } else {
             scope.tiled(table, &variant.launches, copies..until, &mut actions).map_err(|e| e.at(first))?;
@@ -208,22 +220,26 @@ pub(super) fn resolve(
     Ok(Resolved { actions, steps })
 }
 
-/// What the first step of a table launches, apart from any module: `values` are where its launches find values.
+/// What the first step of a table launches, apart from any module: `values` are where its launches find values. What it
+/// names a library for runs by `library` or not at all.
+///
+/// # Errors
+/// `cuda/library` for products that the library does not take.
 pub(super) fn resolve_step(
     table: &LaunchTable,
     addresses: &Addresses,
     values: &[Option<Range>],
     bindings: &Bindings,
     limits: Limits,
-) -> Result<Vec<Resolution>> {
+    library: &dyn Takes,
+) -> Result<Vec<Action>> {
     let step = table.steps.first().ok_or_else(|| forged("a table has no steps"))?;
     let variant = step.variant(bindings).ok_or_else(|| forged("no variant fits"))?;
-    let mut launches = Vec::new();
-    for launch in &variant.launches {
-        let scope = Scope { addresses, values, bindings, limits, tile: None };
-        launches.extend(scope.launch(table, launch)?);
-    }
-    Ok(launches)
+    let scope = Scope { addresses, values, bindings, limits, tile: None };
+    let Some(run) = &variant.library else { return scope.launches(table, &variant.launches) };
+    scope.by_library(table, run, library)?.ok_or_else(|| {
+        Error::new(Kind::Unsupported, "cuda/library", "the library does not compute this product")
+    })
 }
 
 /// Inside a group nobody knows which node runs when: ranges are the same or disjoint. Ranges that begin together are
@@ -342,6 +358,72 @@ impl Scope<'_> {
             actions.push(Action::Leave(index));
         }
         run(self, &launches[last..], actions)
+    }
+
+    /// The launches that have blocks.
+    fn launches(&self, table: &LaunchTable, launches: &[Launch]) -> Result<Vec<Action>> {
+        let mut actions = Vec::with_capacity(launches.len());
+        for launch in launches {
+            actions.extend(self.launch(table, launch)?.map(Action::Launch));
+        }
+        Ok(actions)
+    }
+
+    /// What runs where `library` takes every product of a variant; `None` if it does not.
+    fn by_library(
+        &self,
+        table: &LaunchTable,
+        run: &ByLibrary,
+        library: &dyn Takes,
+    ) -> Result<Option<Vec<Action>>> {
+        let mut actions = self.launches(table, &run.before)?;
+        for product in &run.products {
+            let Some(call) = self.product(product)? else { continue };
+            if !library.takes(&call) {
+                return Ok(None);
+            }
+            actions.push(Action::Product(call));
+        }
+        Ok(Some(actions))
+    }
+
+    /// A product with its numbers, unless it has no rows.
+    fn product(&self, product: &launch::Product) -> Result<Option<Call>> {
+        let launch::Product { x, weight, first, y, bias, residual, rows, at, suggestion, .. } = product;
+        let asked: Question = question(product, self.extent(rows)?);
+        if asked.product.m == 0 {
+            return Ok(None);
+        }
+        let small = || forged("a product of a library leaves its memory");
+        let [w_bytes, _, y_bytes] = asked.bytes().ok_or_else(small)?;
+        let behind = |all: Range, row: u64, bytes: u64| {
+            let start = first.checked_mul(row)?;
+            all.part(start, bytes)
+        };
+        let row_bytes = w_bytes / asked.product.n;
+        let columns_bytes = y_bytes / asked.product.m;
+        let bias = bias.map(|operand| self.operand(operand)).transpose()?;
+        let bias = match bias {
+            // Its elements are those of y.
+            Some(all) => Some(behind(all, columns_bytes / asked.product.n, columns_bytes).ok_or_else(small)?),
+            None => None,
+        };
+        let places = Places {
+            w: behind(self.operand(*weight)?, row_bytes, w_bytes).ok_or_else(small)?,
+            x: self.operand(*x)?,
+            y: self.operand(*y)?,
+            bias,
+            residual: residual.map(|operand| self.operand(operand)).transpose()?,
+        };
+        if !asked.fits(&places) {
+            return Err(small());
+        }
+        let reads = [Some(places.w), Some(places.x), places.bias];
+        let apart = places.residual.filter(|r| r.base != places.y.base);
+        if reads.into_iter().chain([apart]).flatten().any(|read| read.overlaps(places.y)) {
+            return Err(forged("a product of a library writes over what it reads"));
+        }
+        Ok(Some(Call { question: asked, at: *at, suggestion: *suggestion, places }))
     }
 
     /// The launch, unless its grid has no block.
