@@ -7,7 +7,7 @@
 #   FOLDER/run.sh sanitizer   small steps of every case under memcheck, racecheck and initcheck
 #
 # SUITE_TOOLS names some of these tools, SUITE_PART=2/4 takes the second of four interleaved parts of the cases.
-# A missing GPU is an error. SUITE_ARGS adds arguments (cargo test --test backends says which), SUITE_LIMIT bounds the seconds
+# A missing GPU is an error; without cuBLASLt the backend cuda-library is left out, unless MILLRACE_REQUIRE_LIBRARY=1. SUITE_ARGS adds arguments (cargo test --test backends says which), SUITE_LIMIT bounds the seconds
 # of each run.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -26,7 +26,7 @@ const FIRST: usize = 3;
 /// Most rounds.
 const MOST: usize = 25;
 
-/// Candidates that are timed again beside the built-in one.
+/// Candidates that are timed again beside the built-in one, and as many of a library.
 const FINALISTS: usize = 3;
 
 /// Most rows without a comparison with a library.
@@ -270,10 +270,6 @@ fn measure(
     for (index, (candidate, bundle)) in trial.candidates.iter().zip(bundles).enumerate() {
         let mut skip = |why: String| measured.skipped.push((candidate.name.clone(), why));
         if candidate.by_library && !(with_library && has_library) {
-            // Of a library that is not there there is nothing to tell.
-            if with_library && index + 1 == trial.candidates.len() {
-                skip("cuBLASLt is not installed".to_string());
-            }
             continue;
         }
         // Nothing replaces what is built in without having been compared with it.
@@ -344,7 +340,14 @@ fn measure(
         let mut order: Vec<usize> = (0..running.len()).collect();
         if round >= FIRST {
             order.sort_by(|a, b| running[*a].median().total_cmp(&running[*b].median()));
-            order.truncate(FINALISTS);
+            // Of kernels and of the library's ways each, since the best of each is told.
+            let mut left = [FINALISTS; 2];
+            order.retain(|index| {
+                let left = &mut left[usize::from(running[*index].by_library)];
+                let stays = *left > 0;
+                *left -= usize::from(stays);
+                stays
+            });
             if !order.contains(&0) && !running.is_empty() {
                 order.push(0);
             }

@@ -8,7 +8,7 @@ use millrace::compiler::compile::{Progress, prepare_with};
 use millrace::compiler::tuning::Tuning;
 use millrace::ir::Module;
 use millrace::kernels::cuda::Arch;
-use millrace::runtime::cuda::{DeviceInfo, Timer};
+use millrace::runtime::cuda::{DeviceInfo, Timer, has_library};
 use millrace::tune::{Measured, TuneOptions, build_all, tune};
 use millrace::{Engine, Error, Kind, Result};
 use serde_json::json;
@@ -173,6 +173,9 @@ pub fn measure(
 ) -> Result<(Tuning, Vec<Measured>)> {
     let mut timer = Timer::open(gpu)?;
     let trials = choose(module, arch_of(timer.device(), archs)?, rows);
+    if library && !has_library() {
+        eprintln!("cuBLASLt is not installed: kernels are measured alone");
+    }
     let mut all = Vec::new();
     let mut tell = |measured: &Measured| {
         eprint!("{}", line(measured));
