@@ -206,6 +206,25 @@ fn scratch_memory_of_the_library_is_an_item_of_its_own() {
     assert_eq!(sum(&with), sum(&without) + (32 << 20), "nothing else changes");
 }
 
+/// Every architecture's kernels; a cache that has them serves machines without NVRTC.
+#[test]
+fn kernels_beside_the_library_build() {
+    if let Err(why) = nvrtc_version() {
+        let required = std::env::var("MILLRACE_REQUIRE_NVRTC").is_ok_and(|v| v == "1");
+        assert!(!required, "NVRTC is required: {why}");
+        eprintln!("SKIPPED kernels_beside_the_library_build: {why}");
+        return;
+    }
+    let net = net();
+    let tuned = named(&net, options("cuda", false), 0);
+    let compiled = compile(&net.path, &tuned, None).unwrap();
+    assert_eq!(compiled.device.bundles.len(), tuned.target.archs.len());
+    for bundle in &compiled.device.bundles {
+        assert_eq!(Bundle::decode(&bundle.encode()).unwrap(), *bundle);
+        assert!(bundle.table.by_library().count() > 0 && bundle.images.iter().all(|i| !i.is_empty()));
+    }
+}
+
 /// A GPU with the library, and NVRTC or its cache to build for it; nothing without.
 fn machine(test: &str) -> Option<String> {
     let survey = survey();
