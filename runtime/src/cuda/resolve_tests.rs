@@ -1,6 +1,6 @@
 use millrace_ir::builder::Builder;
 use millrace_ir::dim::Sym;
-use millrace_ir::launch::{Condition, DeviceKernel, Variant, tile_count, tile_first};
+use millrace_ir::launch::{self, ByLibrary, Condition, DeviceKernel, Variant, tile_count, tile_first};
 use millrace_ir::ops::unary::UnaryFn;
 use millrace_ir::ops::{FusedMatmul, Reshape, Unary};
 use millrace_ir::{ArenaDecl, Id, Place, StateId, TensorType, ValueId, WeightExpr, WeightId};
