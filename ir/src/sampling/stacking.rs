@@ -169,10 +169,10 @@ pub(super) fn stack(
         }
     }
     let mut at = 0;
-    for run in 0..runs.len() {
-        (at..runs[run].nodes.start).for_each(|k| stack.place(k, None));
-        stack.run(run);
-        at = runs[run].nodes.end;
+    for (index, run) in runs.iter().enumerate() {
+        (at..run.nodes.start).for_each(|k| stack.place(k, None));
+        stack.run(index);
+        at = run.nodes.end;
     }
     (at..graph.order.len()).for_each(|k| stack.place(k, None));
     if stack.outputs(random) {
@@ -222,7 +222,7 @@ fn odd(draft: &Module, run: &Run, random: &mut Random) -> Odd {
             let touches = |k: usize| node(k).operands.iter().any(|o| draft.state_of(*o).is_some());
             let free = |k: &usize| {
                 let reads = |o: &Operand| matches!(o, Operand::Value(v) if node(*k).results.contains(v));
-                !node(k + 1).operands.iter().any(reads) && !(touches(*k) && touches(k + 1))
+                !(node(k + 1).operands.iter().any(reads) || touches(*k) && touches(k + 1))
             };
             let found: Vec<usize> = (run.nodes.start..run.nodes.end.saturating_sub(1)).filter(free).collect();
             if !found.is_empty() {
