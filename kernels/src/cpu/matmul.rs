@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::element::Element;
 use super::math::{Activation, activate};
 use super::parallel::{Pool, Shared, for_chunks};
-use super::simd::{TILE_ROWS, dispatch, pack_rows, packed_rows_len, part, tile};
+use super::simd::{TILE_ROWS, dispatch, pack_rows, packed_rows_len, part, tile_ahead};
 
 pub use super::simd::PANEL;
 
@@ -223,11 +223,11 @@ impl<T: Element, B: Element> Matmul<'_, T, B> {
             for panel in group_index * group..panels.min((group_index + 1) * group) {
                 let target = all[first + panel];
                 let acc = &mut acc[..rows.len() * PANEL];
-                accumulate(pool, block_a, k, &b[panel * PANEL * k..][..PANEL * k], acc);
+                accumulate(pool, block_a, k, &b[panel * PANEL * k..], acc);
                 if glu {
                     let other = panel + panels;
                     let up = &mut up[..rows.len() * PANEL];
-                    accumulate(pool, block_a, k, &b[other * PANEL * k..][..PANEL * k], up);
+                    accumulate(pool, block_a, k, &b[other * PANEL * k..], up);
                     gate(pool, epilogue, target, all[first + panel + whole], acc, up);
                 }
                 let width = segments[target.segment];
@@ -259,11 +259,23 @@ fn accumulate<B: Element>(pool: &Pool, packed: &[f32], k: usize, panel: &[B], ac
     for start in (0..k).step_by(INNER) {
         let inner = INNER.min(k - start);
         let columns = &panel[start * PANEL..(start + inner) * PANEL];
+        let next = &panel[(start + inner) * PANEL..];
+        let next = &next[..next.len().min(inner * PANEL)];
         for index in 0..tiles {
             let rows = part(rows, tiles, index);
             let count = rows.len();
             let a = &packed[rows.start * k + start * count..];
-            tile(pool.isa, a, count, count, inner, columns, &mut acc[rows.start * PANEL..rows.end * PANEL]);
+            let ahead = if tiles == 1 { &[][..] } else { &next[part(next.len(), tiles, index)] };
+            tile_ahead(
+                pool.isa,
+                a,
+                count,
+                count,
+                inner,
+                columns,
+                ahead,
+                &mut acc[rows.start * PANEL..rows.end * PANEL],
+            );
         }
     }
 }
