@@ -101,25 +101,48 @@ impl<'a> Types<'a> {
 }
 
 /// What was found out about dims, each with a number that makes it another key.
-pub struct Dims<'a, T>(HashMap<u64, Vec<(&'a Dim, u64, T)>>);
+pub struct Dims<'a, T> {
+    by_fingerprint: HashMap<u64, Vec<u32>>,
+    /// The last entry whose dim is in memory at an address that falls here. Dims of repeated layers share their terms.
+    by_address: Vec<u32>,
+    list: Vec<(&'a Dim, u64, T)>,
+}
+
+/// Dims by address that are remembered; a power of two.
+const ADDRESSES: usize = 256;
 
 impl<'a, T> Dims<'a, T> {
     /// Nothing is known.
     pub fn new() -> Self {
-        Dims(HashMap::new())
+        Dims { by_fingerprint: HashMap::new(), by_address: vec![u32::MAX; ADDRESSES], list: Vec::new() }
+    }
+
+    fn slot(dim: &Dim, number: u64) -> usize {
+        // The upper bits of a product depend on all bits of its factors.
+        (mix(dim.address(), number) >> 32) as usize % ADDRESSES
     }
 
     /// What is known of `dim` with `number`.
     pub fn get(&self, dim: &Dim, number: u64) -> Option<&T> {
-        let known = self.0.get(&mix(dim.fingerprint(), number))?;
-        known.iter().find(|(d, n, _)| *n == number && *d == dim).map(|(_, _, about)| about)
+        if let Some((known, n, about)) = self.list.get(self.by_address[Self::slot(dim, number)] as usize)
+            && *n == number
+            && known.is_shared_with(dim)
+        {
+            return Some(about);
+        }
+        let known = self.by_fingerprint.get(&mix(dim.fingerprint(), number))?;
+        let mut known = known.iter().map(|at| &self.list[*at as usize]);
+        known.find(|(d, n, _)| *n == number && *d == dim).map(|(_, _, about)| about)
     }
 
     /// Remembers `about` for `dim` with `number`, unless many others have its fingerprint.
     pub fn remember(&mut self, dim: &'a Dim, number: u64, about: T) {
-        let known = self.0.entry(mix(dim.fingerprint(), number)).or_default();
+        let known = self.by_fingerprint.entry(mix(dim.fingerprint(), number)).or_default();
         if known.len() < COMPARED {
-            known.push((dim, number, about));
+            let at = self.list.len() as u32;
+            known.push(at);
+            self.by_address[Self::slot(dim, number)] = at;
+            self.list.push((dim, number, about));
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Rules about declarations: V1 names, V2 symbols, V3 and V9 sizes, V4 weights.
 
 use std::collections::HashSet;
-use std::hash::{BuildHasher, RandomState};
 
 use super::Report;
 use crate::arena::Id;
@@ -16,24 +15,44 @@ use crate::ops::movement::is_permutation;
 use crate::types::TensorType;
 use crate::weights::MAX_DEPTH;
 
+/// A number that equal names have in common and most different ones do not; none for names that are empty or hold
+/// other bytes than ASCII letters, digits, signs and blanks. Eight bytes at a time: a model has as many names as nodes.
+fn plain(name: &str) -> Option<u64> {
+    const EACH: u64 = u64::MAX / 255;
+    let mut hash = name.len() as u64;
+    let mut unfit = 0;
+    let mut take = |word: u64| {
+        // The high bit of a byte is set in the first for those above 127, in the second for 127, in the third below 32.
+        unfit |= word | word.wrapping_add(EACH) | !word.wrapping_add(0x60 * EACH);
+        let product = u128::from(hash ^ word) * 0x9e37_79b9_7f4a_7c15_f39c_0c17;
+        hash = (product as u64) ^ ((product >> 64) as u64);
+    };
+    let (words, rest) = name.as_bytes().as_chunks();
+    words.iter().for_each(|word| take(u64::from_le_bytes(*word)));
+    if !rest.is_empty() {
+        let mut word = [b' '; 8];
+        word[..rest.len()].copy_from_slice(rest);
+        take(u64::from_le_bytes(word));
+    }
+    (!name.is_empty() && unfit & (0x80 * EACH) == 0).then_some(hash)
+}
+
 /// Whether all names are fit to be printed and differ; a rare `false` may be wrong.
 ///
 /// Hashes are sorted, not kept in a table: a sort goes through memory in order, however many there are.
-fn surely_unique<'a>(names: impl Iterator<Item = &'a str>) -> bool {
-    let state = RandomState::new();
-    let mut hashes = Vec::with_capacity(names.size_hint().0);
+fn surely_unique<'a>(names: impl Iterator<Item = &'a str>, most: usize) -> bool {
+    let mut hashes = Vec::with_capacity(most);
     for name in names {
-        if name.is_empty() || !name.bytes().all(|b| (b' '..=b'~').contains(&b)) {
-            return false;
-        }
-        hashes.push(state.hash_one(name));
+        let Some(hash) = plain(name) else { return false };
+        hashes.push(hash);
     }
     hashes.sort_unstable();
     hashes.windows(2).all(|pair| pair[0] != pair[1])
 }
 
-fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str> + Clone, report: &mut Report) {
-    if surely_unique(names.clone()) {
+/// V1 for `names`, which are about `most`.
+fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str> + Clone, most: usize, report: &mut Report) {
+    if surely_unique(names.clone(), most) {
         return;
     }
     let mut seen = HashSet::new();
@@ -50,11 +69,13 @@ fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str> + Clone, report: 
 
 pub(super) fn names(module: &Module, report: &mut Report) {
     let constants = module.weights.iter().map(|(_, w)| w.name.as_str());
-    unique("weight or state", constants.chain(module.states.iter().map(|(_, s)| s.name.as_str())), report);
-    unique("arena", module.arenas.iter().map(|(_, a)| a.name.as_str()), report);
-    unique("symbol", module.dims.iter().map(|d| d.sym.name()), report);
-    unique("input", module.input_types().iter().map(|(n, _)| *n), report);
-    unique("output", module.graph.outputs.iter().map(|o| o.name.as_str()), report);
+    let names = constants.chain(module.states.iter().map(|(_, s)| s.name.as_str()));
+    unique("weight or state", names, module.weights.len() + module.states.len(), report);
+    unique("arena", module.arenas.iter().map(|(_, a)| a.name.as_str()), module.arenas.len(), report);
+    unique("symbol", module.dims.iter().map(|d| d.sym.name()), module.dims.len(), report);
+    let (inputs, outputs) = (module.input_types(), &module.graph.outputs);
+    unique("input", inputs.iter().map(|(n, _)| *n), inputs.len(), report);
+    unique("output", outputs.iter().map(|o| o.name.as_str()), outputs.len(), report);
     for (what, name) in [("module", &module.name), ("graph", &module.graph.name)] {
         if name.is_empty() {
             report.add(1, None, format!("the {what} has no name"));
