@@ -13,6 +13,9 @@ use crate::types::{TensorType, mix};
 /// Number of a distinct type.
 pub type TypeId = u32;
 
+/// The number of a type that nobody has.
+const NOBODY: TypeId = TypeId::MAX;
+
 /// Most types of one fingerprint that are compared; a forged module with more of them gains equal types with two numbers.
 const COMPARED: usize = 16;
 
@@ -34,17 +37,23 @@ pub struct Types<'a> {
 impl<'a> Types<'a> {
     /// The types of `module`.
     pub fn of(module: &'a Module) -> Self {
+        let mut types = Types::of_declarations(module);
+        for (id, value) in module.graph.values.iter() {
+            types.add(id, &value.ty);
+        }
+        types
+    }
+
+    /// The types of `module`'s weights and states; those of its values are to be added.
+    pub(crate) fn of_declarations(module: &'a Module) -> Self {
         let mut types = Types {
             by_fingerprint: HashMap::new(),
             by_address: vec![None; SHAPES],
             list: Vec::new(),
             values: vec![0; module.graph.values.bound()],
-            weights: vec![0; module.weights.bound()],
-            states: vec![0; module.states.bound()],
+            weights: vec![NOBODY; module.weights.bound()],
+            states: vec![NOBODY; module.states.bound()],
         };
-        for (id, value) in module.graph.values.iter() {
-            types.values[id.index()] = types.number(&value.ty);
-        }
         for (id, weight) in module.weights.iter() {
             types.weights[id.index()] = types.number(&weight.ty);
         }
@@ -52,6 +61,26 @@ impl<'a> Types<'a> {
             types.states[id.index()] = types.number(&state.ty);
         }
         types
+    }
+
+    /// Adds the type of a value.
+    pub(crate) fn add(&mut self, id: ValueId, ty: &'a TensorType) {
+        self.values[id.index()] = self.number(ty);
+    }
+
+    /// Adds the type of a value that has that of another one.
+    pub(crate) fn add_copy(&mut self, from: ValueId, to: ValueId) {
+        self.values[to.index()] = self.values[from.index()];
+    }
+
+    /// The number of the type of a weight or state, if it exists.
+    pub(crate) fn declared(&self, operand: Operand) -> Option<TypeId> {
+        let ty = match operand {
+            Operand::Value(_) => None,
+            Operand::Weight(w) => self.weights.get(w.index()),
+            Operand::State(s) => self.states.get(s.index()),
+        };
+        ty.copied().filter(|ty| *ty != NOBODY)
     }
 
     fn number(&mut self, ty: &'a TensorType) -> TypeId {
