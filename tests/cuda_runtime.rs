@@ -119,7 +119,7 @@ fn the_ledger_is_what_the_driver_reports() {
     let mut session = engine.session(SessionOptions::default()).unwrap();
     let found = session.reconcile().unwrap();
     eprintln!("{found:?} {:+.4}, {}", found.relative(), session.ledger());
-    assert!(found.reported > 1 << 30 && found.relative().abs() <= 0.03, "{found:?}");
+    assert!(found.reported > 1 << 30 && (0.0..=0.03).contains(&found.relative()), "{found:?}");
     drop(session);
     let engine = plain_engine(&device);
     let mut session = engine.session(SessionOptions::default()).unwrap();
@@ -129,6 +129,7 @@ fn the_ledger_is_what_the_driver_reports() {
         let found = session.reconcile().unwrap();
         eprintln!("{allocation:?}: {found:?} {:+.4}, {}", found.relative(), session.ledger());
         assert!(found.relative().abs() <= 0.03, "{found:?}");
+        assert!(allocation != Allocation::Static || found.difference() >= 0, "{found:?}");
         assert!(session.ledger().on_device() >= found.reported, "what came late is counted from here on");
     }
 }

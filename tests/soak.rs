@@ -82,7 +82,8 @@ fn serve(model: &mut impl StepModel, request: &Request, first: i32) -> Vec<Vec<f
 fn options(random: &mut Random) -> SessionOptions {
     SessionOptions {
         allocation: Allocation::ALL[random.below(4) as usize],
-        ring: Ring { slot_bytes: 16 << 10, small: 0, ..Ring::DEFAULT },
+        ring: Ring { slots: 3, slot_bytes: 16 << 10, small: 0, ..Ring::DEFAULT },
+        copy_queues: 2,
         threads: Some(2),
         ..SessionOptions::default()
     }

@@ -1,7 +1,7 @@
 //! Weights that stream compute the same bits as weights that stay, under every budget, with every ring.
 //!
 //! What is compared are the bytes of outputs of a prefill and of decode steps that follow it, or of the steps of a random
-//! graph. On a machine with a GPU `MILLRACE_TARGETS=cuda:sm_90a` runs the models there.
+//! graph. On a machine with a GPU `MILLRACE_TARGETS=cuda:sm_90a` runs the models there. `--ignored` runs a large shape.
 
 #[path = "common/models.rs"]
 mod common;
@@ -9,6 +9,7 @@ mod common;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use common::{ids, json, root};
 use millrace::compiler::codegen::WeightMode;
@@ -99,7 +100,11 @@ fn three_steps(session: &mut Session<'_>) -> Vec<Vec<u32>> {
 }
 
 fn session<'e>(engine: &'e Engine, allocation: Allocation, ring: Ring, budget: WeightBudget) -> Session<'e> {
-    engine.session(SessionOptions { allocation, ring, budget, ..SessionOptions::default() }).unwrap()
+    // As many copies under way as a ring allows.
+    let copy_queues = ring.slots - 1;
+    engine
+        .session(SessionOptions { allocation, ring, copy_queues, budget, ..SessionOptions::default() })
+        .unwrap()
 }
 
 /// What the ledger holds is what the placement says.
@@ -168,6 +173,43 @@ fn tiny_models_compute_the_same_bits_under_every_budget() {
 fn baker_street_computes_the_same_bits_under_every_budget() {
     for target in &targets() {
         matrix(&engine(BAKER, &options(DType::BF16, target)), BAKER);
+    }
+}
+
+/// A large shape with weights from a seed, `MILLRACE_STREAMING_SHAPE` or that of Llama 3.1 8B in bf16 (16 GB), under budgets that
+/// change in one session: with the usual ring, and with one of more slots than two.
+#[test]
+#[ignore = "takes the memory of a large model"]
+fn a_large_shape_computes_the_same_bits_under_every_budget() {
+    let folder = std::env::var("MILLRACE_STREAMING_SHAPE");
+    let folder = folder.unwrap_or_else(|_| "tests/data/configs/llama-3.1-8b".into());
+    for target in &targets() {
+        let mut options = options(DType::BF16, target);
+        options.import.dummy_weights = true;
+        let engine = engine(&folder, &options);
+        let wide = Ring { slots: 4, slot_bytes: 12 << 20, ..Ring::DEFAULT };
+        for (allocation, ring) in [(Allocation::Static, Ring::DEFAULT), (Allocation::Dynamic, wide)] {
+            let mut session = session(&engine, allocation, ring, WeightBudget::Resident);
+            let expected = three_steps(&mut session);
+            assert!(expected.iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()));
+            for budget in budgets(&session, &ring) {
+                let start = Instant::now();
+                session.set_weight_budget(budget).unwrap();
+                assert_exact(&session);
+                // Twice, so that a device replays what it recorded.
+                for _ in 0..2 {
+                    assert!(
+                        three_steps(&mut session) == expected,
+                        "{target}, {allocation:?}, {budget}, {ring:?}"
+                    );
+                }
+                let moved = session.placement().1.moved();
+                eprintln!(
+                    "{target}, {allocation:?}, {budget}: {moved} bytes a step, {:.1?}",
+                    start.elapsed()
+                );
+            }
+        }
     }
 }
 

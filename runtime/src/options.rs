@@ -97,6 +97,9 @@ pub struct SessionOptions {
     pub budget: WeightBudget,
     /// The ring that weights stream through.
     pub ring: Ring,
+    /// Queues of a device that take the copies of a step in turn, fewer than the ring has slots: with two, one copy begins
+    /// while the one before it ends.
+    pub copy_queues: usize,
     /// What to do when memory does not suffice.
     pub on_out_of_memory: OnOutOfMemory,
     /// Bound on pinned host memory for the weights of a device session that stream; what exceeds it comes from the engine
@@ -123,6 +126,7 @@ impl Default for SessionOptions {
             profile: ProfileChoice::default(),
             budget: WeightBudget::default(),
             ring: Ring::DEFAULT,
+            copy_queues: 1,
             host_cap: None,
             on_out_of_memory: OnOutOfMemory::default(),
             device: None,

@@ -173,6 +173,7 @@ impl<'e> Session<'e> {
         if let Backend::Cuda(cuda) = &session.backend {
             session.ledger.set(Class::Context, cuda.driver_bytes());
         }
+        session.note_driver();
         Ok(session)
     }
 

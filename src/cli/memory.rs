@@ -33,6 +33,9 @@ pub struct MemoryOptions {
     /// Slots of the ring, at least 2 [default: 2]
     #[arg(long, value_name = "N")]
     ring_slots: Option<usize>,
+    /// Queues of a GPU that take copies in turn, fewer than slots
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    copy_queues: usize,
     /// Weights of fewer bytes never stream [default: 1MiB]
     #[arg(long, value_name = "SIZE")]
     ring_small: Option<String>,
@@ -95,6 +98,7 @@ impl MemoryOptions {
             profile,
             budget,
             ring: ring(self.ring_slot.as_deref(), self.ring_slots, self.ring_small.as_deref())?,
+            copy_queues: self.copy_queues,
             on_out_of_memory,
             kv_pages: self.kv_pages,
             threads: self.threads,

@@ -270,7 +270,9 @@ mod tests {
     fn equal_values_are_their_own_mean() {
         for isa in Isa::available() {
             let pool = Pool::with_isa(1, isa);
-            for (n, value) in [3, 17, 100].into_iter().flat_map(|n| ramp(20, 0.7).into_iter().map(move |v| (n, v))) {
+            for (n, value) in
+                [3, 17, 100].into_iter().flat_map(|n| ramp(20, 0.7).into_iter().map(move |v| (n, v)))
+            {
                 let (mut row, weight, bias) = (vec![value; n], vec![7f32; n], ramp(n, 0.5));
                 norm(&pool, Norm::Layer(1e-12), &mut row, &weight, Some(&bias));
                 assert_eq!(row, bias, "{value}");

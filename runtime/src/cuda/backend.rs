@@ -124,6 +124,8 @@ pub(crate) struct Cuda {
     report: GraphReport,
     /// Bytes that context and code took.
     driver_bytes: u64,
+    /// Graphs recorded when [`Cuda::has_recorded`] was asked last.
+    known_graphs: u64,
     stream: Arc<Stream>,
     recording: Arc<Stream>,
     context: Arc<Context>,
@@ -153,11 +155,12 @@ impl Cuda {
             workspace: None,
             counters: None,
             states: Vec::new(),
-            residence: Residence::new(&context, options.host_cap, threads),
+            residence: Residence::new(&context, options, threads),
             program,
             fixed: false,
             report: GraphReport { enabled: options.graphs, ..GraphReport::default() },
             driver_bytes,
+            known_graphs: 0,
             stream,
             recording,
             context,
@@ -233,6 +236,11 @@ impl Cuda {
     /// Bytes that context and code took when the session was opened.
     pub fn driver_bytes(&self) -> u64 {
         self.driver_bytes
+    }
+
+    /// Whether a graph was recorded since this was asked last.
+    pub fn has_recorded(&mut self) -> bool {
+        std::mem::replace(&mut self.known_graphs, self.report.recorded) != self.report.recorded
     }
 
     /// Bytes that allocations hold beyond what was asked for.

@@ -7,8 +7,8 @@
 //! Host memory may be bounded too. Then what does not fit it comes from the engine file through a few pinned buffers, filled by the
 //! thread that enqueues the step, which therefore cannot be a graph.
 //!
-//! A step's copies are enqueued with its kernels, into the same graph if there is one, those with which the next step begins
-//! among them: they are under way while the last kernels run. (Leaving those out of the graph, ordered by events between
+//! A step's copies are enqueued with its kernels, in one queue or several that take turns, into the same graph if there is one, those
+//! with which the next step begins among them: they are under way while the last kernels run. (Leaving those out of the graph, ordered by events between
 //! graphs, was tried on an H200 and is no faster.)
 //!
 //! Invariant: between steps the first copies of a step are in their slots. A step that fails breaks it; [`Residence::heal`]
@@ -25,6 +25,7 @@ use super::resolve::{Ring, Tile};
 use super::transfer::{Pinned, Staging};
 use super::upload::{Load, Piece, Sources, share, upload};
 use crate::budget::Residency;
+use crate::options::SessionOptions;
 use crate::places::Piece as _;
 
 /// The resident part of a weight that may move.
@@ -36,7 +37,8 @@ struct Held {
 
 /// What orders the copies within a step. While a step is recorded for a graph it has others than while it runs.
 struct Lanes {
-    copies: Arc<Stream>,
+    /// Queues that take the copies in turn, fewer than slots.
+    queues: Vec<Arc<Stream>>,
     /// By slot: its content has arrived.
     arrived: Vec<Event>,
     /// By slot: its content is no longer needed.
@@ -44,9 +46,19 @@ struct Lanes {
 }
 
 impl Lanes {
-    fn new(context: &Arc<Context>, slots: usize) -> Result<Lanes> {
+    fn new(context: &Arc<Context>, slots: usize, queues: usize) -> Result<Lanes> {
         let (arrived, left) = (events(context, slots)?, events(context, slots)?);
-        Ok(Lanes { copies: Stream::new(context)?, arrived, left })
+        let queues = (0..queues.clamp(1, slots.max(2) - 1)).map(|_| Stream::new(context));
+        Ok(Lanes { queues: queues.collect::<Result<_>>()?, arrived, left })
+    }
+
+    /// The queue of the copy that follows `copy`.
+    fn queue(&self, copy: usize) -> &Stream {
+        &self.queues[copy % self.queues.len()]
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.queues.iter().try_for_each(|queue| queue.synchronize())
     }
 }
 
@@ -66,6 +78,8 @@ pub(super) struct Residence {
     host: Vec<Option<Pinned>>,
     /// Most bytes of pinned memory for weights.
     host_cap: Option<u64>,
+    /// Queues for copies of a step.
+    queues: usize,
     /// Buffers for copies whose weight is not in host memory.
     feeders: Mutex<Feeders>,
     /// Threads that fill.
@@ -117,14 +131,15 @@ fn not_placed() -> Error {
 
 impl Residence {
     /// No weight is anywhere.
-    pub fn new(context: &Arc<Context>, host_cap: Option<u64>, threads: usize) -> Residence {
+    pub fn new(context: &Arc<Context>, options: &SessionOptions, threads: usize) -> Residence {
         Residence {
             fixed: None,
             fixed_at: Vec::new(),
             held: Vec::new(),
             ring: None,
             host: Vec::new(),
-            host_cap,
+            host_cap: options.host_cap,
+            queues: options.copy_queues,
             feeders: Mutex::default(),
             threads,
             demand: Demand::default(),
@@ -204,8 +219,8 @@ impl Residence {
         if next.copies.is_empty() {
             (self.running, self.recording) = (None, None);
         } else if self.running.as_ref().is_none_or(|lanes| lanes.arrived.len() != next.slots) {
-            self.running = Some(Lanes::new(&self.context, next.slots)?);
-            self.recording = Some(Lanes::new(&self.context, next.slots)?);
+            self.running = Some(Lanes::new(&self.context, next.slots, self.queues)?);
+            self.recording = Some(Lanes::new(&self.context, next.slots, self.queues)?);
         }
         self.placement = Some(next);
         self.heal(Some(sources))
@@ -385,7 +400,7 @@ impl Residence {
 
     /// Waits for copies under way.
     fn settle(&self) -> Result<()> {
-        self.running.as_ref().map_or(Ok(()), |lanes| lanes.copies.synchronize())
+        self.running.as_ref().map_or(Ok(()), |lanes| lanes.synchronize())
     }
 
     /// Brings the first copies of a step into their slots if a step may have failed since.
@@ -393,11 +408,11 @@ impl Residence {
         let placement = self.placement()?;
         if !self.intact && !placement.copies.is_empty() {
             let lanes = self.lanes(false)?;
-            lanes.copies.synchronize()?;
+            lanes.synchronize()?;
             for copy in 0..placement.copies.len().min(placement.slots) {
-                self.send(copy, &lanes.copies, sources)?;
+                self.send(copy, lanes.queue(copy), sources)?;
             }
-            lanes.copies.synchronize()?;
+            lanes.synchronize()?;
         }
         self.intact = true;
         Ok(())
@@ -433,9 +448,10 @@ impl Residence {
         let Some(next) = placement.next(copy) else { return Ok(()) };
         let (lanes, slot) = (self.lanes(recorded)?, placement.copies[copy].slot);
         lanes.left[slot].record(stream)?;
-        lanes.copies.wait(&lanes.left[slot])?;
-        self.send(next, &lanes.copies, sources)?;
-        lanes.arrived[slot].record(&lanes.copies)
+        let queue = lanes.queue(copy);
+        queue.wait(&lanes.left[slot])?;
+        self.send(next, queue, sources)?;
+        lanes.arrived[slot].record(queue)
     }
 
     fn join(&self, stream: &Stream, recorded: bool) -> Result<()> {

@@ -193,8 +193,20 @@ impl<'e> Session<'e> {
         }
     }
 
-    /// Compares the ledger with what the system reports. What a driver has taken for itself since the session was opened, such as
-    /// for graphs or code that it loads late, is entered under [`Class::Context`].
+    /// Enters what the driver has taken for itself besides its context, for code that it loads late and for graphs: what the device
+    /// has less of than anybody asked for. More than [`LATE`] of it is another process's.
+    pub(super) fn note_driver(&mut self) {
+        if let Backend::Cuda(cuda) = &self.backend
+            && let Ok(taken) = cuda.taken()
+            && let late = taken.saturating_sub(self.ledger.on_device())
+            && late <= LATE
+        {
+            self.ledger.set(Class::Context, self.ledger.now(Class::Context) + late);
+        }
+    }
+
+    /// Compares the ledger with what the system reports. What a driver takes for itself is measured when the session is opened and
+    /// whenever it has recorded a graph; what it has taken at other times is entered here, under [`Class::Context`].
     ///
     /// The system does not tell who took memory: the comparison is of use while no other session or process allocates or frees on
     /// the device. Without the driver's management library the context is neither counted nor reported. A CPU session
@@ -223,6 +235,9 @@ impl<'e> Session<'e> {
         &self.ledger
     }
 }
+
+/// Most bytes that a driver takes for itself at once after its context and the code of an engine.
+const LATE: u64 = 64 << 20;
 
 fn holders(required: &[(Class, u64)]) -> String {
     let all: Vec<String> = required.iter().map(|(c, b)| format!("{} {b}", c.name())).collect();

@@ -184,6 +184,11 @@ impl<'e> Session<'e> {
         }
         self.after_step();
         self.note_device_memory();
+        if let Backend::Cuda(cuda) = &mut self.backend
+            && cuda.has_recorded()
+        {
+            self.note_driver();
+        }
         result
     }
 

@@ -12,8 +12,8 @@
 //! their slots, brings in the others, and ends by bringing in the first ones for the next step.
 //!
 //! A runtime keeps to this: before the first step it brings copy `j < slots` into slot `j`. Within a step it waits for the
-//! copy before the tile's kernel, and after the kernel it enqueues [`Placement::next`] into the slot that became free, on one
-//! copy queue that keeps its order.
+//! copy before the tile's kernel, and after the kernel it enqueues [`Placement::next`] into the slot that became free, on a
+//! copy queue that keeps its order, or on fewer queues than slots in turn.
 
 mod check;
 mod demand;
