@@ -240,7 +240,8 @@ mod tests {
     #[test]
     fn a_broken_copy_is_no_copy() {
         let at = |n: usize| NodeId::from_index(n);
-        let breaks: [(&str, fn(&mut Module, NodeId)); 9] = [
+        type Damage = fn(&mut Module, NodeId);
+        let breaks: [(&str, Damage); 9] = [
             ("V6 value", |m, id| m.graph.nodes[id].operands[0] = Operand::Value(ValueId::from_index(9999))),
             ("V6 weight", |m, id| {
                 m.graph.nodes[id].operands[1] = Operand::Weight(WeightId::from_index(9999))
