@@ -155,6 +155,7 @@ fn stats([few, more]: &[Trial; 2], layers: u64) -> Rolled<Vec<(String, u64)>> {
 impl stamp::Stamped {
     /// The module it makes of `origin`.
     fn onto(self, mut origin: Module) -> Module {
+        origin.weights.reserve(self.weights.len());
         self.weights.into_iter().for_each(|w| {
             origin.weights.push(w);
         });
