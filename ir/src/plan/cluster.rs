@@ -6,6 +6,7 @@ use std::collections::BinaryHeap;
 
 use super::fold::{Folded, Join};
 use super::item::Item;
+use super::load::Load;
 
 /// Largest mismatch of a pair, in thousandths, after which each of the results is taken.
 pub(super) const LEVELS: [u32; 3] = [0, 60, 200];
@@ -78,48 +79,4 @@ fn pair(folded: &Folded, a: u32, b: u32) -> Option<Pair> {
         }
     };
     (mismatch <= LEVELS[LEVELS.len() - 1]).then_some(Reverse((mismatch, life, a, b)))
-}
-
-/// Bytes alive between neighbouring instants.
-struct Load {
-    times: Vec<usize>,
-    bytes: Vec<u64>,
-    capacity: u64,
-}
-
-impl Load {
-    fn of(items: &[Item], capacity: u64) -> Self {
-        let mut times: Vec<usize> = items.iter().flat_map(|i| [i.start, i.end]).collect();
-        times.sort_unstable();
-        times.dedup();
-        let mut load = Load { bytes: vec![0; times.len()], times, capacity };
-        for item in items {
-            for s in load.span(item) {
-                load.bytes[s] += item.size;
-            }
-        }
-        load
-    }
-
-    fn span(&self, item: &Item) -> std::ops::Range<usize> {
-        let at = |time: usize| self.times.partition_point(|t| *t < time);
-        at(item.start)..at(item.end)
-    }
-
-    /// Puts `both` in the place of `x` and `y`, if it fits.
-    fn replace(&mut self, x: &Item, y: &Item, both: &Item) -> bool {
-        let (span_x, span_y, span) = (self.span(x), self.span(y), self.span(both));
-        let changed = |s: usize, bytes: u64| {
-            let own =
-                |span: &std::ops::Range<usize>, item: &Item| if span.contains(&s) { item.size } else { 0 };
-            bytes - own(&span_x, x) - own(&span_y, y) + both.size
-        };
-        if span.clone().any(|s| changed(s, self.bytes[s]) > self.capacity.max(self.bytes[s])) {
-            return false;
-        }
-        for s in span {
-            self.bytes[s] = changed(s, self.bytes[s]);
-        }
-        true
-    }
 }

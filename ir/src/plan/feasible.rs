@@ -10,8 +10,10 @@ pub(super) const CAPACITY: u64 = 1 << 20;
 const KIB: u64 = 1 << 10;
 
 /// Kinds of instances; see [`instance`].
-pub(super) const KINDS: [&str; 10] =
-    ["tiling", "dropped", "shrunk", "loose", "split", "grown", "refilled", "joined", "jittered", "mixed"];
+pub(super) const KINDS: [&str; 11] = [
+    "tiling", "dropped", "shrunk", "loose", "split", "grown", "refilled", "joined", "jittered", "mixed",
+    "sparse",
+];
 
 /// An item with its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +85,12 @@ fn placed(kind: &str, seed: u64, bases: &[Vec<Placed>]) -> Vec<Placed> {
         "dropped" => {
             let mut placed = tiling(&mut draw, count * 11 / 10, 1 << 20);
             let share = 0.02 + 0.1 * draw.unit();
+            placed.retain(|_| !draw.chance(share));
+            placed
+        }
+        "sparse" => {
+            let share = 0.05 + 0.25 * draw.unit();
+            let mut placed = tiling(&mut draw, (count as f64 / (1.0 - share)) as usize, 1 << 10);
             placed.retain(|_| !draw.chance(share));
             placed
         }
@@ -369,7 +377,7 @@ mod tests {
     }
 
     /// Kinds and seeds that the default effort is known to be enough for.
-    const FITTING: [(&str, &[u64]); 10] = [
+    const FITTING: [(&str, &[u64]); 11] = [
         ("tiling", &[0, 3]),
         ("dropped", &[0, 2, 4]),
         ("shrunk", &[2]),
@@ -380,5 +388,6 @@ mod tests {
         ("joined", &[1, 4]),
         ("jittered", &[3]),
         ("mixed", &[1, 3]),
+        ("sparse", &[0, 3, 7]),
     ];
 }

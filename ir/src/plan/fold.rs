@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 
 use super::item::Item;
+use super::load::Load;
 
 /// How a block is made of others.
 #[derive(Clone, Debug)]
@@ -49,6 +50,8 @@ pub(super) struct Guesses {
     pub(super) crowded_rows: bool,
     /// Also gaps.
     pub(super) gaps: bool,
+    /// The seed by which one row in eight is left out; 0 leaves out none.
+    pub(super) doubts: u64,
 }
 
 impl Folded {
@@ -68,7 +71,7 @@ impl Folded {
                 folded.add(Block::Gap, gap);
             }
         }
-        while folded.stack() | folded.row(guesses.crowded_rows) {}
+        while folded.stack() | folded.row(guesses) {}
         folded
     }
 
@@ -146,7 +149,7 @@ impl Folded {
         self.roots.len() < before
     }
 
-    fn row(&mut self, crowded: bool) -> bool {
+    fn row(&mut self, guesses: Guesses) -> bool {
         let mut events: BTreeMap<usize, [Vec<u32>; 2]> = BTreeMap::new();
         for &b in &self.roots {
             let item = &self.blocks[b as usize].1;
@@ -156,7 +159,7 @@ impl Folded {
         let mut gone = vec![false; self.blocks.len()];
         let mut rows = Vec::new();
         for [mut ending, mut beginning] in events.into_values() {
-            if !crowded && (ending.len() > 1 || beginning.len() > 1) {
+            if !guesses.crowded_rows && (ending.len() > 1 || beginning.len() > 1) {
                 continue;
             }
             // The shortest first: what was cut last.
@@ -164,7 +167,10 @@ impl Folded {
             beginning.sort_by_key(|b| self.life(*b));
             for a in ending {
                 let size = self.blocks[a as usize].1.size;
-                let fits = |b: &u32| !gone[*b as usize] && self.blocks[*b as usize].1.size == size;
+                let fits = |b: &u32| {
+                    let free = !gone[*b as usize] && self.blocks[*b as usize].1.size == size;
+                    free && !self.doubted(a, *b, guesses.doubts)
+                };
                 if gone[a as usize] {
                     continue;
                 }
@@ -181,6 +187,16 @@ impl Folded {
             self.add(Block::Row(a, b), Item::new(first.size, first.start, second.end));
         }
         changed
+    }
+
+    /// Whether a row of these two is left out.
+    fn doubted(&self, a: u32, b: u32, seed: u64) -> bool {
+        let (a, b) = (self.item(a), self.item(b));
+        let mut hash = seed;
+        for number in [a.size, a.start as u64, a.end as u64, b.end as u64] {
+            hash = (hash ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        }
+        seed > 0 && hash >> 61 == 0
     }
 
     fn life(&self, block: u32) -> usize {
@@ -219,5 +235,9 @@ fn gaps(items: &[Item]) -> Vec<Item> {
             gaps.push(Item::new(bytes, from, at));
         }
     }
+    // What does not fit over the whole time was used for something else in between.
+    gaps.sort_by_key(|gap| gap.end - gap.start);
+    let mut load = Load::of(items, u64::try_from(most).unwrap_or(u64::MAX));
+    gaps.retain(|gap| load.put(gap));
     gaps
 }

@@ -13,6 +13,7 @@ mod greedy;
 mod instants;
 mod item;
 mod liveness;
+mod load;
 mod pack;
 mod portfolio;
 mod search;

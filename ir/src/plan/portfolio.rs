@@ -11,7 +11,13 @@ use super::search::{Found, Sections};
 /// Steps of a way's first turn; each later turn has twice as many as the one before.
 const FIRST_TURN: u64 = 30_000;
 
-/// Most items that are joined with tolerance.
+/// How much longer the turns of the first ways are, those with the fewest guesses.
+const PREFERENCE: [u64; 2] = [3, 3];
+
+/// Ways that leave out some of the guesses.
+const DOUBTS: u64 = 6;
+
+/// Most items that are joined with tolerance or with doubts.
 const CLUSTERED: usize = 800;
 
 /// What is searched: the items or their blocks, in both directions of time.
@@ -41,10 +47,14 @@ pub(super) fn ways(items: &[Item], goal: u64) -> Vec<Way> {
     let mut folds: Vec<Folded> = Vec::new();
     if items.iter().all(|i| i.align <= 1) {
         for (gaps, crowded_rows) in [(true, false), (false, false), (true, true), (false, true)] {
-            folds.push(Folded::of(items, Guesses { crowded_rows, gaps }));
+            folds.push(Folded::of(items, Guesses { crowded_rows, gaps, doubts: 0 }));
         }
         if items.len() <= CLUSTERED {
             folds.extend(clusters(items, goal));
+            for doubts in 1..=DOUBTS {
+                let guesses = Guesses { crowded_rows: doubts % 2 == 0, gaps: doubts % 3 == 0, doubts };
+                folds.push(Folded::of(items, guesses));
+            }
         }
     }
     let mut ways: Vec<Way> = Vec::new();
@@ -84,7 +94,8 @@ impl<'a> Portfolio<'a> {
         while used < budget && !open.is_empty() {
             let mut at = 0;
             while let Some(&way) = open.get(at).filter(|_| used < budget) {
-                let (found, steps) = self.runs[way].search(capacity, turn.min(budget - used));
+                let length = turn * PREFERENCE.get(way).copied().unwrap_or(1);
+                let (found, steps) = self.runs[way].search(capacity, length.min(budget - used));
                 used += steps;
                 match found {
                     Found::Packing(found) => return (Some(self.ways[way].unfolded(found)), used),
