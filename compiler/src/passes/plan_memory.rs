@@ -82,12 +82,15 @@ impl Pass for PlanMemory {
         let (offsets, total) = symbolic(&items, &sizes, &packing, align, &maxima);
         let mut output = vec![None; module.graph.values.bound()];
         module.graph.outputs.iter().enumerate().rev().for_each(|(n, o)| output[o.value.index()] = Some(n));
-        for id in module.graph.order.clone() {
-            for result in module.graph.nodes[id].results.clone() {
-                if let Some(state) = module.state_of(Operand::Value(result)) {
-                    module.graph.values[result].place = Some(Place::State(state));
-                } else if let Some(n) = output[result.index()] {
-                    module.graph.values[result].place = Some(Place::Output(n));
+        for at in 0..module.graph.order.len() {
+            let node = &module.graph.nodes[module.graph.order[at]];
+            let writes = node.op.traits().writes_state;
+            for index in 0..node.results.len() {
+                let result = module.graph.nodes[module.graph.order[at]].results[index];
+                let state = if writes { module.state_of(Operand::Value(result)) } else { None };
+                let place = state.map(Place::State).or(output[result.index()].map(Place::Output));
+                if place.is_some() {
+                    module.graph.values[result].place = place;
                 }
             }
         }

@@ -21,7 +21,7 @@ mod truncate;
 use millrace_ir::verify::check;
 use millrace_ir::{Arena, Module, Result as Outcome};
 
-use crate::manager::PassRun;
+use crate::manager::{PassRun, Settled};
 use crate::pass::Context;
 
 pub(crate) use layers::Layers;
@@ -46,6 +46,8 @@ pub(crate) struct Trial {
     pub(crate) context: Context,
     /// Their runs.
     pub(crate) runs: Vec<PassRun>,
+    /// Which of them need not run again.
+    pub(crate) settled: Settled,
     /// Whether they changed the module.
     pub(crate) changed: bool,
 }
@@ -54,6 +56,8 @@ pub(crate) struct Trial {
 pub(crate) struct Whole {
     /// Runs of passes, with the nodes that the whole module would have had.
     pub(crate) runs: Vec<PassRun>,
+    /// Which passes need not run again.
+    pub(crate) settled: Settled,
     /// Counters, as they would have been.
     pub(crate) stats: Vec<(String, u64)>,
     /// The small module's remarks.
@@ -92,7 +96,8 @@ pub(crate) fn run(
     let [_, after] = after;
     let stamped = stamp::stamp(module, layers, &five.map, &after.module)?;
     stamped.replace(module)?;
-    Ok(Whole { runs, stats, context: after.context, changed: after.changed })
+    let Trial { context, settled, changed, .. } = after;
+    Ok(Whole { runs, settled, stats, context, changed })
 }
 
 impl Layers {
@@ -150,6 +155,7 @@ fn stats([few, more]: &[Trial; 2], layers: u64) -> Rolled<Vec<(String, u64)>> {
 impl stamp::Stamped {
     /// The module it makes of `origin`.
     fn onto(self, mut origin: Module) -> Module {
+        origin.weights.reserve(self.weights.len());
         self.weights.into_iter().for_each(|w| {
             origin.weights.push(w);
         });

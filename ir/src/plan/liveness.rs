@@ -61,7 +61,7 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
     let mut is_output = vec![false; graph.values.bound()];
     graph.outputs.iter().for_each(|o| is_output[o.value.index()] = true);
     let mut buffer_of: Vec<Option<usize>> = vec![None; graph.values.bound()];
-    let mut liveness = Liveness::default();
+    let mut liveness = Liveness { buffers: Vec::with_capacity(graph.values.len()) };
     let joined = order.iter().any(|id| graph.nodes[*id].joined);
     let groups = if joined { groups(graph, order) } else { Vec::new() };
     for (at, id) in order.iter().enumerate() {
