@@ -13,7 +13,6 @@ use super::item::Item;
 use super::load::Load;
 
 /// How a block is made of others.
-#[derive(Clone, Debug)]
 enum Block {
     Item(u32),
     /// A place that stays empty.
@@ -24,17 +23,7 @@ enum Block {
     Row(u32, u32),
 }
 
-/// How two blocks become one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Join {
-    /// On top of each other.
-    Stack,
-    /// One after the other.
-    Row,
-}
-
 /// Blocks and what they hold.
-#[derive(Clone)]
 pub(super) struct Folded {
     blocks: Vec<(Block, Item)>,
     /// The blocks that lie in no other.
@@ -56,7 +45,7 @@ pub(super) struct Guesses {
 
 impl Folded {
     /// Each item by itself.
-    pub(super) fn flat(items: &[Item]) -> Self {
+    fn flat(items: &[Item]) -> Self {
         let real = |i: &Item| i.size > 0 && i.start < i.end;
         let blocks: Vec<(Block, Item)> =
             (0..).zip(items).filter(|(_, i)| real(i)).map(|(n, i)| (Block::Item(n), *i)).collect();
@@ -100,29 +89,8 @@ impl Folded {
         out
     }
 
-    /// The blocks that lie in no other.
-    pub(super) fn roots(&self) -> &[u32] {
-        &self.roots
-    }
-
-    pub(super) fn is_root(&self, block: u32) -> bool {
-        self.roots.binary_search(&block).is_ok()
-    }
-
-    /// What a block takes.
-    pub(super) fn item(&self, block: u32) -> Item {
+    fn item(&self, block: u32) -> Item {
         self.blocks[block as usize].1
-    }
-
-    /// Puts two blocks into a new one that takes `item`.
-    pub(super) fn join(&mut self, join: Join, a: u32, b: u32, item: Item) -> u32 {
-        self.roots.retain(|r| *r != a && *r != b);
-        let block = match join {
-            Join::Stack => Block::Stack(vec![a, b]),
-            Join::Row => Block::Row(a, b),
-        };
-        self.add(block, item);
-        self.blocks.len() as u32 - 1
     }
 
     fn add(&mut self, block: Block, item: Item) {
@@ -142,7 +110,7 @@ impl Folded {
             if let [one] = *parts {
                 self.roots.push(one);
             } else {
-                let size = parts.iter().map(|p| self.blocks[*p as usize].1.size).sum();
+                let size = parts.iter().fold(0u64, |sum, p| sum.saturating_add(self.item(*p).size));
                 self.add(Block::Stack(parts), Item::new(size, start, end));
             }
         }
@@ -200,7 +168,7 @@ impl Folded {
     }
 
     fn life(&self, block: u32) -> usize {
-        let item = &self.blocks[block as usize].1;
+        let item = self.item(block);
         item.end - item.start
     }
 }

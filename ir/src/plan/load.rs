@@ -38,21 +38,4 @@ impl Load {
         }
         fits
     }
-
-    /// Puts `both` in the place of `x` and `y`, if it fits.
-    pub(super) fn replace(&mut self, x: &Item, y: &Item, both: &Item) -> bool {
-        let (span_x, span_y, span) = (self.span(x), self.span(y), self.span(both));
-        let changed = |s: usize, bytes: u64| {
-            let own =
-                |span: &std::ops::Range<usize>, item: &Item| if span.contains(&s) { item.size } else { 0 };
-            bytes - own(&span_x, x) - own(&span_y, y) + both.size
-        };
-        if span.clone().any(|s| changed(s, self.bytes[s]) > self.capacity.max(self.bytes[s])) {
-            return false;
-        }
-        for s in span {
-            self.bytes[s] = changed(s, self.bytes[s]);
-        }
-        true
-    }
 }

@@ -5,7 +5,6 @@
 //! Such offsets are right for every binding, so a dynamic session evaluates the same plan at the real shape.
 
 mod check;
-mod cluster;
 #[cfg(test)]
 mod feasible;
 mod fold;

@@ -115,7 +115,7 @@ fn search(items: &[Item], offsets: &mut [u64], goal: u64, effort: Effort) -> u64
     let mut reached = goal;
     for part in high.into_iter().filter(|p| p.len() <= SEARCHED) {
         let own: Vec<Item> = part.iter().map(|i| items[*i as usize]).collect();
-        let ways = ways(&own, goal);
+        let ways = ways(&own);
         let mut portfolio = Portfolio::of(&ways);
         let (mut left, mut top) = (each, height(part, offsets));
         let mut missed = false;

@@ -3,10 +3,12 @@
 
 use std::cell::Cell;
 
-use super::cluster::clusters;
 use super::fold::{Folded, Guesses};
 use super::item::{Item, lower_bound};
 use super::search::{Found, Sections};
+
+/// Steps that the items as they are get before anything is guessed.
+const UNFOLDED_FIRST: u64 = 2_000;
 
 /// Steps of a way's first turn; each later turn has twice as many as the one before.
 const FIRST_TURN: u64 = 30_000;
@@ -17,8 +19,8 @@ const PREFERENCE: [u64; 2] = [3, 3];
 /// Ways that leave out some of the guesses.
 const DOUBTS: u64 = 6;
 
-/// Most items that are joined with tolerance or with doubts.
-const CLUSTERED: usize = 800;
+/// Most items that are folded with doubts.
+const DOUBTED: usize = 800;
 
 /// What is searched: the items or their blocks, in both directions of time.
 pub(super) struct Way {
@@ -42,15 +44,14 @@ impl Way {
     }
 }
 
-/// The ways to search `items` for a packing of `goal`, those with the fewest guesses first.
-pub(super) fn ways(items: &[Item], goal: u64) -> Vec<Way> {
+/// The ways to search `items`, those with the fewest guesses first.
+pub(super) fn ways(items: &[Item]) -> Vec<Way> {
     let mut folds: Vec<Folded> = Vec::new();
     if items.iter().all(|i| i.align <= 1) {
         for (gaps, crowded_rows) in [(true, false), (false, false), (true, true), (false, true)] {
             folds.push(Folded::of(items, Guesses { crowded_rows, gaps, doubts: 0 }));
         }
-        if items.len() <= CLUSTERED {
-            folds.extend(clusters(items, goal));
+        if items.len() <= DOUBTED {
             for doubts in 1..=DOUBTS {
                 let guesses = Guesses { crowded_rows: doubts % 2 == 0, gaps: doubts % 3 == 0, doubts };
                 folds.push(Folded::of(items, guesses));
@@ -90,7 +91,13 @@ impl<'a> Portfolio<'a> {
     pub(super) fn search(&mut self, capacity: u64, budget: u64) -> (Option<Vec<u64>>, u64) {
         let last = self.ways.len() - 1;
         let mut open: Vec<usize> = (0..=last).filter(|w| self.ways[*w].lower_bound <= capacity).collect();
-        let (mut used, mut turn) = (0, FIRST_TURN);
+        let (found, mut used) = self.runs[last].search(capacity, UNFOLDED_FIRST.min(budget));
+        match found {
+            Found::Packing(found) => return (Some(found), used),
+            Found::Impossible => return (None, used),
+            Found::Budget => {}
+        }
+        let mut turn = FIRST_TURN;
         while used < budget && !open.is_empty() {
             let mut at = 0;
             while let Some(&way) = open.get(at).filter(|_| used < budget) {
