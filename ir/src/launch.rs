@@ -17,6 +17,10 @@ use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
 use crate::graph::{Operand, StateId, ValueId, WeightId};
 
+mod products;
+
+pub use products::{ByLibrary, LIBRARY_WORKSPACE, MOST_SUGGESTIONS, Product};
+
 /// How one architecture runs a graph.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -32,6 +36,9 @@ pub struct LaunchTable {
     pub workspace: Dim,
     /// Bytes of counters: zero at load, and left zero by every step.
     pub counters: u64,
+    /// Bytes of scratch memory for products of a library, of a block of their own; 0 where no variant names one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub library_workspace: u64,
     /// Kernels that are not part of the graph, such as `argmax_split`; their arguments are fixed by name.
     pub helpers: Vec<Helper>,
 }
@@ -80,6 +87,13 @@ pub struct Variant {
     pub when: Vec<Condition>,
     /// Launches in order; none for nodes that only rename memory.
     pub launches: Vec<Launch>,
+    /// What may run in their place where the device has a library of matrix products.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub library: Option<ByLibrary>,
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 /// `min <= dim <= max`.
@@ -228,6 +242,11 @@ impl LaunchStep {
         self.streamed().iter().find(|v| v.when.iter().all(|c| c.holds(bindings)))
     }
 
+    /// All launches of all variants, those in front of products of a library included.
+    pub fn all_launches(&self) -> impl Iterator<Item = &Launch> {
+        self.all_variants().flat_map(Variant::all_launches)
+    }
+
     /// All variants, in whatever way weights come.
     pub fn all_variants(&self) -> impl Iterator<Item = &Variant> {
         self.variants.iter().chain(&self.streamed)
@@ -236,6 +255,13 @@ impl LaunchStep {
     /// The variant that serves `bindings`.
     pub fn variant(&self, bindings: &Bindings) -> Option<&Variant> {
         self.variants.iter().find(|v| v.when.iter().all(|c| c.holds(bindings)))
+    }
+}
+
+impl Variant {
+    /// All launches, those in front of products of a library included.
+    pub fn all_launches(&self) -> impl Iterator<Item = &Launch> {
+        self.launches.iter().chain(self.library.iter().flat_map(|l| &l.before))
     }
 }
 
@@ -248,6 +274,8 @@ pub struct LaunchAt<'a> {
     pub launch: &'a Launch,
     /// Blocks along x, y and z, each at least 1.
     pub grid: [u64; 3],
+    /// Whether a library runs the step instead, where the device has it.
+    pub library: bool,
 }
 
 impl LaunchTable {
@@ -255,10 +283,11 @@ impl LaunchTable {
     pub fn launches_at(&self, bindings: &Bindings) -> Option<Vec<LaunchAt<'_>>> {
         let mut launches = Vec::new();
         for (at, step) in self.steps.iter().enumerate() {
-            for launch in &step.variant(bindings)?.launches {
+            let variant = step.variant(bindings)?;
+            for launch in &variant.launches {
                 let grid = launch.grid_at(&launch.whole(bindings))?;
                 if !grid.contains(&0) {
-                    launches.push(LaunchAt { step: at, launch, grid });
+                    launches.push(LaunchAt { step: at, launch, grid, library: variant.library.is_some() });
                 }
             }
         }
@@ -411,9 +440,10 @@ impl Bundle {
             return Err(bad("a kernel names an image that is not there"));
         }
         let variants = || table.steps.iter().flat_map(LaunchStep::all_variants);
-        let launches = || variants().flat_map(|v| &v.launches);
+        let launches = || variants().flat_map(Variant::all_launches);
         let kernels = launches().map(|l| l.kernel).chain(table.helpers.iter().map(|h| h.kernel));
         launches().try_for_each(Launch::check_tiles)?;
+        table.check_library()?;
         let conditions = variants().flat_map(|v| &v.when).map(|c| &c.dim);
         if conditions.chain([&table.workspace]).any(of_tile) {
             return Err(bad("what does not depend on tiles of a weight names them"));
@@ -536,6 +566,22 @@ mod operand_text {
     }
 }
 
+/// An operand or none.
+mod operand_option_text {
+    use super::*;
+
+    #[derive(Serialize, Deserialize)]
+    struct Text(#[serde(with = "operand_text")] Operand);
+
+    pub fn serialize<S: Serializer>(operand: &Option<Operand>, s: S) -> std::result::Result<S::Ok, S::Error> {
+        operand.map(Text).serialize(s)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<Option<Operand>, D::Error> {
+        Ok(Option::<Text>::deserialize(d)?.map(|t| t.0))
+    }
+}
+
 /// A weight, as its operand.
 mod weight_text {
     use super::*;
@@ -553,10 +599,10 @@ mod weight_text {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn bundle() -> Bundle {
+    pub(super) fn bundle() -> Bundle {
         let t = Dim::from(Sym::new("t").unwrap());
         let launch = Launch {
             kernel: 0,
@@ -582,7 +628,11 @@ mod tests {
                 }),
             ],
         };
-        let small = Variant { when: vec![Condition { dim: t, min: 0, max: 64 }], launches: vec![launch] };
+        let small = Variant {
+            when: vec![Condition { dim: t, min: 0, max: 64 }],
+            launches: vec![launch],
+            library: None,
+        };
         let kernel = DeviceKernel {
             entry: "k".into(),
             family: "cuda.test".into(),
@@ -592,13 +642,14 @@ mod tests {
             shared: 0,
             local: 0,
         };
-        let rest = Variant { when: Vec::new(), launches: Vec::new() };
+        let rest = Variant { when: Vec::new(), launches: Vec::new(), library: None };
         let table = LaunchTable {
             arch: "sm_90a".into(),
             kernels: vec![kernel],
             steps: vec![LaunchStep { first: 0, nodes: 2, variants: vec![small, rest], streamed: Vec::new() }],
             workspace: Dim::from(4096u64),
             counters: 16,
+            library_workspace: 0,
             helpers: vec![Helper { name: "argmax_split".into(), kernel: 0, threads: 256 }],
         };
         Bundle { table, images: vec![vec![1; 70], vec![2; 3]] }

@@ -218,7 +218,7 @@ pub fn table(device: &DeviceInfo) -> LaunchTable {
     let blocks = count.ceil_div(128);
     let elements = || Arg::I32(count.clone());
     let weight = |index| Arg::Address(Operand::Weight(WeightId::from_index(index)));
-    let always = |launches| Variant { when: Vec::new(), launches };
+    let always = |launches| Variant { when: Vec::new(), launches, library: None };
     let first = match device.capability >= 90 {
         true => {
             let map = TensorMap {
@@ -267,6 +267,7 @@ pub fn table(device: &DeviceInfo) -> LaunchTable {
             .collect(),
         workspace: rows().mul(&Dim::from(WIDTH * 4)).add(&Dim::from(256u64)),
         counters: 64,
+        library_workspace: 0,
         helpers: vec![Helper { name: "argmax_split".into(), kernel: 2, threads: 32 }],
     }
 }

@@ -47,12 +47,21 @@ struct Placed {
     /// Its bytes under the bindings that are checked.
     low: u64,
     high: u64,
+    /// Position of the node that writes it, and of the last that reads it, or its own: even an unread result is written,
+    /// hence alive for that instant.
+    writer: u32,
+    reader: u32,
+}
+
+impl Placed {
     /// Instants: node k writes at 2k + 1 and reads at 2k.
-    born: usize,
-    dies: usize,
-    /// The same for its launch group as a whole: every node of it may read and write at any of its instants.
-    group_born: usize,
-    group_dies: usize,
+    fn born(&self) -> usize {
+        2 * self.writer as usize + 1
+    }
+
+    fn dies(&self) -> usize {
+        2 * self.reader as usize + 2
+    }
 }
 
 /// The values in arenas, in order of birth, and when they live: the same under all bindings.
@@ -60,8 +69,10 @@ struct Lives {
     placed: Vec<Placed>,
     /// Which of them a value is.
     index: Vec<u32>,
-    /// Where the group of each node begins.
+    /// Where the launch group of each node begins, and its last node: every node of a group may read and write at any of its
+    /// instants.
     begins: Vec<u32>,
+    ends: Vec<u32>,
     /// For each node the last that dies with its group, and for each one the next that dies with the same.
     last_death: Vec<u32>,
     next_death: Vec<u32>,
@@ -94,32 +105,32 @@ impl Lives {
                 if let Operand::Value(v) = operand
                     && let Some(p) = placed.get_mut(index[v.index()] as usize)
                 {
-                    p.dies = p.dies.max(2 * at + 2);
-                    p.group_dies = p.group_dies.max(2 * ends[at] as usize + 2);
+                    p.reader = p.reader.max(at as u32);
                 }
             }
             for result in &node.results {
                 let Some(Place::Arena { arena, .. }) = graph.values[*result].place else { continue };
                 index[result.index()] = placed.len() as u32;
-                // Even an unread result is written, hence alive for that instant.
-                placed.push(Placed {
-                    value: *result,
-                    arena,
-                    low: 0,
-                    high: 0,
-                    born: 2 * at + 1,
-                    dies: 2 * at + 2,
-                    group_born: 2 * begins[at] as usize + 1,
-                    group_dies: 2 * ends[at] as usize + 2,
-                });
+                let at = at as u32;
+                placed.push(Placed { value: *result, arena, low: 0, high: 0, writer: at, reader: at });
             }
         }
         let mut last_death = vec![NOTHING; nodes];
         let mut next_death = vec![NOTHING; placed.len()];
         for (i, p) in placed.iter().enumerate() {
-            next_death[i] = std::mem::replace(&mut last_death[p.group_dies / 2 - 1], i as u32);
+            next_death[i] = std::mem::replace(&mut last_death[ends[p.reader as usize] as usize], i as u32);
         }
-        Lives { placed, index, begins, last_death, next_death }
+        Lives { placed, index, begins, ends, last_death, next_death }
+    }
+
+    /// The first instant of the group that writes a value.
+    fn group_born(&self, placed: &Placed) -> usize {
+        2 * self.begins[placed.writer as usize] as usize + 1
+    }
+
+    /// The last instant of the group that reads it last.
+    fn group_dies(&self, placed: &Placed) -> usize {
+        2 * self.ends[placed.reader as usize] as usize + 2
     }
 
     /// Computes where everything lies under `bindings`.
@@ -145,7 +156,7 @@ impl Lives {
     /// Compares what is alive together.
     fn sweep(&self, module: &Module) -> Result<(), Overlap> {
         let graph = &module.graph;
-        let Lives { placed, index, begins, last_death, next_death } = self;
+        let Lives { placed, index, begins, ends: _, last_death, next_death } = self;
         // A node may write over an operand that it names as its in-place operand, at the same offset.
         let shares = |a: &Placed, b: &Placed| {
             let Def::Node { node, index } = graph.values[b.value].def else { return false };
@@ -155,12 +166,12 @@ impl Lives {
             let takes_over = index == 0 && named == Some(&Operand::Value(a.value)) && a.low == b.low;
             let read_once = node.operands.iter().filter(|o| **o == Operand::Value(a.value)).count() == 1;
             // Nobody else of the group may still read what the node writes over.
-            let at = (b.born - 1) / 2;
+            let at = b.writer as usize;
             let in_group = graph.order[begins[at] as usize..at]
                 .iter()
                 .filter_map(|id| graph.nodes.get(*id))
                 .any(|other| !other.op.traits().view && other.operands.contains(&Operand::Value(a.value)));
-            takes_over && (traits.view || (a.dies == b.born + 1 && read_once && !in_group))
+            takes_over && (traits.view || (a.dies() == b.born() + 1 && read_once && !in_group))
         };
         // Views of one buffer may live together; find the buffer each view starts from. With `in_place`, also through nodes
         // that replace their operand.
@@ -181,8 +192,8 @@ impl Lives {
         };
         let fits = |a: &Placed, b: &Placed| -> Result<(), Overlap> {
             let apart = a.arena != b.arena || a.high <= b.low || b.high <= a.low;
-            let together = a.born < b.dies && b.born < a.dies;
-            let in_group = a.group_born < b.group_dies && b.group_born < a.group_dies;
+            let together = a.born() < b.dies() && b.born() < a.dies();
+            let in_group = self.group_born(a) < self.group_dies(b) && self.group_born(b) < self.group_dies(a);
             if apart || !in_group || shares(a, b) || shares(b, a) {
                 return Ok(());
             }
@@ -202,7 +213,7 @@ impl Lives {
         let mut instant = 2;
         let mut alive: BTreeMap<(ArenaId, u64, usize), u64> = BTreeMap::new();
         for (i, new) in placed.iter().enumerate() {
-            while instant <= new.group_born {
+            while instant <= self.group_born(new) {
                 let mut dead = deaths.next().copied().unwrap_or(NOTHING);
                 while let Some(Placed { arena, low, .. }) = placed.get(dead as usize) {
                     alive.remove(&(*arena, *low, dead as usize));

@@ -4,6 +4,8 @@
 //! of their node, tensor maps stay inside their memory, grids and blocks keep the limits of the hardware; else the
 //! error is `engine/forged` with the node.
 
+mod by_library;
+
 use std::collections::BTreeMap;
 use std::ops::Range as Span;
 
@@ -11,6 +13,7 @@ use millrace_ir::launch::{Arg, Launch, LaunchStep, LaunchTable, MapBase, TensorM
 use millrace_ir::{Bindings, DType, Dim, Error, Kind, Module, NodeId, Operand, Result, WeightId};
 
 use super::driver::DeviceInfo;
+use super::products::{Call, Takes};
 use super::range::Range;
 use crate::places::{Piece, Regions, forged};
 
@@ -81,6 +84,8 @@ pub(super) struct Resolved {
 pub(super) enum Action {
     /// A launch.
     Launch(Resolution),
+    /// A product of a library.
+    Product(Call),
     /// What follows reads this copy of the ring.
     Arrive(usize),
     /// Nothing that follows reads this copy in this step.
@@ -159,13 +164,15 @@ pub(super) fn check_table(module: &Module, table: &LaunchTable) -> Result<()> {
     Err(forged(message))
 }
 
-/// What is launched at `bindings`.
+/// What is launched at `bindings`. Where a variant names a library and `library` takes all its products, they run in place
+/// of its launches.
 pub(super) fn resolve(
     module: &Module,
     table: &LaunchTable,
     addresses: &Addresses,
     bindings: &Bindings,
     limits: Limits,
+    library: Option<&dyn Takes>,
 ) -> Result<Resolved> {
     let (regions, ring) = (&addresses.regions, &addresses.ring);
     let mut values = regions.input_values(module);
@@ -187,8 +194,14 @@ pub(super) fn resolve(
         let begin = actions.len();
         let scope = Scope { addresses, values: &values, bindings, limits, tile: None };
         if copies == until {
-            for launch in &variant.launches {
-                actions.extend(scope.launch(table, launch).map_err(|e| e.at(first))?.map(Action::Launch));
+            let by_library = variant.library.as_ref().zip(library);
+            let taken = by_library.map(|(run, library)| scope.by_library(table, run, library)).transpose();
+            match taken.map_err(|e| e.at(first))?.flatten() {
+                Some(all) => actions.extend(all),
+                None => {
+                    let launched = scope.launches(table, &variant.launches);
+                    actions.extend(launched.map_err(|e| e.at(first))?);
+                }
             }
         } else {
             scope.tiled(table, &variant.launches, copies..until, &mut actions).map_err(|e| e.at(first))?;
@@ -208,22 +221,26 @@ pub(super) fn resolve(
     Ok(Resolved { actions, steps })
 }
 
-/// What the first step of a table launches, apart from any module: `values` are where its launches find values.
+/// What the first step of a table launches, apart from any module: `values` are where its launches find values. What it
+/// names a library for runs by `library` or not at all.
+///
+/// # Errors
+/// `cuda/library` for products that the library does not take.
 pub(super) fn resolve_step(
     table: &LaunchTable,
     addresses: &Addresses,
     values: &[Option<Range>],
     bindings: &Bindings,
     limits: Limits,
-) -> Result<Vec<Resolution>> {
+    library: &dyn Takes,
+) -> Result<Vec<Action>> {
     let step = table.steps.first().ok_or_else(|| forged("a table has no steps"))?;
     let variant = step.variant(bindings).ok_or_else(|| forged("no variant fits"))?;
-    let mut launches = Vec::new();
-    for launch in &variant.launches {
-        let scope = Scope { addresses, values, bindings, limits, tile: None };
-        launches.extend(scope.launch(table, launch)?);
-    }
-    Ok(launches)
+    let scope = Scope { addresses, values, bindings, limits, tile: None };
+    let Some(run) = &variant.library else { return scope.launches(table, &variant.launches) };
+    scope.by_library(table, run, library)?.ok_or_else(|| {
+        Error::new(Kind::Unsupported, "cuda/library", "the library does not compute this product")
+    })
 }
 
 /// Inside a group nobody knows which node runs when: ranges are the same or disjoint. Ranges that begin together are
@@ -342,6 +359,15 @@ impl Scope<'_> {
             actions.push(Action::Leave(index));
         }
         run(self, &launches[last..], actions)
+    }
+
+    /// The launches that have blocks.
+    fn launches(&self, table: &LaunchTable, launches: &[Launch]) -> Result<Vec<Action>> {
+        let mut actions = Vec::with_capacity(launches.len());
+        for launch in launches {
+            actions.extend(self.launch(table, launch)?.map(Action::Launch));
+        }
+        Ok(actions)
     }
 
     /// The launch, unless its grid has no block.

@@ -114,7 +114,7 @@ pub(super) fn plan(call: &Call<'_>, before: Option<&BeforeAttention<'_>>) -> Opt
                 .args(args);
         launch.cluster = cluster as u32;
         launch.dependent = true;
-        variants.push(SiteVariant { when: single_rows(call, least, most), launches: vec![launch] });
+        variants.push(SiteVariant::new(single_rows(call, least, most), vec![launch]));
         least = most + 1;
     }
     Some(Planned { variants, streamed: Vec::new(), workspace, counters: most_rows * columns * 4 })
