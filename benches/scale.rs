@@ -1,7 +1,8 @@
 //! Cost of compiling against the number of nodes, on decoder-like graphs with one name per weight and layer.
 //!
 //! `cargo bench --bench scale -- [NODES..]`; without numbers 10,000, 100,000 and 1,000,000. Reports each pass, the whole
-//! default pipeline with verification, plan and lowering, and the plan against its lower bound.
+//! default pipeline with verification, plan and lowering, and the plan against its lower bound, in each of five interleaved
+//! rounds, then medians.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -16,6 +17,9 @@ use millrace::compiler::passes::plan_report;
 use millrace::compiler::pipeline::{Manager, Pipeline};
 use millrace::ir::verify::check;
 use millrace::ir::{Bindings, Result};
+
+/// How often each size is compiled.
+const ROUNDS: usize = 5;
 
 fn run(nodes: usize) -> Result<f64> {
     let start = Instant::now();
@@ -65,20 +69,39 @@ fn main() {
     if sizes.is_empty() {
         sizes = vec![10_000, 100_000, 1_000_000];
     }
-    let mut last: Option<(usize, f64)> = None;
-    for nodes in sizes {
-        match run(nodes) {
-            Ok(seconds) => {
-                if let Some((before, time)) = last {
-                    let (more, longer) = (nodes as f64 / before as f64, seconds / time);
-                    println!("    {longer:.1} times the time for {more:.1} times the nodes");
+    let mut times = vec![Vec::new(); sizes.len()];
+    for round in 0..ROUNDS {
+        println!("round {round}");
+        for (nodes, times) in sizes.iter().zip(&mut times) {
+            match run(*nodes) {
+                Ok(seconds) => times.push(seconds),
+                Err(error) => {
+                    eprintln!("{error}");
+                    std::process::exit(1);
                 }
-                last = Some((nodes, seconds));
-            }
-            Err(error) => {
-                eprintln!("{error}");
-                std::process::exit(1);
             }
         }
     }
+    println!("medians of {ROUNDS} rounds, smallest and largest");
+    let mut last: Option<(usize, Vec<f64>)> = None;
+    for (nodes, times) in sizes.into_iter().zip(times) {
+        let [least, median, most] = spread(&times);
+        println!("    {nodes:>9} nodes: {median:.4} s ({least:.4}..{most:.4})");
+        if let Some((before, base)) = last {
+            let ratios: Vec<f64> = times.iter().zip(&base).map(|(t, b)| t / b).collect();
+            let [least, ratio, most] = spread(&ratios);
+            let more = nodes as f64 / before as f64;
+            println!(
+                "              {ratio:.1} ({least:.1}..{most:.1}) times the time for {more:.1} times the nodes"
+            );
+        }
+        last = Some((nodes, times));
+    }
+}
+
+/// Smallest, median and largest.
+fn spread(values: &[f64]) -> [f64; 3] {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    [sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1]]
 }

@@ -84,22 +84,15 @@ impl Lives {
     fn of(module: &Module) -> Self {
         let graph = &module.graph;
         let nodes = graph.order.len();
-        let mut begins: Vec<u32> = (0..nodes as u32).collect();
-        for (at, id) in graph.order.iter().enumerate().skip(1) {
-            if graph.nodes[*id].joined {
-                begins[at] = begins[at - 1];
-            }
-        }
-        let mut ends: Vec<u32> = (0..nodes as u32).collect();
-        for at in (1..nodes).rev() {
-            if begins[at] == begins[at - 1] {
-                ends[at - 1] = ends[at];
-            }
-        }
+        let mut begins: Vec<u32> = Vec::with_capacity(nodes);
         let mut index = vec![NOTHING; graph.values.bound()];
         let mut placed: Vec<Placed> = Vec::with_capacity(graph.values.len());
         for (at, id) in graph.order.iter().enumerate() {
             let node = &graph.nodes[*id];
+            begins.push(match begins.last() {
+                Some(begin) if node.joined => *begin,
+                _ => at as u32,
+            });
             // Whatever is read here was written before.
             for operand in &node.operands {
                 if let Operand::Value(v) = operand
@@ -113,6 +106,12 @@ impl Lives {
                 index[result.index()] = placed.len() as u32;
                 let at = at as u32;
                 placed.push(Placed { value: *result, arena, low: 0, high: 0, writer: at, reader: at });
+            }
+        }
+        let mut ends: Vec<u32> = (0..nodes as u32).collect();
+        for at in (1..nodes).rev() {
+            if begins[at] == begins[at - 1] {
+                ends[at - 1] = ends[at];
             }
         }
         let mut last_death = vec![NOTHING; nodes];
