@@ -6,9 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Launch, LaunchTable, Variant, bad, dim_text, dtype_text, of_tile, operand_option_text, operand_text,
-};
+use super::text::{dim_text, dtype_text, operand_option_text, operand_text};
+use super::{Launch, LaunchTable, Variant, bad, of_tile};
 use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::error::Result;

@@ -81,9 +81,19 @@ mod tests {
 
     use super::*;
     use crate::eval::evaluate;
+    use crate::tensor::Tensor;
     use crate::text::{parse, print};
     use crate::verify::check;
     use crate::weights::WeightReader;
+
+    fn outputs(graph: &RandomGraph, seed: u64) -> Vec<Tensor> {
+        let mut random = Random::new(seed);
+        let bindings = graph.bindings(&mut random);
+        let inputs = graph.inputs(&bindings, &mut random);
+        let mut states = graph.states(&bindings, &mut random);
+        evaluate(&graph.module, &mut WeightReader::new(&graph.module), &inputs, &mut states)
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}\n{}", print(&graph.module)))
+    }
 
     #[test]
     fn graphs_verify_follow_from_the_seed_and_evaluate() {
@@ -97,13 +107,7 @@ mod tests {
             for (_, node) in graph.module.graph.nodes.iter() {
                 *names.entry(node.op.name()).or_default() += 1;
             }
-            let mut random = Random::new(seed);
-            let bindings = graph.bindings(&mut random);
-            let inputs = graph.inputs(&bindings, &mut random);
-            let mut states = graph.states(&bindings, &mut random);
-            let outputs =
-                evaluate(&graph.module, &mut WeightReader::new(&graph.module), &inputs, &mut states)
-                    .unwrap_or_else(|e| panic!("seed {seed}: {e}\n{text}"));
+            let outputs = outputs(&graph, seed);
             for (output, found) in graph.module.graph.outputs.iter().zip(&outputs) {
                 let finite = found.data.iter().all(|v| v.is_finite());
                 assert!(finite, "seed {seed}: {} is not finite\n{text}", output.value);
@@ -126,13 +130,7 @@ mod tests {
             let text = print(&graph.module);
             assert_eq!(print(&layered(seed, 8).graph.module), text, "seed {seed}");
             assert_eq!(print(&parse(&text).unwrap()), text, "seed {seed}");
-            let mut random = Random::new(seed);
-            let bindings = graph.bindings(&mut random);
-            let inputs = graph.inputs(&bindings, &mut random);
-            let mut states = graph.states(&bindings, &mut random);
-            let outputs =
-                evaluate(&graph.module, &mut WeightReader::new(&graph.module), &inputs, &mut states)
-                    .unwrap_or_else(|e| panic!("seed {seed}: {e}\n{text}"));
+            let outputs = outputs(&graph, seed);
             all += outputs.len();
             finite += outputs.iter().filter(|t| t.data.iter().all(|v| v.is_finite())).count();
         }
