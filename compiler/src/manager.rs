@@ -248,6 +248,7 @@ impl Manager<'_> {
             Err(reason) => return self.unrolled(&reason, module, context),
         };
         whole.stats.iter().for_each(|(name, value)| context.count(name, *value));
+        context.seeded.extend(whole.context.seeded.iter());
         context.take_remarks(whole.context);
         if let Some(first) = module.graph.order.first() {
             context.remark(ROLLED, &module.graph, *first, layers.said());

@@ -26,6 +26,9 @@ use millrace_ir::{Module, Op, Operand, Phase, Result as Outcome, text};
 /// Graphs of an ordinary test run.
 const GRAPHS: u64 = 300;
 
+/// Graphs that showed a bug: numbers of a layer's seeded weights, equal by chance in few layers, were taken for those of all.
+const SHOWED_A_BUG: [u64; 3] = [13229, 31532, 55373];
+
 /// After so many failures a thread ends.
 const ENOUGH: usize = 6;
 
@@ -337,6 +340,9 @@ fn random_layers_are_what_the_steps_make_of_them() {
     let only = number("MILLRACE_RANDOM_SEED");
     let count = number("MILLRACE_RANDOM_GRAPHS").unwrap_or(GRAPHS);
     let mut summary = run(only.map_or(0..count, |seed| seed..seed + 1));
+    for seed in SHOWED_A_BUG.into_iter().filter(|_| only.is_none()) {
+        summary.join(run(seed..seed + 1));
+    }
     summary.failures.sort();
     if let Ok(path) = std::env::var("MILLRACE_RANDOM_LOG") {
         std::fs::write(path, summary.report()).unwrap();

@@ -102,6 +102,7 @@ loop:
 
 .visible .entry argmax(.param .u64 rows, .param .u64 out, .param .u32 width, .param .u64 best, .param .u64 arrived) {{
  {registers}
+ {wait}
  mov.u32 %r0, %tid.x;
  setp.ne.u32 %p0, %r0, 0;
  @%p0 bra done;

@@ -19,7 +19,7 @@ mod stamp;
 mod truncate;
 
 use millrace_ir::verify::check;
-use millrace_ir::{Arena, Module, Result as Outcome};
+use millrace_ir::{Arena, Id, Module, Result as Outcome, WeightId};
 
 use crate::manager::{PassRun, Settled};
 use crate::pass::Context;
@@ -86,6 +86,11 @@ pub(crate) fn run(
     let four = five_layers.truncate(&five.module, few)?;
     let origin = five.module.clone();
     let after = [trial(four.module)?, trial(five.module)?];
+    let own = |w: WeightId| five_layers.weights.of(w).is_some();
+    if let Some(weight) = after[1].context.seeded.iter().find(|w| own(*w)) {
+        let name = &origin.weights[weight].name;
+        return Err(format!("the seeded numbers of @{name} decided something, and other layers have others"));
+    }
     let grown = stamp::stamp(&origin, &five_layers, &four.map, &after[0].module)?;
     if !same(grown.onto(origin), &after[1].module) {
         return Err(format!("the result for {more} layers is not that for {few} layers with one more"));
@@ -96,7 +101,9 @@ pub(crate) fn run(
     let [_, after] = after;
     let stamped = stamp::stamp(module, layers, &five.map, &after.module)?;
     stamped.replace(module)?;
-    let Trial { context, settled, changed, .. } = after;
+    let Trial { mut context, settled, changed, .. } = after;
+    let read = std::mem::take(&mut context.seeded);
+    context.seeded.extend(read.iter().filter_map(|w| five.map.weights.get(w.index()).copied()));
     Ok(Whole { runs, settled, stats, context, changed })
 }
 

@@ -293,7 +293,8 @@ impl Graph {
     pub fn record(stream: &Stream, enqueue: impl FnOnce(&Stream) -> Result<()>) -> Result<Graph> {
         let context = &stream.context;
         context.enter()?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // A library may load a kernel when it is first enqueued, which stricter modes do not allow.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is live and idle.
         context.check(unsafe { sys::cuStreamBeginCapture_v2(stream.raw, mode) }, "begin a capture")?;
         let enqueued = enqueue(stream);

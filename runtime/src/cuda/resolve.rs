@@ -327,27 +327,27 @@ impl Scope<'_> {
         }
         let first = launches.iter().position(|l| reads(l, weight)).unwrap_or(launches.len());
         let last = launches.iter().rposition(|l| reads(l, weight)).map_or(first, |at| at + 1);
-        let run = |scope: &Scope<'_>, launches: &[Launch], actions: &mut Vec<Action>| -> Result<()> {
-            for launch in launches {
+        let part = |first_slice: u64, count: u64, range: Range, actions: &mut Vec<Action>| -> Result<()> {
+            let whole = first_slice == 0 && count == slices;
+            for launch in &launches[first..last] {
+                let bindings = match launch.tiles.filter(|t| t.weight == weight) {
+                    // Beside variants that do not know tiles, a weight comes as one slice.
+                    Some(t) if whole && slices == 1 => Tiles::bind(self.bindings, 0, t.slices),
+                    Some(t) if t.slices == slices && first_slice.is_multiple_of(t.granule) => {
+                        Tiles::bind(self.bindings, first_slice, count)
+                    }
+                    None if whole && launch.tiles.is_none() => self.bindings.clone(),
+                    _ => return Err(forged("a launch cannot read its weight in parts")),
+                };
+                if !reads(launch, weight) {
+                    return Err(forged("a launch cannot read its weight in parts"));
+                }
+                let scope = Scope { bindings: &bindings, tile: Some((weight, range)), ..*self };
                 actions.extend(scope.launch(table, launch)?.map(Action::Launch));
             }
             Ok(())
         };
-        let part = |first_slice: u64, count: u64, range: Range, actions: &mut Vec<Action>| -> Result<()> {
-            let whole = first_slice == 0 && count == slices;
-            for launch in &launches[first..last] {
-                let fits = |t: Tiles| {
-                    t.weight == weight && t.slices == slices && first_slice.is_multiple_of(t.granule)
-                };
-                if !reads(launch, weight) || !launch.tiles.map_or(whole, fits) {
-                    return Err(forged("a launch cannot read its weight in parts"));
-                }
-            }
-            let bindings = Tiles::bind(self.bindings, first_slice, count);
-            let scope = Scope { bindings: &bindings, tile: Some((weight, range)), ..*self };
-            run(&scope, &launches[first..last], actions)
-        };
-        run(self, &launches[..first], actions)?;
+        actions.extend(self.launches(table, &launches[..first])?);
         if resident > 0 {
             let range = self.operand(Operand::Weight(weight))?;
             part(0, resident, range, actions)?;
@@ -358,7 +358,8 @@ impl Scope<'_> {
             part(first, count, range, actions)?;
             actions.push(Action::Leave(index));
         }
-        run(self, &launches[last..], actions)
+        actions.extend(self.launches(table, &launches[last..])?);
+        Ok(())
     }
 
     /// The launches that have blocks.

@@ -473,6 +473,22 @@ fn a_weight_in_parts_is_read_part_by_part() {
     assert_eq!(told(&module, &table, &addresses).unwrap(), ["1: norm", "8: 0x60000 0+8"]);
 }
 
+/// Where another variant of the step knows no tiles, the weight is one slice, which launches by tiles read as all of theirs.
+#[test]
+fn a_weight_that_comes_whole_is_read_at_once() {
+    let (module, mut table, mut addresses) = streamed();
+    let weight = WeightId::from_index(0);
+    addresses.regions.weights = vec![Some(range(0x6_0000, 0))];
+    addresses.ring.copies =
+        vec![Tile { node: 0, weight, first: 0, count: 1, range: range(0x7_0000, 8 * 64) }];
+    addresses.ring.parts.insert(weight, (0, 1));
+    let expected = ["1: norm", "Arrive(0)", "8: 0x70000 0+8", "Leave(0)"];
+    assert_eq!(told(&module, &table, &addresses).unwrap(), expected);
+    table.steps[0].variants[0].launches[1].tiles =
+        Some(Tiles { weight: WeightId::from_index(1), slices: 8, granule: 1 });
+    refused(told(&module, &table, &addresses));
+}
+
 #[test]
 fn tiles_that_a_launch_does_not_know_are_refused() {
     let (module, table, addresses) = streamed();
