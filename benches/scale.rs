@@ -1,13 +1,16 @@
 //! Cost of compiling against the number of nodes, on decoder-like graphs with one name per weight and layer.
 //!
 //! `cargo bench --bench scale -- [NODES..]`; without numbers 10,000, 100,000 and 1,000,000. Reports each pass, the whole
-//! default pipeline with verification, plan and lowering, and the plan against its lower bound.
+//! default pipeline with verification, plan and lowering, and the plan against its lower bound, then medians of interleaved
+//! rounds. Every module is compiled by a process of its own, as on the command line: one that has compiled before has memory at hand that
+//! is mapped already, for small modules and not for large ones.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 #[path = "../tests/common/stack.rs"]
 mod stack;
 
+use std::process::Command;
 use std::time::Instant;
 
 use millrace::compiler::codegen::lower;
@@ -17,7 +20,16 @@ use millrace::compiler::pipeline::{Manager, Pipeline};
 use millrace::ir::verify::check;
 use millrace::ir::{Bindings, Result};
 
-fn run(nodes: usize) -> Result<f64> {
+/// How often each size is compiled.
+const ROUNDS: usize = 7;
+
+/// Set for a process that compiles one module.
+const ALONE: &str = "MILLRACE_SCALE_ALONE";
+
+/// What the line with the seconds of the whole begins with.
+const WHOLE: &str = "whole";
+
+fn run(nodes: usize) -> Result<()> {
     let start = Instant::now();
     let mut module = stack::decoder(nodes)?;
     let built = start.elapsed().as_secs_f64();
@@ -56,8 +68,8 @@ fn run(nodes: usize) -> Result<f64> {
             plan.buffers, plan.peak_bytes, plan.lower_bound_bytes
         );
     }
-    println!("    {:<16} {whole:>8.3} s for {} nodes left", "whole", module.graph.order.len());
-    Ok(whole)
+    println!("    {WHOLE:<16} {whole:>8.4} s for {} nodes left", module.graph.order.len());
+    Ok(())
 }
 
 fn main() {
@@ -65,20 +77,56 @@ fn main() {
     if sizes.is_empty() {
         sizes = vec![10_000, 100_000, 1_000_000];
     }
-    let mut last: Option<(usize, f64)> = None;
-    for nodes in sizes {
-        match run(nodes) {
-            Ok(seconds) => {
-                if let Some((before, time)) = last {
-                    let (more, longer) = (nodes as f64 / before as f64, seconds / time);
-                    println!("    {longer:.1} times the time for {more:.1} times the nodes");
-                }
-                last = Some((nodes, seconds));
+    if std::env::var_os(ALONE).is_some() {
+        let Err(error) = sizes.into_iter().try_for_each(run) else { return };
+        eprintln!("{error}");
+        std::process::exit(1);
+    }
+    let mut times = vec![Vec::new(); sizes.len()];
+    for round in 0..ROUNDS {
+        for (nodes, times) in sizes.iter().zip(&mut times) {
+            let text = alone(*nodes);
+            if round == 0 {
+                print!("{text}");
             }
-            Err(error) => {
-                eprintln!("{error}");
-                std::process::exit(1);
-            }
+            let seconds = text
+                .lines()
+                .filter_map(|l| l.trim().strip_prefix(WHOLE)?.split_whitespace().next()?.parse::<f64>().ok());
+            times.extend(seconds);
+            assert_eq!(times.len(), round + 1, "{text}");
         }
     }
+    println!("medians of {ROUNDS} rounds, smallest and largest");
+    let mut last: Option<(usize, Vec<f64>)> = None;
+    for (nodes, times) in sizes.into_iter().zip(times) {
+        let [least, median, most] = spread(&times);
+        println!("    {nodes:>9} nodes: {median:.4} s ({least:.4}..{most:.4})");
+        if let Some((before, base)) = last {
+            let ratios: Vec<f64> = times.iter().zip(&base).map(|(t, b)| t / b).collect();
+            let [least, ratio, most] = spread(&ratios);
+            let more = nodes as f64 / before as f64;
+            println!(
+                "              {ratio:.1} ({least:.1}..{most:.1}) times the time for {more:.1} times the nodes"
+            );
+        }
+        last = Some((nodes, times));
+    }
+}
+
+/// What a process says that compiles one module.
+fn alone(nodes: usize) -> String {
+    let output = std::env::current_exe()
+        .and_then(|program| Command::new(program).arg(nodes.to_string()).env(ALONE, "1").output());
+    match output {
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Ok(output) => panic!("{}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Smallest, median and largest.
+fn spread(values: &[f64]) -> [f64; 3] {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    [sorted[0], sorted[sorted.len() / 2], sorted[sorted.len() - 1]]
 }

@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
 # gpu_suite.sh [FOLDER] [ARCH]: packs what shows on a machine with a GPU of ARCH (sm_90a) that engines are right into FOLDER
 # (target/gpu-suite): the differential suite with all its kernels compiled, the tests of the runtime, of streaming and the soak,
-# and their data. Needs NVRTC and no GPU. The machine with the GPU needs its driver; NVRTC too for all but `all`, and
+# and their data. Needs NVRTC and no GPU. The machine with the GPU needs its driver; NVRTC too for all but `all` and `library`, and
 # compute-sanitizer for those that say so:
 #
 #   FOLDER/run.sh all         every case on every backend against the reference evaluator
 #   FOLDER/run.sh sanitizer   small steps of every case under memcheck, racecheck and initcheck
 #   FOLDER/run.sh runtime     sessions on the device: graphs, allocations, faults, the ledger against the driver
+#   FOLDER/run.sh library     what cuBLASLt computes against the kernels beside it; its absence is an error
 #   FOLDER/run.sh streaming   the bits of the fixture models under every budget, and live changes of it
 #   FOLDER/run.sh large       the bits of the Llama 3.1 8B shape under every budget (16 GB of device and of pinned memory)
 #   FOLDER/run.sh soak        random budgets, allocations, shapes and cancelled requests for SOAK_SECONDS (60)
 #   FOLDER/run.sh soak-memcheck   the same for SOAK_SECONDS (10) under memcheck
 #
 # SUITE_TOOLS names some of the sanitizer's tools, SUITE_PART=2/4 takes the second of four interleaved parts of the cases.
-# A missing GPU is an error. SUITE_ARGS adds arguments (of cargo test --test backends, or of the test harness), SUITE_LIMIT bounds
-# the seconds of each run.
+# A missing GPU is an error. Without cuBLASLt the backend cuda-library is left out, unless MILLRACE_REQUIRE_LIBRARY=1. SUITE_ARGS
+# adds arguments (of cargo test --test backends, or of the test harness), SUITE_LIMIT bounds the seconds of each run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-target/gpu-suite}")
 arch=${2:-sm_90a}
 rm -rf "$out"
 mkdir -p "$out/root/tests" "$out/kernels"
-tests=(backends cuda_runtime streaming soak)
+tests=(backends cuda_runtime streaming soak library)
 cargo build --release "${tests[@]/#/--test=}"
 for name in "${tests[@]}"; do
   binary=$(cargo build --release --test "$name" --message-format=json 2>/dev/null |
@@ -29,6 +30,7 @@ for name in "${tests[@]}"; do
   strip -o "$out/$name" "$binary"
 done
 MILLRACE_KERNEL_CACHE="$out/kernels" "$out/backends" --compile-only --target "cuda:$arch" | tee "$out/compiled.txt"
+MILLRACE_KERNEL_CACHE="$out/kernels" "$out/library" --exact kernels_beside_the_library_build > /dev/null
 for folder in zoo backends data/configs data/tiny-random filetests/regressions; do
   mkdir -p "$out/root/tests/$folder"
   cp -r "tests/$folder/." "$out/root/tests/$folder/"
@@ -37,7 +39,7 @@ mkdir -p "$out/root/examples/models"
 cp -r examples/models/baker-street-6m "$out/root/examples/models/"
 cat > "$out/run.sh" <<RUN
 #!/usr/bin/env bash
-# run.sh all|sanitizer|runtime|streaming|large|soak|soak-memcheck
+# run.sh all|sanitizer|runtime|library|streaming|large|soak|soak-memcheck
 set -u
 cd "\$(dirname "\$0")"
 export MILLRACE_REQUIRE_GPU=1 MILLRACE_KERNEL_CACHE="\$PWD/kernels" MILLRACE_SUITE_ROOT="\$PWD/root"
@@ -71,6 +73,10 @@ sanitizer)
   ;;
 runtime)
   timeout "\$limit" ./cuda_runtime --nocapture --test-threads 1 \${SUITE_ARGS:-}
+  ;;
+library)
+  export MILLRACE_REQUIRE_LIBRARY=1
+  timeout "\$limit" ./library --nocapture --test-threads 1 the_library_computes results_are_the_same \${SUITE_ARGS:-}
   ;;
 streaming)
   MILLRACE_TARGETS=cuda:$arch timeout "\$limit" ./streaming --test-threads 1 \${SUITE_ARGS:-}

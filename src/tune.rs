@@ -11,6 +11,7 @@ use millrace_compiler::codegen::cuda::{Builder, Built, Trial, TrialBuffer, Trial
 use millrace_compiler::tuning::{Entry, Tuning, VERSION};
 use millrace_ir::launch::Bundle;
 use millrace_ir::{Kind, Result};
+use millrace_kernels::cuda::matmul::choice::library_key;
 use millrace_runtime::cuda::{Bench, Product, Timed, TimedBuffer, Timer, distance};
 
 /// Part of the time that may go into building kernels.
@@ -25,7 +26,7 @@ const FIRST: usize = 3;
 /// Most rounds.
 const MOST: usize = 25;
 
-/// Candidates that are timed again beside the built-in one.
+/// Candidates that are timed again beside the built-in one, and as many of a library.
 const FINALISTS: usize = 3;
 
 /// Most rows without a comparison with a library.
@@ -47,6 +48,8 @@ pub struct TuneOptions {
     pub time: Duration,
     /// How kernels are built.
     pub builder: Builder,
+    /// Whether products of a library are among the candidates.
+    pub library: bool,
 }
 
 /// What became of a choice.
@@ -62,9 +65,11 @@ pub struct Measured {
     pub operations: f64,
     /// Name and median seconds of each candidate that was timed, the built-in one first if it was.
     pub times: Vec<(String, f64)>,
-    /// Index into `times` of the chosen candidate, if there is a choice.
+    /// Index into `times` of the chosen kernel, if there is a choice.
     pub chosen: Option<usize>,
-    /// Median seconds of the bare product by cuBLASLt's best algorithm, if the library is there.
+    /// Index into `times` of the library's way, if it is faster than the best kernel.
+    pub by_library: Option<usize>,
+    /// Median seconds of the bare product by cuBLASLt's best algorithm, where the library is there and cannot be chosen.
     pub library: Option<f64>,
     /// Candidates that were not timed, and why.
     pub skipped: Vec<(String, String)>,
@@ -74,6 +79,24 @@ impl Measured {
     /// Seconds of the built-in candidate and of the chosen one.
     pub fn seconds(&self) -> Option<(f64, f64)> {
         Some((self.times.first()?.1, self.times.get(self.chosen?)?.1))
+    }
+
+    /// What a tuning has of it: keys with indices into `times`.
+    pub fn choices(&self) -> Vec<(String, usize)> {
+        let own = self.chosen.map(|chosen| (self.key.clone(), chosen));
+        own.into_iter().chain(self.by_library.map(|way| (library_key(&self.key), way))).collect()
+    }
+
+    /// Decides between what was timed; `own` tells which of `times` are kernels.
+    fn choose(&mut self, own: &[bool]) {
+        let best = |wanted: bool| {
+            let of = (0..self.times.len()).filter(|at| own[*at] == wanted);
+            of.min_by(|a, b| self.times[*a].1.total_cmp(&self.times[*b].1))
+        };
+        let Some(kernel) = best(true) else { return };
+        let kernel = if self.times[kernel].1 < self.times[0].1 * GAIN { kernel } else { 0 };
+        self.chosen = Some(kernel).filter(|_| own.iter().filter(|o| **o).count() > 1);
+        self.by_library = best(false).filter(|way| self.times[*way].1 < self.times[kernel].1 * GAIN);
     }
 }
 
@@ -96,23 +119,24 @@ pub fn tune(
     for (at, (trial, bundles)) in trials.iter().zip(bundles).enumerate() {
         let left = options.time.saturating_sub(start.elapsed());
         let share = left / u32::try_from(trials.len() - at).unwrap_or(u32::MAX);
-        let measured = match measure(timer, trial, bundles, Instant::now() + share) {
+        let measured = match measure(timer, trial, bundles, options.library, Instant::now() + share) {
             Ok(measured) => measured,
             // What was measured before the device failed still holds.
             Err(error) if error.code() == "cuda/poisoned" && !tuning.entries.is_empty() => break,
             Err(error) => return Err(error),
         };
-        if let (Some((built_in, best)), Some(chosen)) = (measured.seconds(), measured.chosen) {
+        for (key, chosen) in measured.choices() {
             let nanoseconds = |s: f64| (s * 1e9).round().max(1.0) as u64;
+            let (candidate, seconds) = measured.times[chosen].clone();
             let entry = Entry {
-                candidate: measured.times[chosen].0.clone(),
-                nanoseconds: nanoseconds(best),
-                built_in_nanoseconds: nanoseconds(built_in),
+                candidate,
+                nanoseconds: nanoseconds(seconds),
+                built_in_nanoseconds: nanoseconds(measured.times[0].1),
                 device: device.clone(),
                 driver: driver.clone(),
                 version: VERSION.to_string(),
             };
-            tuning.entries.insert(trial.key.clone(), entry);
+            tuning.entries.insert(key, entry);
         }
         tell(&measured);
     }
@@ -197,6 +221,7 @@ fn median(seconds: &[f64]) -> f64 {
 /// A candidate on the device.
 struct Running {
     name: String,
+    by_library: bool,
     timed: Timed,
     seconds: Vec<f64>,
 }
@@ -216,6 +241,7 @@ fn measure(
     timer: &mut Timer,
     trial: &Trial,
     bundles: Vec<std::result::Result<Bundle, String>>,
+    with_library: bool,
     until: Instant,
 ) -> Result<Measured> {
     let mut measured = Measured {
@@ -225,6 +251,7 @@ fn measure(
         operations: trial.operations,
         times: Vec::new(),
         chosen: None,
+        by_library: None,
         library: None,
         skipped: Vec::new(),
     };
@@ -237,10 +264,14 @@ fn measure(
         }
         Err(error) => return Err(error),
     };
+    let has_library = bench.has_library();
     let mut running: Vec<Running> = Vec::new();
     let mut expected = Vec::new();
     for (index, (candidate, bundle)) in trial.candidates.iter().zip(bundles).enumerate() {
         let mut skip = |why: String| measured.skipped.push((candidate.name.clone(), why));
+        if candidate.by_library && !(with_library && has_library) {
+            continue;
+        }
         // Nothing replaces what is built in without having been compared with it.
         if index > 0 && running.is_empty() {
             skip("the built-in candidate did not run".to_string());
@@ -273,11 +304,13 @@ fn measure(
                 continue;
             }
         }
-        running.push(Running { name: candidate.name.clone(), timed, seconds: Vec::new() });
+        let (name, by_library) = (candidate.name.clone(), candidate.by_library);
+        running.push(Running { name, by_library, timed, seconds: Vec::new() });
     }
-    // What engines cannot choose: they need nothing but the driver.
+    // What engines cannot choose: the library computes less than the site.
     let mut compared: Vec<(Timed, Vec<f64>)> = Vec::new();
-    if trial.rows.first > FEW && !running.is_empty() {
+    let comparable = with_library && trial.candidates.iter().all(|c| !c.by_library);
+    if trial.rows.first > FEW && comparable && !running.is_empty() {
         let TrialProduct { extents: [m, n, k], x, w, dtypes: (dtype, out), alone } = trial.product;
         let product = Product { m, n, k, dtype, out };
         match bench.products(product, x, w, ALGORITHMS) {
@@ -307,7 +340,14 @@ fn measure(
         let mut order: Vec<usize> = (0..running.len()).collect();
         if round >= FIRST {
             order.sort_by(|a, b| running[*a].median().total_cmp(&running[*b].median()));
-            order.truncate(FINALISTS);
+            // Of kernels and of the library's ways each, since the best of each is told.
+            let mut left = [FINALISTS; 2];
+            order.retain(|index| {
+                let left = &mut left[usize::from(running[*index].by_library)];
+                let stays = *left > 0;
+                *left -= usize::from(stays);
+                stays
+            });
             if !order.contains(&0) && !running.is_empty() {
                 order.push(0);
             }
@@ -322,10 +362,46 @@ fn measure(
     }
     measured.library = compared.iter().map(|(_, seconds)| median(seconds)).min_by(f64::total_cmp);
     measured.times = running.iter().map(|r| (r.name.clone(), r.median())).collect();
-    let best = (0..running.len()).min_by(|a, b| measured.times[*a].1.total_cmp(&measured.times[*b].1));
-    measured.chosen = best.filter(|_| running.len() > 1).map(|best| {
-        let (built_in, seconds) = (measured.times[0].1, measured.times[best].1);
-        if seconds < built_in * GAIN { best } else { 0 }
-    });
+    let own: Vec<bool> = running.iter().map(|r| !r.by_library).collect();
+    measured.choose(&own);
     Ok(measured)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is chosen of a built-in kernel, another, and two ways of a library with these times.
+    fn chosen(times: &[(f64, bool)]) -> Vec<(String, usize)> {
+        let mut measured = Measured {
+            key: "k".into(),
+            sites: 1,
+            rows: 1,
+            operations: 1.0,
+            times: times.iter().map(|(seconds, _)| (String::new(), *seconds)).collect(),
+            chosen: None,
+            by_library: None,
+            library: None,
+            skipped: Vec::new(),
+        };
+        measured.choose(&times.iter().map(|(_, own)| *own).collect::<Vec<_>>());
+        measured.choices()
+    }
+
+    #[test]
+    fn kernels_and_the_library_are_chosen_apart() {
+        let key = |library: bool, at| (if library { "k library" } else { "k" }.to_string(), at);
+        let of = |times: [f64; 4]| chosen(&[0, 1, 2, 3].map(|at| (times[at], at < 2)));
+        assert_eq!(of([10.0, 8.0, 9.0, 7.0]), [key(false, 1), key(true, 3)]);
+        assert_eq!(of([10.0, 8.0, 9.0, 8.5]), [key(false, 1)], "a kernel is faster");
+        assert_eq!(of([10.0, 9.95, 9.93, 20.0]), [key(false, 0)], "less than a percent");
+        assert_eq!(of([10.0, 9.95, 9.8, 9.7]), [key(false, 0), key(true, 3)]);
+        assert_eq!(
+            chosen(&[(10.0, true), (5.0, false)]),
+            [key(true, 1)],
+            "one kernel is no choice of kernels"
+        );
+        assert_eq!(chosen(&[(10.0, true)]), []);
+        assert_eq!(chosen(&[]), []);
+    }
 }

@@ -8,7 +8,7 @@
 //! scripts/gpu_suite.sh                            everything in one folder for a machine with a GPU
 //! ```
 //!
-//! `MILLRACE_REQUIRE_GPU=1` makes a missing GPU an error. Further options: `--backends cpu,cuda-graph`, `--max N` cases,
+//! `MILLRACE_REQUIRE_GPU=1` makes a missing GPU an error, `MILLRACE_REQUIRE_LIBRARY=1` a missing cuBLASLt. Further options: `--backends cpu,cuda-graph`, `--max N` cases,
 //! `--seed N`, `--graphs N` random graphs, `--rows N` and `--steps N` of a case, `--jobs N` threads, `--compile-only`
 //! (fills the kernel cache), `--target cuda:sm_80`, `--cases FILE` (names, one a line), `--seconds N` after which no case
 //! begins, which fails.
@@ -16,6 +16,8 @@
 
 #[path = "common/backends/mod.rs"]
 mod backends;
+#[path = "common/by_library.rs"]
+mod by_library;
 #[path = "common/random/judge.rs"]
 #[allow(dead_code)]
 mod judge;
@@ -30,7 +32,7 @@ use std::time::Instant;
 use backends::case::Case;
 use backends::run::{Backend, Judged, Limits, Outcome, build};
 use millrace::compiler::codegen::cuda::nvrtc_version;
-use millrace::runtime::cuda::survey;
+use millrace::runtime::cuda::{has_library, survey};
 
 struct Options {
     words: Vec<String>,
@@ -242,10 +244,19 @@ fn main() -> ExitCode {
             println!("{} cases\n*** THE GPU PART IS SKIPPED: {why} ***", cases.len());
         }
     }
+    let library = gpu.is_some() && has_library();
+    if gpu.is_some() && !library {
+        if std::env::var("MILLRACE_REQUIRE_LIBRARY").is_ok_and(|v| v != "0") {
+            println!("cuBLASLt is required and not installed");
+            return ExitCode::FAILURE;
+        }
+        println!("*** {} IS SKIPPED: cuBLASLt is not installed ***", Backend::CudaLibrary.name());
+    }
     let wanted: Vec<Backend> = Backend::ALL
         .into_iter()
         .filter(|b| options.backends.as_ref().is_none_or(|list| list.contains(b)))
         .filter(|b| gpu.is_some() || !b.on_gpu())
+        .filter(|b| library || *b != Backend::CudaLibrary)
         .collect();
     let (on_gpu, on_cpu): (Vec<Backend>, Vec<Backend>) = wanted.into_iter().partition(|b| b.on_gpu());
     let limits = Limits {

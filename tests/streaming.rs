@@ -2,6 +2,7 @@
 //!
 //! What is compared are the bytes of outputs of a prefill and of decode steps that follow it, or of the steps of a random
 //! graph. On a machine with a GPU `MILLRACE_TARGETS=cuda:sm_90a` runs the models there. `--ignored` runs a large shape.
+#![allow(clippy::print_stderr)]
 
 #[path = "common/models.rs"]
 mod common;

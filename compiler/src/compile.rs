@@ -49,6 +49,8 @@ pub struct CompileOptions {
     pub memory: MemoryOptions,
     /// What measurements chose for sites of a GPU engine.
     pub tuning: Tuning,
+    /// Whether a GPU engine names a library of matrix products where the tuning chose it. It always has kernels beside.
+    pub library: bool,
 }
 
 impl Default for CompileOptions {
@@ -65,6 +67,7 @@ impl Default for CompileOptions {
             profiles: Vec::new(),
             memory: MemoryOptions::default(),
             tuning: Tuning::default(),
+            library: true,
         }
     }
 }
@@ -253,8 +256,9 @@ pub fn finish(prepared: Prepared, options: &CompileOptions, progress: &mut Progr
     let module = if options.target.archs.is_empty() {
         lower(module)?
     } else {
-        let choices = options.tuning.choices();
-        tuned = cuda::tuned(&module, &options.target.archs, &options.tuning, &mut progress.context);
+        let choices = options.tuning.choices(options.library);
+        let context = &mut progress.context;
+        tuned = cuda::tuned(&module, &options.target.archs, &options.tuning, options.library, context);
         let mut builder = options.builder.clone();
         if let Some(most) = shares.threads {
             let processors = std::thread::available_parallelism().map_or(1, usize::from);

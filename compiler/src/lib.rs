@@ -10,6 +10,7 @@ pub mod differential;
 pub mod import;
 pub mod manager;
 pub mod memory;
+mod numbers;
 pub mod options;
 pub mod pass;
 pub mod passes;

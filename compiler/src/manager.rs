@@ -85,7 +85,7 @@ pub struct Manager<'a> {
 }
 
 /// The passes that changed nothing since the module last changed.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Settled {
     /// Counts the runs that changed the module.
     changes: u64,
@@ -229,6 +229,7 @@ impl Manager<'_> {
             let mut manager = Manager {
                 verify_each: self.verify_each,
                 controls: Controls { reproducers: None, ..self.controls.clone() },
+                settled: self.settled.clone(),
                 ..Manager::default()
             };
             let mut inner = context.target_facts();
@@ -240,13 +241,14 @@ impl Manager<'_> {
             };
             let changed =
                 done.and_then(|changed| verified(&module, None).map(|()| changed)).map_err(|f| f.error)?;
-            Ok(Trial { module, context: inner, runs: manager.runs, changed })
+            Ok(Trial { module, context: inner, runs: manager.runs, settled: manager.settled, changed })
         };
         let whole = match rolled::run(module, &layers, &mut trial) {
             Ok(whole) => whole,
             Err(reason) => return self.unrolled(&reason, module, context),
         };
         whole.stats.iter().for_each(|(name, value)| context.count(name, *value));
+        context.seeded.extend(whole.context.seeded.iter());
         context.take_remarks(whole.context);
         if let Some(first) = module.graph.order.first() {
             context.remark(ROLLED, &module.graph, *first, layers.said());
@@ -254,7 +256,7 @@ impl Manager<'_> {
         let inside: Duration = whole.runs.iter().map(|run| run.time).sum();
         self.rolling += start.elapsed().saturating_sub(inside);
         self.runs.extend(whole.runs);
-        self.settled.changes += u64::from(whole.changed);
+        self.settled = whole.settled;
         Some(whole.changed)
     }
 

@@ -3,8 +3,10 @@
 //! A pass is small: a name, a line of help, the phases it accepts, the phase it leaves, and a function. Everything
 //! else (phase gate, verification, timing, dumps, bisection, reproducers) is the pass manager's.
 
-use millrace_ir::{Graph, Module, NodeId, Phase, Result};
+use millrace_ir::tensor::Tensor;
+use millrace_ir::{Graph, Module, NodeId, Phase, Result, WeightId};
 
+use crate::numbers::Seeded;
 use crate::options::{PassOption, PassOptions};
 
 /// A transformation of modules.
@@ -130,6 +132,8 @@ pub struct Context {
     pub launch_groups: bool,
     /// Alignment of arenas and offsets.
     pub align: u64,
+    /// Seeded weights whose numbers were read.
+    pub(crate) seeded: Seeded,
 }
 
 impl Context {
@@ -158,6 +162,14 @@ impl Context {
     pub fn cpu() -> Self {
         // The file is part of the program, and a test reads it.
         crate::target::Target::named("cpu").map(|t| Self::of(&t)).unwrap_or_default()
+    }
+
+    /// The numbers of a weight that is in no file, for passes that decide by them.
+    ///
+    /// # Errors
+    /// If they are in a file, or the weight's expression is broken.
+    pub fn numbers(&mut self, module: &Module, weight: WeightId) -> Result<Tensor> {
+        self.seeded.numbers(module, weight)
     }
 
     /// Adds to a counter. The cost grows with the number of counters, so passes count once, not for each node.

@@ -1,16 +1,19 @@
 //! Rewrites as patches: a rule looks at the graph and says what should change; [`rewrite`] is the only place that
 //! changes it, checks types and joins source names.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 
+use millrace_ir::tensor::Tensor;
 use millrace_ir::{
     Def, Id, Locs, Module, Node, NodeId, Operand, Operands, Result, SharedOp, TensorType, ValueId, Weight,
-    WeightExpr,
+    WeightExpr, WeightId,
 };
 
 use millrace_ir::names::WeightNames;
 use smallvec::SmallVec;
 
+use crate::numbers::Seeded;
 use crate::pass::Context;
 
 /// What a rule says about a node.
@@ -78,6 +81,7 @@ pub struct View<'a> {
     uses: &'a [Users],
     outputs: &'a [bool],
     passed: &'a [bool],
+    seeded: &'a RefCell<Seeded>,
 }
 
 impl View<'_> {
@@ -113,6 +117,14 @@ impl View<'_> {
     /// Whether the node stands before the one being looked at. What a patch makes comes after it.
     pub fn passed(&self, id: NodeId) -> bool {
         self.passed.get(id.index()).copied().unwrap_or(false)
+    }
+
+    /// The numbers of a weight that is in no file, for rules that decide by them.
+    ///
+    /// # Errors
+    /// If they are in a file, or the weight's expression is broken.
+    pub fn numbers(&self, weight: WeightId) -> Result<Tensor> {
+        self.seeded.borrow_mut().numbers(self.module, weight)
     }
 
     /// The type of an operand.
@@ -165,6 +177,7 @@ pub fn rewrite(
     let mut passed = vec![false; module.graph.nodes.bound()];
     // Collected when the first patch brings a weight.
     let mut names: Option<WeightNames> = None;
+    let seeded = RefCell::new(std::mem::take(&mut context.seeded));
     let mut blocked: BTreeSet<(NodeId, String)> = BTreeSet::new();
     // A stack of nodes to look at: patches push their nodes, which come before what follows.
     let mut work: Vec<NodeId> = order.into_iter().rev().collect();
@@ -173,7 +186,7 @@ pub fn rewrite(
             continue;
         }
         passed.resize(module.graph.nodes.bound(), false);
-        let view = View { module, uses: &uses, outputs: &outputs, passed: &passed };
+        let view = View { module, uses: &uses, outputs: &outputs, passed: &passed, seeded: &seeded };
         let outcome = if applied < limit { rule.look(&view, id) } else { Outcome::NoMatch };
         let outcome = match outcome {
             Outcome::Rewrite(_) if !context.allow(pass, &module.graph, id) => Outcome::NoMatch,
@@ -211,6 +224,7 @@ pub fn rewrite(
             }
         }
     }
+    context.seeded = seeded.into_inner();
     new_order.retain(|id| module.graph.nodes.get(*id).is_some());
     module.graph.order = new_order;
     if applied >= limit {

@@ -5,12 +5,16 @@
 //! and [`millrace_kernels::cuda::attention::splits`].
 //! Files of several models and devices can be merged: of two entries for a key the one with the better time stays. The
 //! text is a function of the entries. What a file chooses is an input of a build like any option; it needs no GPU.
+//!
+//! A library of matrix products has entries of its own beside those of kernels. It is chosen where it is faster than the
+//! kernel would be; without it, or where it is not wanted, the kernel's entry says which runs.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use millrace_ir::{Error, Kind, Result};
 use millrace_kernels::cuda::Choices;
+use millrace_kernels::cuda::matmul::choice::kernel_key;
 use serde::{Deserialize, Serialize};
 
 /// Version of this program, which entries carry: kernels of another version have other times.
@@ -120,10 +124,22 @@ impl Tuning {
         }
     }
 
-    /// What code generation takes from the file: entries of this version.
-    pub fn choices(&self) -> Choices {
-        let current = self.entries.iter().filter(|(_, e)| e.version == VERSION);
-        current.map(|(key, e)| (key.clone(), e.candidate.clone())).collect()
+    /// What code generation takes from the file: entries of this version; those of a library only `with_library`, and where it is
+    /// faster than what would run in its place.
+    pub fn choices(&self, with_library: bool) -> Choices {
+        let taken = |(key, entry): &(&String, &Entry)| {
+            let current = entry.version == VERSION;
+            current && kernel_key(key).is_none_or(|kernel| with_library && self.is_faster(entry, kernel))
+        };
+        self.entries.iter().filter(taken).map(|(key, e)| (key.clone(), e.candidate.clone())).collect()
+    }
+
+    /// Whether a library's `entry` is faster than what runs without it: what is chosen for the key `kernel`, where that was measured
+    /// on the same kind of device, and else what is built in.
+    fn is_faster(&self, entry: &Entry, kernel: &str) -> bool {
+        let measured = |e: &&Entry| e.version == VERSION && e.device == entry.device;
+        let own = self.entries.get(kernel).filter(measured);
+        entry.nanoseconds < own.map_or(entry.built_in_nanoseconds, |own| own.nanoseconds)
     }
 }
 
@@ -177,8 +193,41 @@ mod tests {
     #[test]
     fn entries_of_other_versions_choose_nothing() {
         let all = tuning(&[("a", entry("x", 5, "0.0.0")), ("b", entry("y", 5, VERSION))]);
-        let choices = all.choices();
+        let choices = all.choices(true);
         assert_eq!((choices.get("a"), choices.get("b")), (None, Some("y")));
+    }
+
+    #[test]
+    fn a_library_is_chosen_where_it_is_faster() {
+        let chosen = |own: Option<Entry>, library: Entry, wanted: bool| {
+            let mut all = tuning(&[("a library", library)]);
+            all.entries.extend(own.map(|e| ("a".to_string(), e)));
+            let choices = all.choices(wanted);
+            assert_eq!(choices.get("a").is_some(), all.entries.contains_key("a"), "kernels stay chosen");
+            choices.get("a library").is_some()
+        };
+        let library = |nanoseconds| entry("cublaslt-0", nanoseconds, VERSION);
+        let own = |nanoseconds| Some(entry("x", nanoseconds, VERSION));
+        assert!(chosen(own(60), library(50), true) && !chosen(own(60), library(50), false));
+        assert!(!chosen(own(50), library(50), true) && !chosen(own(40), library(50), true));
+        // Alone, it is compared with what is built in.
+        assert!(chosen(None, library(99), true) && !chosen(None, library(100), true));
+        assert!(!chosen(None, entry("cublaslt-0", 50, "0"), true));
+        // Times of other devices tell nothing.
+        let elsewhere = Entry { device: "another".into(), ..entry("x", 40, VERSION) };
+        assert!(chosen(Some(elsewhere), library(50), true));
+    }
+
+    #[test]
+    fn kernels_and_libraries_merge_apart() {
+        let one = tuning(&[("a", entry("x", 60, VERSION)), ("a library", entry("cublaslt-0", 50, VERSION))]);
+        let two = tuning(&[("a", entry("y", 55, VERSION)), ("a library", entry("cublaslt-2", 58, VERSION))]);
+        let (mut left, mut right) = (one.clone(), two.clone());
+        left.merge(two);
+        right.merge(one);
+        assert_eq!(left.to_text(), right.to_text());
+        let choices = left.choices(true);
+        assert_eq!((choices.get("a"), choices.get("a library")), (Some("y"), Some("cublaslt-0")));
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Builds a module node by node, inferring every type: what importers, tests and examples write graphs with.
 
-use std::collections::BTreeMap;
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
+use crate::arena::Arena;
 use crate::dim::{Dim, MAX_EXTENT, Sym, SymDecl};
 use crate::error::{Error, Kind, Result};
 use crate::graph::*;
@@ -12,9 +14,51 @@ use crate::types::{SharedShapes, TensorType};
 /// A module under construction. Nodes run in the order they are added.
 pub struct Builder {
     module: Module,
-    weights: BTreeMap<String, WeightId>,
+    weights: Names,
+    locs: RecentLocs,
     shapes: SharedShapes,
     ops: SharedOps,
+}
+
+/// Weights by name. The table holds no names, which stand in the weights: a second copy of each would leave a hole in
+/// the heap between the weights' own.
+#[derive(Default)]
+struct Names {
+    state: RandomState,
+    by_hash: HashMap<u64, WeightId>,
+}
+
+impl Names {
+    /// The weight called `name`, or the free key for it.
+    fn find(&self, weights: &Arena<WeightId, Weight>, name: &str) -> std::result::Result<WeightId, u64> {
+        let mut key = self.state.hash_one(name);
+        while let Some(id) = self.by_hash.get(&key) {
+            if weights[*id].name == name {
+                return Ok(*id);
+            }
+            key = key.wrapping_add(1);
+        }
+        Err(key)
+    }
+}
+
+/// Source names of the last nodes: a layer's nodes share theirs.
+#[derive(Default)]
+struct RecentLocs(VecDeque<Loc>);
+
+impl RecentLocs {
+    /// Names that are remembered.
+    const MOST: usize = 8;
+
+    fn share(&mut self, name: &str) -> Loc {
+        if let Some(known) = self.0.iter().find(|known| &***known == name) {
+            return known.clone();
+        }
+        let loc: Loc = Arc::from(name);
+        self.0.truncate(Self::MOST - 1);
+        self.0.push_front(loc.clone());
+        loc
+    }
 }
 
 impl Builder {
@@ -22,7 +66,8 @@ impl Builder {
     pub fn new(name: &str) -> Self {
         Builder {
             module: Module::new(name),
-            weights: BTreeMap::new(),
+            weights: Names::default(),
+            locs: RecentLocs::default(),
             shapes: SharedShapes::default(),
             ops: SharedOps::default(),
         }
@@ -55,12 +100,13 @@ impl Builder {
 
     /// Adds a weight, or finds the one of this name.
     pub fn weight(&mut self, name: &str, mut ty: TensorType, expr: WeightExpr) -> Operand {
-        if let Some(id) = self.weights.get(name) {
-            return Operand::Weight(*id);
-        }
+        let key = match self.weights.find(&self.module.weights, name) {
+            Ok(id) => return Operand::Weight(id),
+            Err(key) => key,
+        };
         self.shapes.share(&mut ty);
         let id = self.module.weights.push(Weight { name: name.to_string(), ty, expr, stream: None });
-        self.weights.insert(name.to_string(), id);
+        self.weights.by_hash.insert(key, id);
         Operand::Weight(id)
     }
 
@@ -72,7 +118,7 @@ impl Builder {
 
     /// Adds a node and returns its results.
     pub fn node(&mut self, op: impl Into<Op>, operands: &[Operand], loc: &str) -> Result<Vec<Operand>> {
-        let loc: Loc = Arc::from(loc);
+        let loc = self.locs.share(loc);
         let node = self.module.new_node(self.ops.share(op.into()), operands, [loc])?;
         let Graph { nodes, values, order, .. } = &mut self.module.graph;
         order.push(node);

@@ -374,6 +374,23 @@ impl Dim {
         self.add(&other.mul(&Dim::from(-1i64)))
     }
 
+    /// Whether both are one in memory, or one constant; `false` says nothing about equality.
+    pub(crate) fn is_shared_with(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (Repr::Const(a), Repr::Const(b)) => a == b,
+            (Repr::Sum(a), Repr::Sum(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+
+    /// A number that dims that are shared have in common.
+    pub(crate) fn address(&self) -> u64 {
+        match &self.0 {
+            Repr::Const(value) => *value as u64,
+            Repr::Sum(terms) => Arc::as_ptr(terms).addr() as u64,
+        }
+    }
+
     /// A number that is equal for equal dims; cheap, and different for most different ones.
     pub fn fingerprint(&self) -> u64 {
         match &self.0 {

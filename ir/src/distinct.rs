@@ -13,6 +13,9 @@ use crate::types::{TensorType, mix};
 /// Number of a distinct type.
 pub type TypeId = u32;
 
+/// The number of a type that nobody has.
+const NOBODY: TypeId = TypeId::MAX;
+
 /// Most types of one fingerprint that are compared; a forged module with more of them gains equal types with two numbers.
 const COMPARED: usize = 16;
 
@@ -34,17 +37,23 @@ pub struct Types<'a> {
 impl<'a> Types<'a> {
     /// The types of `module`.
     pub fn of(module: &'a Module) -> Self {
+        let mut types = Types::of_declarations(module);
+        for (id, value) in module.graph.values.iter() {
+            types.add(id, &value.ty);
+        }
+        types
+    }
+
+    /// The types of `module`'s weights and states; those of its values are to be added.
+    pub(crate) fn of_declarations(module: &'a Module) -> Self {
         let mut types = Types {
             by_fingerprint: HashMap::new(),
             by_address: vec![None; SHAPES],
             list: Vec::new(),
             values: vec![0; module.graph.values.bound()],
-            weights: vec![0; module.weights.bound()],
-            states: vec![0; module.states.bound()],
+            weights: vec![NOBODY; module.weights.bound()],
+            states: vec![NOBODY; module.states.bound()],
         };
-        for (id, value) in module.graph.values.iter() {
-            types.values[id.index()] = types.number(&value.ty);
-        }
         for (id, weight) in module.weights.iter() {
             types.weights[id.index()] = types.number(&weight.ty);
         }
@@ -52,6 +61,26 @@ impl<'a> Types<'a> {
             types.states[id.index()] = types.number(&state.ty);
         }
         types
+    }
+
+    /// Adds the type of a value.
+    pub(crate) fn add(&mut self, id: ValueId, ty: &'a TensorType) {
+        self.values[id.index()] = self.number(ty);
+    }
+
+    /// Adds the type of a value that has that of another one.
+    pub(crate) fn add_copy(&mut self, from: ValueId, to: ValueId) {
+        self.values[to.index()] = self.values[from.index()];
+    }
+
+    /// The number of the type of a weight or state, if it exists.
+    pub(crate) fn declared(&self, operand: Operand) -> Option<TypeId> {
+        let ty = match operand {
+            Operand::Value(_) => None,
+            Operand::Weight(w) => self.weights.get(w.index()),
+            Operand::State(s) => self.states.get(s.index()),
+        };
+        ty.copied().filter(|ty| *ty != NOBODY)
     }
 
     fn number(&mut self, ty: &'a TensorType) -> TypeId {
@@ -101,25 +130,48 @@ impl<'a> Types<'a> {
 }
 
 /// What was found out about dims, each with a number that makes it another key.
-pub struct Dims<'a, T>(HashMap<u64, Vec<(&'a Dim, u64, T)>>);
+pub struct Dims<'a, T> {
+    by_fingerprint: HashMap<u64, Vec<u32>>,
+    /// The last entry whose dim is in memory at an address that falls here. Dims of repeated layers share their terms.
+    by_address: Vec<u32>,
+    list: Vec<(&'a Dim, u64, T)>,
+}
+
+/// Dims by address that are remembered; a power of two.
+const ADDRESSES: usize = 256;
 
 impl<'a, T> Dims<'a, T> {
     /// Nothing is known.
     pub fn new() -> Self {
-        Dims(HashMap::new())
+        Dims { by_fingerprint: HashMap::new(), by_address: vec![u32::MAX; ADDRESSES], list: Vec::new() }
+    }
+
+    fn slot(dim: &Dim, number: u64) -> usize {
+        // The upper bits of a product depend on all bits of its factors.
+        (mix(dim.address(), number) >> 32) as usize % ADDRESSES
     }
 
     /// What is known of `dim` with `number`.
     pub fn get(&self, dim: &Dim, number: u64) -> Option<&T> {
-        let known = self.0.get(&mix(dim.fingerprint(), number))?;
-        known.iter().find(|(d, n, _)| *n == number && *d == dim).map(|(_, _, about)| about)
+        if let Some((known, n, about)) = self.list.get(self.by_address[Self::slot(dim, number)] as usize)
+            && *n == number
+            && known.is_shared_with(dim)
+        {
+            return Some(about);
+        }
+        let known = self.by_fingerprint.get(&mix(dim.fingerprint(), number))?;
+        let mut known = known.iter().map(|at| &self.list[*at as usize]);
+        known.find(|(d, n, _)| *n == number && *d == dim).map(|(_, _, about)| about)
     }
 
     /// Remembers `about` for `dim` with `number`, unless many others have its fingerprint.
     pub fn remember(&mut self, dim: &'a Dim, number: u64, about: T) {
-        let known = self.0.entry(mix(dim.fingerprint(), number)).or_default();
+        let known = self.by_fingerprint.entry(mix(dim.fingerprint(), number)).or_default();
         if known.len() < COMPARED {
-            known.push((dim, number, about));
+            let at = self.list.len() as u32;
+            known.push(at);
+            self.by_address[Self::slot(dim, number)] = at;
+            self.list.push((dim, number, about));
         }
     }
 }

@@ -9,13 +9,18 @@
 
 use std::borrow::Cow;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
-use crate::arena::Id;
 use crate::dim::{Bindings, Dim, Sym};
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
-use crate::graph::{Operand, StateId, ValueId, WeightId};
+use crate::graph::{Operand, WeightId};
+use text::{dim_list_text, dim_text, dims_text, dtype_text, operand_text, weight_text};
+
+mod products;
+mod text;
+
+pub use products::{ByLibrary, LIBRARY_WORKSPACE, MOST_SUGGESTIONS, Product};
 
 /// How one architecture runs a graph.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -32,6 +37,9 @@ pub struct LaunchTable {
     pub workspace: Dim,
     /// Bytes of counters: zero at load, and left zero by every step.
     pub counters: u64,
+    /// Bytes of scratch memory for products of a library, of a block of their own; 0 where no variant names one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub library_workspace: u64,
     /// Kernels that are not part of the graph, such as `argmax_split`; their arguments are fixed by name.
     pub helpers: Vec<Helper>,
 }
@@ -80,6 +88,13 @@ pub struct Variant {
     pub when: Vec<Condition>,
     /// Launches in order; none for nodes that only rename memory.
     pub launches: Vec<Launch>,
+    /// What may run in their place where the device has a library of matrix products.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub library: Option<ByLibrary>,
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 /// `min <= dim <= max`.
@@ -228,6 +243,11 @@ impl LaunchStep {
         self.streamed().iter().find(|v| v.when.iter().all(|c| c.holds(bindings)))
     }
 
+    /// All launches of all variants, those in front of products of a library included.
+    pub fn all_launches(&self) -> impl Iterator<Item = &Launch> {
+        self.all_variants().flat_map(Variant::all_launches)
+    }
+
     /// All variants, in whatever way weights come.
     pub fn all_variants(&self) -> impl Iterator<Item = &Variant> {
         self.variants.iter().chain(&self.streamed)
@@ -236,6 +256,13 @@ impl LaunchStep {
     /// The variant that serves `bindings`.
     pub fn variant(&self, bindings: &Bindings) -> Option<&Variant> {
         self.variants.iter().find(|v| v.when.iter().all(|c| c.holds(bindings)))
+    }
+}
+
+impl Variant {
+    /// All launches, those in front of products of a library included.
+    pub fn all_launches(&self) -> impl Iterator<Item = &Launch> {
+        self.launches.iter().chain(self.library.iter().flat_map(|l| &l.before))
     }
 }
 
@@ -248,6 +275,8 @@ pub struct LaunchAt<'a> {
     pub launch: &'a Launch,
     /// Blocks along x, y and z, each at least 1.
     pub grid: [u64; 3],
+    /// Whether a library runs the step instead, where the device has it.
+    pub library: bool,
 }
 
 impl LaunchTable {
@@ -255,10 +284,11 @@ impl LaunchTable {
     pub fn launches_at(&self, bindings: &Bindings) -> Option<Vec<LaunchAt<'_>>> {
         let mut launches = Vec::new();
         for (at, step) in self.steps.iter().enumerate() {
-            for launch in &step.variant(bindings)?.launches {
+            let variant = step.variant(bindings)?;
+            for launch in &variant.launches {
                 let grid = launch.grid_at(&launch.whole(bindings))?;
                 if !grid.contains(&0) {
-                    launches.push(LaunchAt { step: at, launch, grid });
+                    launches.push(LaunchAt { step: at, launch, grid, library: variant.library.is_some() });
                 }
             }
         }
@@ -411,9 +441,10 @@ impl Bundle {
             return Err(bad("a kernel names an image that is not there"));
         }
         let variants = || table.steps.iter().flat_map(LaunchStep::all_variants);
-        let launches = || variants().flat_map(|v| &v.launches);
+        let launches = || variants().flat_map(Variant::all_launches);
         let kernels = launches().map(|l| l.kernel).chain(table.helpers.iter().map(|h| h.kernel));
         launches().try_for_each(Launch::check_tiles)?;
+        table.check_library()?;
         let conditions = variants().flat_map(|v| &v.when).map(|c| &c.dim);
         if conditions.chain([&table.workspace]).any(of_tile) {
             return Err(bad("what does not depend on tiles of a weight names them"));
@@ -441,122 +472,13 @@ impl Bundle {
     }
 }
 
-mod dim_text {
-    use super::*;
-
-    pub fn serialize<S: Serializer>(dim: &Dim, s: S) -> std::result::Result<S::Ok, S::Error> {
-        match dim.as_const() {
-            Some(value) => s.serialize_i64(value),
-            None => s.serialize_str(&dim.to_string()),
-        }
-    }
-
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    pub enum Spelling {
-        Number(i64),
-        Text(String),
-    }
-
-    impl Spelling {
-        pub fn dim<E: serde::de::Error>(self) -> std::result::Result<Dim, E> {
-            match self {
-                Spelling::Number(value) => Ok(Dim::from(value)),
-                Spelling::Text(text) => crate::text::parse_dim(&text).map_err(E::custom),
-            }
-        }
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<Dim, D::Error> {
-        Spelling::deserialize(d)?.dim()
-    }
-}
-
-mod dim_list_text {
-    use super::*;
-
-    pub fn serialize<S: Serializer>(dims: &[Dim], s: S) -> std::result::Result<S::Ok, S::Error> {
-        s.collect_seq(dims.iter().map(ToString::to_string))
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<Vec<Dim>, D::Error> {
-        Vec::<dim_text::Spelling>::deserialize(d)?.into_iter().map(dim_text::Spelling::dim).collect()
-    }
-}
-
-mod dims_text {
-    use super::*;
-
-    pub fn serialize<S: Serializer>(dims: &[Dim; 3], s: S) -> std::result::Result<S::Ok, S::Error> {
-        dim_list_text::serialize(dims, s)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<[Dim; 3], D::Error> {
-        let dims = dim_list_text::deserialize(d)?;
-        dims.try_into().map_err(|_| serde::de::Error::custom("a grid has three extents"))
-    }
-}
-
-mod dtype_text {
-    use super::*;
-
-    pub fn serialize<S: Serializer>(dtype: &DType, s: S) -> std::result::Result<S::Ok, S::Error> {
-        s.serialize_str(dtype.name())
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<DType, D::Error> {
-        let name = String::deserialize(d)?;
-        DType::parse(&name).ok_or_else(|| serde::de::Error::custom("unknown element type"))
-    }
-}
-
-/// Operands as `%7`, `weight#3`, `state#1`: ids, since names may hold anything.
-mod operand_text {
-    use super::*;
-
-    pub fn serialize<S: Serializer>(operand: &Operand, s: S) -> std::result::Result<S::Ok, S::Error> {
-        match operand {
-            Operand::Value(id) => s.collect_str(id),
-            Operand::Weight(id) => s.collect_str(id),
-            Operand::State(id) => s.collect_str(id),
-        }
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<Operand, D::Error> {
-        let text = String::deserialize(d)?;
-        let id =
-            |prefix: &str| text.strip_prefix(prefix).and_then(|n| n.parse::<u32>().ok()).map(|n| n as usize);
-        let value = id("%").map(|n| Operand::Value(ValueId::from_index(n)));
-        let weight = || id("weight#").map(|n| Operand::Weight(WeightId::from_index(n)));
-        let state = || id("state#").map(|n| Operand::State(StateId::from_index(n)));
-        value
-            .or_else(weight)
-            .or_else(state)
-            .ok_or_else(|| serde::de::Error::custom(format!("`{text}` is no value, weight or state")))
-    }
-}
-
-/// A weight, as its operand.
-mod weight_text {
-    use super::*;
-
-    pub fn serialize<S: Serializer>(weight: &WeightId, s: S) -> std::result::Result<S::Ok, S::Error> {
-        operand_text::serialize(&Operand::Weight(*weight), s)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<WeightId, D::Error> {
-        match operand_text::deserialize(d)? {
-            Operand::Weight(id) => Ok(id),
-            _ => Err(serde::de::Error::custom("only weights are read in parts")),
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use crate::arena::Id;
+    use crate::graph::{StateId, ValueId};
 
-    fn bundle() -> Bundle {
+    pub(super) fn bundle() -> Bundle {
         let t = Dim::from(Sym::new("t").unwrap());
         let launch = Launch {
             kernel: 0,
@@ -582,7 +504,11 @@ mod tests {
                 }),
             ],
         };
-        let small = Variant { when: vec![Condition { dim: t, min: 0, max: 64 }], launches: vec![launch] };
+        let small = Variant {
+            when: vec![Condition { dim: t, min: 0, max: 64 }],
+            launches: vec![launch],
+            library: None,
+        };
         let kernel = DeviceKernel {
             entry: "k".into(),
             family: "cuda.test".into(),
@@ -592,13 +518,14 @@ mod tests {
             shared: 0,
             local: 0,
         };
-        let rest = Variant { when: Vec::new(), launches: Vec::new() };
+        let rest = Variant { when: Vec::new(), launches: Vec::new(), library: None };
         let table = LaunchTable {
             arch: "sm_90a".into(),
             kernels: vec![kernel],
             steps: vec![LaunchStep { first: 0, nodes: 2, variants: vec![small, rest], streamed: Vec::new() }],
             workspace: Dim::from(4096u64),
             counters: 16,
+            library_workspace: 0,
             helpers: vec![Helper { name: "argmax_split".into(), kernel: 0, threads: 256 }],
         };
         Bundle { table, images: vec![vec![1; 70], vec![2; 3]] }

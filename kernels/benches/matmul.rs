@@ -26,18 +26,33 @@ fn values<T: Element>(n: usize) -> Vec<T> {
     (0..n).map(|i| T::from_f32(((i * 37 % 101) as f32 - 50.0) / 100.0)).collect()
 }
 
-fn measure<T: Element>(pool: &Pool, name: &str, (m, n, k): (usize, usize, usize), peak: f64, read: f64) {
+/// Times a product; `cold` weights were last read 256 MiB of other weights ago, as in a model's step.
+fn measure<T: Element>(
+    pool: &Pool,
+    name: &str,
+    (m, n, k): (usize, usize, usize),
+    cold: bool,
+    peak: f64,
+    read: f64,
+) {
     let a = values::<T>(m * k);
-    let b = pack_matrix(&values::<T>(n * k), &[n], k);
+    let one = pack_matrix(&values::<T>(n * k), &[n], k);
+    let copies = if cold { (256 << 20) / (one.len() * size_of::<T>()) + 1 } else { 1 };
+    let weights = one.repeat(copies);
     let mut out = vec![T::default(); m * n];
-    let product = Matmul { m, k, a: &a, b: &b, segments: &[n], epilogue: &[] };
-    let runs = (2_000_000_000 / (2 * m * n * k).max(1)).clamp(5, 50);
-    let (best, median) = time(runs, || product.run(pool, &mut [&mut out]));
+    let runs = (2_000_000_000 / (2 * m * n * k).max(1)).clamp(5, 50).max(copies);
+    let mut turns = weights.chunks_exact(one.len()).cycle();
+    let (best, median) = time(runs, || {
+        if let Some(b) = turns.next() {
+            Matmul { m, k, a: &a, b, segments: &[n], epilogue: &[] }.run(pool, &mut [&mut out]);
+        }
+    });
     let flops = (2 * m * n * k) as f64;
     let bytes = (n * k * size_of::<T>()) as f64;
     let threads = pool.threads();
     println!(
-        "{name:<5} {threads} thread(s) {m:>5} x {n:>5} x {k:>5}: {:>7.1} GFLOP/s best, {:>7.1} median ({:>3.0} % of peak), {:>6.1} GB/s of weights ({:>3.0} % of read rate)",
+        "{name:<5} {threads} thread(s) {m:>5} x {n:>5} x {k:>5}{}: {:>7.1} GFLOP/s best, {:>7.1} median ({:>3.0} % of peak), {:>6.1} GB/s of weights ({:>3.0} % of read rate)",
+        if cold { " cold" } else { "     " },
         flops / best / 1e9,
         flops / median / 1e9,
         flops / median / 1e9 / (peak * threads as f64) * 100.0,
@@ -53,10 +68,14 @@ fn main() {
         println!("{:?}: {peak:.0} GFLOP/s a thread, {read:.1} GB/s read with {threads} thread(s)", pool.isa);
         for shape in [(1024, 1024, 1024), (128, 768, 768), (16, 384, 1536), (1, 8192, 8192), (8, 8192, 8192)]
         {
-            measure::<f32>(&pool, "f32", shape, peak, read);
+            measure::<f32>(&pool, "f32", shape, false, peak, read);
+        }
+        for shape in [(128, 768, 768), (128, 2304, 768), (128, 3072, 768), (128, 768, 3072), (16, 384, 1536)]
+        {
+            measure::<f32>(&pool, "f32", shape, true, peak, read);
         }
         for shape in [(128, 768, 768), (1, 8192, 8192), (8, 8192, 8192)] {
-            measure::<bf16>(&pool, "bf16", shape, peak, read);
+            measure::<bf16>(&pool, "bf16", shape, false, peak, read);
         }
     }
 }

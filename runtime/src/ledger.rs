@@ -19,6 +19,8 @@ pub enum Class {
     Kv,
     /// Scratch memory and counters of device kernels.
     Workspace,
+    /// Scratch memory of a library of matrix products.
+    Library,
     /// Pinned host memory that data passes through on its way to and from a device.
     Staging,
     /// What allocations of device memory take beyond what was asked for: the rest of their granules, and what the pool of
@@ -28,7 +30,7 @@ pub enum Class {
     Context,
 }
 
-const CLASSES: usize = 10;
+const CLASSES: usize = 11;
 
 impl Class {
     /// All classes.
@@ -40,6 +42,7 @@ impl Class {
         Class::Io,
         Class::Kv,
         Class::Workspace,
+        Class::Library,
         Class::Staging,
         Class::Slack,
         Class::Context,
@@ -55,6 +58,7 @@ impl Class {
             Class::Io => "I/O",
             Class::Kv => "KV device",
             Class::Workspace => "workspace",
+            Class::Library => "library workspace",
             Class::Staging => "staging",
             Class::Slack => "allocator slack",
             Class::Context => "driver context",

@@ -41,7 +41,7 @@ pub fn demand(module: &Module, table: Option<&LaunchTable>) -> Result<Demand> {
 }
 
 /// Bytes that a session holds in each class at `bindings` with its weights placed by `placement`; staging memory left out.
-/// `table` is the launch table of a device, which needs scratch memory.
+/// `table` is the launch table of a device, which needs scratch memory; that of a library counts as if it were there.
 ///
 /// # Errors
 /// `run/no-size` if a size has no value.
@@ -58,6 +58,9 @@ pub fn required(
     let mut classes = required_but_scratch(module, placement, bindings)?;
     if let Some(table) = table {
         classes.push((Class::Workspace, scratch(table)?));
+        if table.library_workspace > 0 {
+            classes.push((Class::Library, table.library_workspace));
+        }
     }
     Ok(classes)
 }

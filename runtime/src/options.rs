@@ -115,6 +115,8 @@ pub struct SessionOptions {
     pub stream: Option<RawStream>,
     /// Whether steps of static sessions that recur are replayed as CUDA graphs.
     pub graphs: bool,
+    /// Whether cuBLASLt computes the products that an engine names it for, where it is installed; kernels do otherwise.
+    pub library: bool,
     /// Whether [`crate::Session::start_argmax`] begins steps before the one before them has ended.
     pub ahead: bool,
 }
@@ -136,6 +138,7 @@ impl Default for SessionOptions {
             weights: None,
             stream: None,
             graphs: true,
+            library: true,
             ahead: true,
         }
     }

@@ -19,7 +19,7 @@ use millrace_ir::{Bindings, DType, Error, Kind, Module, Result, StateId};
 
 use crate::budget::Residency;
 use crate::cpu::Cpu;
-use crate::cuda::{Cuda, GraphReport, PoolReport};
+use crate::cuda::{Cuda, GraphReport, LibraryReport, PoolReport};
 use crate::engine::Engine;
 use crate::ledger::{Class, Ledger};
 use crate::lent::Lent;
@@ -277,6 +277,14 @@ impl<'e> Session<'e> {
         match &self.backend {
             Backend::Cpu(_) => None,
             Backend::Cuda(cuda) => Some(cuda.graph_report()),
+        }
+    }
+
+    /// What a library of matrix products does for a device session; `None` where its engine names none, and on the CPU.
+    pub fn library_report(&self) -> Option<LibraryReport> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(cuda) => cuda.library_report(),
         }
     }
 

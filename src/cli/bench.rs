@@ -190,6 +190,7 @@ impl Sweep<'_> {
         cells.extend(self.placed(session, work, &round));
         cells.extend([
             ("activation_bytes", json!(session.ledger().peak(Class::Activations))),
+            ("library", json!(library(session))),
             ("runs", json!(self.args.runs)),
             ("threads", json!(self.threads)),
             ("hardware", json!(self.hardware)),
@@ -228,6 +229,17 @@ impl Sweep<'_> {
             ("predicted_ms", round(told.time as f64 / 1e6)),
             ("predicted_stall_ms", round(told.stalled() as f64 / 1e6)),
         ]
+    }
+}
+
+/// What a library did in the last step: nothing to tell where the engine names none.
+fn library(session: &Session<'_>) -> String {
+    match session.library_report() {
+        None => String::new(),
+        Some(report) => match report.version {
+            Some(version) => format!("cuBLASLt {version}: {} products a step", report.last_products),
+            None => "kernels".to_string(),
+        },
     }
 }
 
@@ -301,6 +313,7 @@ pub fn main(args: &Args) -> Result<()> {
     let budgets: Vec<Option<f64>> =
         fractions.map_or_else(|| vec![None], |list| list.into_iter().map(Some).collect());
     let mut kept = None;
+    let mut told = 0;
     for (budget, work) in budgets.iter().flat_map(|b| works.iter().map(move |w| (*b, *w))) {
         let mut options = args.memory.resolve()?;
         if let Some(fraction) = budget {
@@ -312,6 +325,8 @@ pub fn main(args: &Args) -> Result<()> {
             _ => {
                 let session = kept.insert(engine.session(options.clone())?);
                 tell_shrinks(session);
+                args.memory.tell_library(session);
+                told = session.library_report().map_or(0, |report| report.reasons.len());
                 session
             }
         };
@@ -333,6 +348,12 @@ pub fn main(args: &Args) -> Result<()> {
         let profile =
             ceilings.zip(recorded).map(|(c, recorded)| profile::summarise(engine.module(), &recorded, c));
         rows.push(report::Row { title, cells, profile });
+    }
+    // What the library did not take shows when it is asked.
+    if let Some(session) = &kept
+        && session.library_report().is_some_and(|report| report.reasons.len() > told)
+    {
+        args.memory.tell_library(session);
     }
     report::write(form, &rows)?;
     match (&args.trace, trace) {

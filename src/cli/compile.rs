@@ -44,6 +44,9 @@ pub struct Args {
     /// Measure kernels on this machine's GPU for this time first; with --tuning, into that file
     #[arg(long, value_name = "TIME", value_parser = super::tune::duration)]
     tune: Option<std::time::Duration>,
+    /// Name no library in the engine, whatever the tuning chose; with --tune, measure none
+    #[arg(long)]
+    no_library: bool,
     /// Write a page about the engine and what the passes did
     #[arg(long, value_name = "PAGE")]
     html: Option<PathBuf>,
@@ -278,6 +281,7 @@ pub fn main(args: &Args) -> Result<()> {
     };
     let registry = Registry::standard();
     args.control.insert(&mut options.pipeline, &registry)?;
+    options.library = !args.no_library;
     options.verify_each = args.control.verify_each;
     options.controls = args.control.controls(&registry)?;
     options.profiles = args.profile.iter().map(|p| ShapeProfile::parse(p)).collect::<Result<_>>()?;
@@ -306,7 +310,8 @@ pub fn main(args: &Args) -> Result<()> {
     let prepared = prepare_with(&args.model, &options, observer, &mut progress);
     let tuned = prepared.and_then(|prepared| {
         if let Some(time) = args.tune {
-            let (tuning, _) = super::tune::measure(&prepared.module, &options.target.archs, &[], 0, time)?;
+            let (tuning, _) =
+                super::tune::measure(&prepared.module, &options.target.archs, &[], 0, time, options.library)?;
             options.tuning.merge(tuning);
             if let [path] = args.model_options.tuning.as_slice() {
                 options.tuning.write(path)?;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use millrace::compiler::codegen::cuda::nvrtc_version;
 use millrace::kernels::cpu::{Isa, Pool, ceilings};
-use millrace::runtime::cuda::{Rates, rates, survey};
+use millrace::runtime::cuda::{Rates, has_library, rates, survey};
 use millrace::{Error, Result};
 use serde_json::json;
 
@@ -105,6 +105,7 @@ pub fn main(args: &Args) -> Result<()> {
                 "from_device_gbs": m.as_ref().map(|m| m.rates.down_gbs),
                 "matmul_gflops": m.as_ref().and_then(|m| m.matmul_gflops.as_ref().ok()),
             })).collect::<Vec<_>>(),
+            "cublaslt": has_library(),
             "gpu_problem": gpus.problem.as_ref().map(ToString::to_string),
         }));
     }
@@ -113,6 +114,9 @@ pub fn main(args: &Args) -> Result<()> {
         Ok((major, minor)) => print(&format!("nvrtc: {major}.{minor}, CUDA engines can be built here\n"))?,
         Err(error) => print(&format!("nvrtc: none ({error})\n"))?,
     }
+    let library =
+        if has_library() { "installed" } else { "none; engines run kernels of their own in its place" };
+    print(&format!("cublaslt: {library}\n"))?;
     for (gpu, measured) in gpus.devices.iter().zip(&measured) {
         print(&format!(
             "gpu {}: {}, sm_{} ({}), {} multiprocessors, {}\n",

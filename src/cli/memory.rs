@@ -54,6 +54,9 @@ pub struct MemoryOptions {
     /// On a GPU, launch kernels one by one instead of replaying CUDA graphs
     #[arg(long)]
     no_graphs: bool,
+    /// On a GPU, run the engine's own kernels even where it names cuBLASLt and that is installed
+    #[arg(long)]
+    no_library: bool,
     /// On a GPU, begin each step of greedy decoding when the host has seen the tokens of the one before
     #[arg(long)]
     no_ahead: bool,
@@ -106,6 +109,7 @@ impl MemoryOptions {
             cap: self.memory_cap.as_deref().map(size::parse).transpose()?,
             weights: self.weights.clone(),
             graphs: !self.no_graphs,
+            library: !self.no_library,
             ahead: !self.no_ahead,
             ..SessionOptions::default()
         })
@@ -132,7 +136,18 @@ impl MemoryOptions {
         }
         let session = engine.session(self.resolve()?)?;
         tell_shrinks(&session);
+        self.tell_library(&session);
         Ok(session)
+    }
+}
+
+impl MemoryOptions {
+    /// Reports on standard error that kernels run where the engine names a library, unless that was asked for.
+    pub fn tell_library(&self, session: &Session<'_>) {
+        let report = session.library_report().filter(|report| !self.no_library && !report.reasons.is_empty());
+        if let Some(report) = report {
+            eprintln!("{report}");
+        }
     }
 }
 
@@ -244,8 +259,11 @@ pub fn report(session: &Session<'_>, built: bool) -> Result<String> {
         module.arenas.iter().filter_map(|(_, a)| a.size.extent(&Bindings::maxima(&module.dims)));
     line(format!("Total Activation Memory: {}", size::show(activations.sum())));
     line(format!("Allocated {} for execution context memory.", size::show(peak(Class::Activations))));
-    let buffers = peak(Class::Io) + peak(Class::Workspace);
+    let buffers = peak(Class::Io) + peak(Class::Workspace) + peak(Class::Library);
     line(format!("Allocated {} for the runtime buffers.", size::show(buffers)));
+    if let Some(report) = session.library_report() {
+        line(report.to_string());
+    }
     line(format!("Allocated {} for the decoder.", size::show(0)));
     line(format!(
         "Allocated {} for resident weights and {} for the weight ring ({} slots of {}).",

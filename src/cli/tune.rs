@@ -8,7 +8,7 @@ use millrace::compiler::compile::{Progress, prepare_with};
 use millrace::compiler::tuning::Tuning;
 use millrace::ir::Module;
 use millrace::kernels::cuda::Arch;
-use millrace::runtime::cuda::{DeviceInfo, Timer};
+use millrace::runtime::cuda::{DeviceInfo, Timer, has_library};
 use millrace::tune::{Measured, TuneOptions, build_all, tune};
 use millrace::{Engine, Error, Kind, Result};
 use serde_json::json;
@@ -45,6 +45,9 @@ pub struct Args {
     build: bool,
     #[command(flatten)]
     model_options: ModelOptions,
+    /// Measure kernels alone, even where cuBLASLt is installed
+    #[arg(long)]
+    no_library: bool,
     /// Report as JSON
     #[arg(long)]
     json: bool,
@@ -116,6 +119,15 @@ fn line(measured: &Measured) -> String {
             None => format!("{}: no choice\n", measured.key),
         },
     };
+    if let Some((name, seconds)) = measured.by_library.map(|way| &measured.times[way]) {
+        let best = measured.seconds().map_or(measured.times[0].1, |(_, best)| best);
+        text.push_str(&format!(
+            "  {name}: {:.2} us ({:+.1} %, {:.0} TFLOP/s), where cuBLASLt is installed\n",
+            seconds * 1e6,
+            (seconds / best - 1.0) * 100.0,
+            rate(*seconds)
+        ));
+    }
     if let Some(seconds) = measured.library {
         text.push_str(&format!(
             "  cuBLASLt without what is fused: {:.2} us, {:.0} TFLOP/s\n",
@@ -140,6 +152,7 @@ fn as_json(measured: &Measured) -> serde_json::Value {
         "sites": measured.sites,
         "rows": measured.rows,
         "chosen": measured.chosen.map(|c| measured.times[c].0.clone()),
+        "chosen_library": measured.by_library.map(|way| measured.times[way].0.clone()),
         "times": measured.times.iter().map(|(name, s)| json!({"candidate": name, "us": s * 1e6})).collect::<Vec<_>>(),
         "cublaslt_us": measured.library.map(|s| s * 1e6),
         "left_out": measured.skipped.iter().map(|(name, why)| json!({"candidate": name, "why": why})).collect::<Vec<_>>(),
@@ -156,15 +169,19 @@ pub fn measure(
     rows: &[u64],
     gpu: u32,
     time: Duration,
+    library: bool,
 ) -> Result<(Tuning, Vec<Measured>)> {
     let mut timer = Timer::open(gpu)?;
     let trials = choose(module, arch_of(timer.device(), archs)?, rows);
+    if library && !has_library() {
+        eprintln!("cuBLASLt is not installed: kernels are measured alone");
+    }
     let mut all = Vec::new();
     let mut tell = |measured: &Measured| {
         eprint!("{}", line(measured));
         all.push(measured.clone());
     };
-    let options = TuneOptions { time, builder: Builder::usual() };
+    let options = TuneOptions { time, builder: Builder::usual(), library };
     let tuning = tune(&mut timer, &trials, &options, &mut tell)?;
     Ok((tuning, all))
 }
@@ -191,7 +208,8 @@ fn list(args: &Args, path: &Path) -> Result<()> {
             print(&format!("{arch}: {} choices, {candidates} candidates\n", trials.len()))?;
         }
         for trial in &trials {
-            let names: Vec<&str> = trial.candidates.iter().map(|c| c.name.as_str()).collect();
+            let wanted = trial.candidates.iter().filter(|c| !(args.no_library && c.by_library));
+            let names: Vec<&str> = wanted.map(|c| c.name.as_str()).collect();
             if !args.json {
                 let of = if trial.sites == 1 { "site" } else { "sites" };
                 print(&format!("{} ({} {of}): {}\n", trial.key, trial.sites, names.join(", ")))?;
@@ -235,15 +253,16 @@ pub fn main(args: &Args) -> Result<()> {
     // Without a GPU the rest of the work would be in vain.
     drop(Timer::open(args.gpu)?);
     let (module, archs) = module(path, &args.model_options)?;
-    let (tuning, measured) = measure(&module, &archs, &args.rows, args.gpu, args.time)?;
+    let (tuning, measured) = measure(&module, &archs, &args.rows, args.gpu, args.time, !args.no_library)?;
     let Some(output) = &args.output else { return Ok(()) };
     let tuning = write(tuning, output)?;
     if args.json {
         return print_json(&json!(measured.iter().map(as_json).collect::<Vec<_>>()));
     }
     let gains = measured.iter().filter(|m| m.chosen.is_some_and(|c| c > 0)).count();
+    let by_library = measured.iter().filter(|m| m.by_library.is_some()).count();
     print(&format!(
-        "{gains} of {} choices are faster than what is built in\nwrote {}: {} entries\n",
+        "{gains} of {} choices are faster than what is built in, {by_library} faster still by cuBLASLt\nwrote {}: {} entries\n",
         measured.len(),
         output.display(),
         tuning.entries.len()

@@ -102,6 +102,7 @@ loop:
 
 .visible .entry argmax(.param .u64 rows, .param .u64 out, .param .u32 width, .param .u64 best, .param .u64 arrived) {{
  {registers}
+ {wait}
  mov.u32 %r0, %tid.x;
  setp.ne.u32 %p0, %r0, 0;
  @%p0 bra done;
@@ -218,7 +219,7 @@ pub fn table(device: &DeviceInfo) -> LaunchTable {
     let blocks = count.ceil_div(128);
     let elements = || Arg::I32(count.clone());
     let weight = |index| Arg::Address(Operand::Weight(WeightId::from_index(index)));
-    let always = |launches| Variant { when: Vec::new(), launches };
+    let always = |launches| Variant { when: Vec::new(), launches, library: None };
     let first = match device.capability >= 90 {
         true => {
             let map = TensorMap {
@@ -267,6 +268,7 @@ pub fn table(device: &DeviceInfo) -> LaunchTable {
             .collect(),
         workspace: rows().mul(&Dim::from(WIDTH * 4)).add(&Dim::from(256u64)),
         counters: 64,
+        library_workspace: 0,
         helpers: vec![Helper { name: "argmax_split".into(), kernel: 2, threads: 32 }],
     }
 }

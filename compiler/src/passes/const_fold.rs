@@ -3,7 +3,6 @@
 use millrace_ir::names::WeightNames;
 use millrace_ir::ops::EvalCtx;
 use millrace_ir::ops::movement::Slice;
-use millrace_ir::weights::WeightReader;
 use millrace_ir::{
     Bindings, Id, Module, Node, NodeId, Op, Operand, Phase, Result, TensorType, Weight, WeightExpr, WeightId,
 };
@@ -30,6 +29,7 @@ impl Pass for ConstFold {
         let order = module.graph.order.clone();
         let mut outputs = vec![false; module.graph.values.bound()];
         module.graph.outputs.iter().for_each(|o| outputs[o.value.index()] = true);
+        let live = super::dce::live(&module.graph);
         let mut names: Option<WeightNames> = None;
         for id in order {
             for operand in &mut module.graph.nodes[id].operands {
@@ -39,11 +39,13 @@ impl Pass for ConstFold {
                     *operand = Operand::Weight(weight);
                 }
             }
-            let Some(parts) = constants(&module.graph.nodes[id]) else { continue };
+            let Some(parts) = constants(&module.graph.nodes[id]).filter(|_| live[id.index()]) else {
+                continue;
+            };
             let folds = if module.graph.nodes[id].results.iter().any(|r| outputs[r.index()]) {
                 Err("the result is an output of the graph".to_string())
             } else {
-                fold(module, id, &parts)
+                fold(module, context, id, &parts)
             };
             let (ty, expr) = match folds {
                 Ok(folded) => folded,
@@ -91,6 +93,7 @@ fn constants(node: &Node) -> Option<Vec<WeightId>> {
 /// Type and expression of the node's result, or why it has none.
 fn fold(
     module: &Module,
+    context: &mut Context,
     id: NodeId,
     parts: &[WeightId],
 ) -> std::result::Result<(TensorType, WeightExpr), String> {
@@ -108,13 +111,13 @@ fn fold(
         (Op::Cast(_), [of]) if by_bytes => WeightExpr::Cast { of: *of },
         // Literals can be looked into: masks and angles are recognised by them.
         (Op::Slice(s), [of]) if by_bytes && s.step == 1 => {
-            match (literal(module, id, parts, &ty), slice(s, *of)) {
+            match (literal(module, context, id, parts, &ty), slice(s, *of)) {
                 (Err(_), Some(slice)) => slice,
                 (literal, _) => literal?,
             }
         }
         (Op::Concat(c), [_, ..]) if by_bytes => WeightExpr::Concat { axis: c.axis, parts: parts.into() },
-        _ => literal(module, id, parts, &ty)?,
+        _ => literal(module, context, id, parts, &ty)?,
     };
     Ok((ty, expr))
 }
@@ -129,6 +132,7 @@ fn slice(slice: &Slice, of: WeightId) -> Option<WeightExpr> {
 /// The value of a small node whose weights need no file, or why there is none.
 fn literal(
     module: &Module,
+    context: &mut Context,
     id: NodeId,
     parts: &[WeightId],
     ty: &TensorType,
@@ -145,11 +149,10 @@ fn literal(
     if let Some(ty) = types.find(|ty| large(ty)) {
         return Err(format!("{ty} has more than the {} elements of a literal", WeightExpr::DENSE_LIMIT));
     }
-    let mut reader = WeightReader::new(module);
     let mut tensors = Vec::with_capacity(parts.len());
     for part in parts {
         let missing = |_| format!("{name} of @{}, whose values are in a file", module.weights[*part].name);
-        tensors.push(reader.tensor(*part).map_err(missing)?);
+        tensors.push(context.numbers(module, *part).map_err(missing)?);
     }
     let refs: Vec<_> = tensors.iter().collect();
     let results = [ty.clone()];

@@ -2,9 +2,9 @@
 
 use millrace_ir::distinct::Dims;
 use millrace_ir::plan::{
-    Buffer, Item, Packing, aligned_size, check_all, liveness, lower_bound, pack, symbolic,
+    Buffer, Item, Liveness, Packing, aligned_size, check_all, liveness, lower_bound, pack, symbolic,
 };
-use millrace_ir::{ArenaDecl, Bindings, Dim, Error, Id, Kind, Module, Operand, Phase, Place, Result};
+use millrace_ir::{ArenaDecl, Bindings, Def, Dim, Error, Id, Kind, Module, Operand, Phase, Place, Result};
 
 use crate::pass::{Context, Pass};
 
@@ -60,7 +60,7 @@ impl Pass for PlanMemory {
             Error::new(Kind::BadInput, "compile/too-large", "an activation is too large to plan")
                 .hint("lower --max-num-tokens or --max-batch-size")
         };
-        let buffers = liveness(module, true).buffers;
+        let Liveness { buffers, writers, displaced } = liveness(module, true);
         // Repeated layers have few sizes.
         let mut known: Dims<'_, (Dim, u64)> = Dims::new();
         let mut sizes: Vec<Dim> = Vec::with_capacity(buffers.len());
@@ -80,14 +80,17 @@ impl Pass for PlanMemory {
         }
         let packing: Packing = pack(&items);
         let (offsets, total) = symbolic(&items, &sizes, &packing, align, &maxima);
-        let mut output = vec![None; module.graph.values.bound()];
-        module.graph.outputs.iter().enumerate().rev().for_each(|(n, o)| output[o.value.index()] = Some(n));
-        for id in module.graph.order.clone() {
-            for result in module.graph.nodes[id].results.clone() {
+        // A value that is several outputs lies in the first; one that is a state lies there.
+        for (n, output) in module.graph.outputs.iter().enumerate().rev() {
+            let value = &mut module.graph.values[output.value];
+            if matches!(value.def, Def::Node { .. }) {
+                value.place = Some(Place::Output(n));
+            }
+        }
+        for at in writers {
+            for result in module.graph.nodes[module.graph.order[at]].results.clone() {
                 if let Some(state) = module.state_of(Operand::Value(result)) {
                     module.graph.values[result].place = Some(Place::State(state));
-                } else if let Some(n) = output[result.index()] {
-                    module.graph.values[result].place = Some(Place::Output(n));
                 }
             }
         }
@@ -99,7 +102,7 @@ impl Pass for PlanMemory {
                 }
             }
         }
-        lives_on(module, context, &buffers);
+        lives_on(module, context, &buffers, &displaced);
         let minima = Bindings::minima(&module.dims);
         check_all(module, &[&maxima, &minima]).map_err(|overlap| {
             let message = format!("the plan overlaps: {}", overlap.message);
@@ -114,13 +117,16 @@ impl Pass for PlanMemory {
 }
 
 /// Remarks about nodes that could write over their operand, were its memory not read later.
-fn lives_on(module: &Module, context: &mut Context, buffers: &[Buffer]) {
+fn lives_on(module: &Module, context: &mut Context, buffers: &[Buffer], displaced: &[usize]) {
+    if displaced.is_empty() {
+        return;
+    }
     let graph = &module.graph;
     let mut buffer_of = vec![None; graph.values.bound()];
     for (index, buffer) in buffers.iter().enumerate() {
         buffer.values.iter().for_each(|v| buffer_of[v.index()] = Some(index));
     }
-    for (at, id) in graph.order.iter().enumerate() {
+    for (at, id) in displaced.iter().map(|at| (*at, &graph.order[*at])) {
         let node = &graph.nodes[*id];
         let traits = node.op.traits();
         let (Some(&Operand::Value(from)), Some(&to)) =

@@ -158,20 +158,18 @@ fn memory_aware(module: &Module, types: &Types<'_>) -> Vec<NodeId> {
         freed.dedup();
         made - freed.iter().map(|v| size[v.index()]).sum::<i64>()
     };
-    let mut ready: BTreeSet<(usize, NodeId)> = graph
-        .order
-        .iter()
-        .filter(|id| waits[id.index()] == 0)
-        .map(|id| (position[id.index()], *id))
-        .collect();
+    // Ready nodes by cost and position. All of them are looked at: a bound would make the order of one layer depend on
+    // how many others there are.
+    let mut costs: Vec<Option<i64>> = vec![None; graph.nodes.bound()];
+    let mut ready: BTreeSet<(i64, usize, NodeId)> = BTreeSet::new();
+    for id in graph.order.iter().filter(|id| waits[id.index()] == 0) {
+        let now = cost(*id, &remaining);
+        costs[id.index()] = Some(now);
+        ready.insert((now, position[id.index()], *id));
+    }
     let mut order = Vec::with_capacity(graph.order.len());
-    // Looking at a bounded number of candidates keeps the cost linear in wide graphs.
-    const CANDIDATES: usize = 32;
-    while let Some(best) =
-        ready.iter().take(CANDIDATES).min_by_key(|(at, id)| (cost(*id, &remaining), *at)).copied()
-    {
-        ready.remove(&best);
-        let id = best.1;
+    while let Some((_, _, id)) = ready.pop_first() {
+        costs[id.index()] = None;
         order.push(id);
         let mut read: SmallVec<[_; 8]> = graph.nodes[id]
             .operands
@@ -181,10 +179,21 @@ fn memory_aware(module: &Module, types: &Types<'_>) -> Vec<NodeId> {
         read.sort();
         read.dedup();
         read.iter().for_each(|v| remaining[v.index()] -= 1);
+        // Who reads a value last frees it, so that node costs less from here on.
+        for reader in read.iter().filter(|v| remaining[v.index()] == 1).flat_map(|v| &readers[v.index()]) {
+            if let Some(before) = costs[reader.index()] {
+                let (at, now) = (position[reader.index()], cost(*reader, &remaining));
+                ready.remove(&(before, at, *reader));
+                ready.insert((now, at, *reader));
+                costs[reader.index()] = Some(now);
+            }
+        }
         for next in &wakes[id.index()] {
             waits[next.index()] -= 1;
             if waits[next.index()] == 0 {
-                ready.insert((position[next.index()], *next));
+                let now = cost(*next, &remaining);
+                costs[next.index()] = Some(now);
+                ready.insert((now, position[next.index()], *next));
             }
         }
     }

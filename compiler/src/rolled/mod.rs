@@ -19,9 +19,9 @@ mod stamp;
 mod truncate;
 
 use millrace_ir::verify::check;
-use millrace_ir::{Arena, Module, Result as Outcome};
+use millrace_ir::{Arena, Id, Module, Result as Outcome, WeightId};
 
-use crate::manager::PassRun;
+use crate::manager::{PassRun, Settled};
 use crate::pass::Context;
 
 pub(crate) use layers::Layers;
@@ -46,6 +46,8 @@ pub(crate) struct Trial {
     pub(crate) context: Context,
     /// Their runs.
     pub(crate) runs: Vec<PassRun>,
+    /// Which of them need not run again.
+    pub(crate) settled: Settled,
     /// Whether they changed the module.
     pub(crate) changed: bool,
 }
@@ -54,6 +56,8 @@ pub(crate) struct Trial {
 pub(crate) struct Whole {
     /// Runs of passes, with the nodes that the whole module would have had.
     pub(crate) runs: Vec<PassRun>,
+    /// Which passes need not run again.
+    pub(crate) settled: Settled,
     /// Counters, as they would have been.
     pub(crate) stats: Vec<(String, u64)>,
     /// The small module's remarks.
@@ -82,6 +86,11 @@ pub(crate) fn run(
     let four = five_layers.truncate(&five.module, few)?;
     let origin = five.module.clone();
     let after = [trial(four.module)?, trial(five.module)?];
+    let own = |w: WeightId| five_layers.weights.of(w).is_some();
+    if let Some(weight) = after[1].context.seeded.iter().find(|w| own(*w)) {
+        let name = &origin.weights[weight].name;
+        return Err(format!("the seeded numbers of @{name} decided something, and other layers have others"));
+    }
     let grown = stamp::stamp(&origin, &five_layers, &four.map, &after[0].module)?;
     if !same(grown.onto(origin), &after[1].module) {
         return Err(format!("the result for {more} layers is not that for {few} layers with one more"));
@@ -92,7 +101,10 @@ pub(crate) fn run(
     let [_, after] = after;
     let stamped = stamp::stamp(module, layers, &five.map, &after.module)?;
     stamped.replace(module)?;
-    Ok(Whole { runs, stats, context: after.context, changed: after.changed })
+    let Trial { mut context, settled, changed, .. } = after;
+    let read = std::mem::take(&mut context.seeded);
+    context.seeded.extend(read.iter().filter_map(|w| five.map.weights.get(w.index()).copied()));
+    Ok(Whole { runs, settled, stats, context, changed })
 }
 
 impl Layers {
@@ -150,6 +162,7 @@ fn stats([few, more]: &[Trial; 2], layers: u64) -> Rolled<Vec<(String, u64)>> {
 impl stamp::Stamped {
     /// The module it makes of `origin`.
     fn onto(self, mut origin: Module) -> Module {
+        origin.weights.reserve(self.weights.len());
         self.weights.into_iter().for_each(|w| {
             origin.weights.push(w);
         });

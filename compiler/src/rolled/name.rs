@@ -43,7 +43,9 @@ impl<'a> Names<'a> {
     /// Name number `at`, from 0.
     pub(super) fn name(&self, at: usize) -> Option<String> {
         use std::fmt::Write;
-        let mut name = String::with_capacity(self.0.len() * 8);
+        // Texts as they are, and room for numbers of six digits.
+        let length = |piece: &Piece<'_>| if let Piece::Text(text) = piece { text.len() } else { 6 };
+        let mut name = String::with_capacity(self.0.iter().map(length).sum());
         for piece in &self.0 {
             match piece {
                 Piece::Text(text) => name.push_str(text),

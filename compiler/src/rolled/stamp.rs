@@ -291,14 +291,14 @@ impl<'a> Stamper<'a> {
             let Some(region) = region else { continue };
             match before.get(&id) {
                 Some(first) => {
-                    self.make(&mut made, &pairs, *first, 1)?;
+                    self.make(&mut made, &self.made_names(&pairs, *first)?, *first, 1)?;
                     run.push(*first);
                     continue;
                 }
                 None => self.rest(&mut made, &pairs, &mut run)?,
             }
             if pairs.contains_key(&id) {
-                self.make(&mut made, &pairs, id, 0)?;
+                self.make(&mut made, &self.made_names(&pairs, id)?, id, 0)?;
                 continue;
             }
             let Some(weight) = self.tags.result.weights.get(id) else { continue };
@@ -330,29 +330,43 @@ impl<'a> Stamper<'a> {
         run: &mut Vec<WeightId>,
     ) -> Rolled<()> {
         if !run.is_empty() {
+            made.reserve(run.len() * self.copies.saturating_sub(2));
+            let names = run.iter().map(|first| self.made_names(pairs, *first)).collect::<Rolled<Vec<_>>>()?;
             for copy in 2..self.copies {
-                run.iter().try_for_each(|first| self.make(made, pairs, *first, copy))?;
+                run.iter().zip(&names).try_for_each(|(first, names)| self.make(made, names, *first, copy))?;
             }
             run.clear();
         }
         Ok(())
     }
 
+    /// What a weight of the period is called in each copy.
+    fn made_names(&self, pairs: &BTreeMap<WeightId, WeightId>, first: WeightId) -> Rolled<Names<'a>> {
+        let all = &self.tags.result.weights;
+        let (Some(weight), Some(second)) = (all.get(first), pairs.get(&first).and_then(|b| all.get(*b)))
+        else {
+            return Err("a made weight has no counterpart".into());
+        };
+        let names = Names::of(&weight.name, &second.name);
+        names.ok_or_else(|| format!("@{} has no counterpart in some layers", weight.name))
+    }
+
     /// Makes a weight of the period for one copy.
     fn make(
         &mut self,
         made: &mut Vec<Weight>,
-        pairs: &BTreeMap<WeightId, WeightId>,
+        names: &Names<'a>,
         first: WeightId,
         copy: usize,
     ) -> Rolled<()> {
-        let all = &self.tags.result.weights;
-        let (Some(weight), Some(second)) = (all.get(first), pairs.get(&first)) else {
+        let Some(weight) = self.tags.result.weights.get(first) else {
             return Err("a made weight has no counterpart".into());
         };
-        let name = Names::of(&weight.name, &all[*second].name).and_then(|names| names.name(copy));
+        let name = names.name(copy);
         let name = name.ok_or_else(|| format!("@{} has no counterpart in some layers", weight.name))?;
-        let mut new = Weight { name, ..weight.clone() };
+        let Weight { name: _, ty, expr, stream } = weight;
+        let (ty, expr, stream) = (ty.clone(), expr.clone(), stream.clone());
+        let mut new = Weight { name, ty, expr, stream };
         for part in new.expr.parts_mut() {
             *part = self.weight(*part, Region::Copy(copy))?;
         }

@@ -77,6 +77,13 @@ impl Layers {
         let before = 0..self.window(kept - 1).start;
         // What the last window reads of the one before it, it reads of the last but one that stays.
         let (from, to) = (self.window(self.count - 2), self.window(kept - 2));
+        // Only the last window may be read from behind, by nodes and by outputs.
+        let only_last = |values: &mut Vec<Option<ValueId>>| {
+            for at in self.start..last.start {
+                let results = &module.graph.nodes[module.graph.order[at]].results;
+                results.iter().for_each(|v| values[v.index()] = None);
+            }
+        };
         for at in before.chain(last.start..module.graph.order.len()) {
             if at == last.start {
                 let finder = Finder::of(module);
@@ -86,11 +93,7 @@ impl Layers {
                 }
             }
             if at == last.end {
-                // Only the last window may be read from behind.
-                for at in self.start..last.start {
-                    let results = &module.graph.nodes[module.graph.order[at]].results;
-                    results.iter().for_each(|v| values[v.index()] = None);
-                }
+                only_last(&mut values);
             }
             let node = &module.graph.nodes[module.graph.order[at]];
             let read = node.operands.iter().map(|o| operand(*o, &values)).collect::<Option<Vec<_>>>();
@@ -111,6 +114,7 @@ impl Layers {
             }
             graph.order.push(id);
         }
+        only_last(&mut values);
         for Output { name, value } in &module.graph.outputs {
             let value = values[value.index()].ok_or("layers in the middle have outputs")?;
             graph.outputs.push(Output { name: name.clone(), value });

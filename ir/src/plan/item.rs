@@ -46,15 +46,15 @@ pub struct Packing {
 /// The largest sum of sizes alive at one instant.
 pub fn lower_bound(items: &[Item]) -> u64 {
     let items = dense(items);
-    // What is born and what dies at each instant; deaths come before births.
-    let mut births = vec![(0u128, 0u128); end(&items) + 1];
+    // What is born less what dies at each instant.
+    let mut changes = vec![0i128; end(&items) + 1];
     for item in items.iter().filter(|i| i.start < i.end) {
-        births[item.start].0 += u128::from(item.size);
-        births[item.end].1 += u128::from(item.size);
+        changes[item.start] += i128::from(item.size);
+        changes[item.end] -= i128::from(item.size);
     }
     let (mut alive, mut most) = (0, 0);
-    for (born, died) in births {
-        alive = alive - died + born;
+    for change in changes {
+        alive += change;
         most = most.max(alive);
     }
     u64::try_from(most).unwrap_or(u64::MAX)

@@ -23,6 +23,10 @@ pub struct Buffer {
 pub struct Liveness {
     /// Buffers in order of birth.
     pub buffers: Vec<Buffer>,
+    /// Positions of the nodes that write states.
+    pub writers: Vec<usize>,
+    /// Positions of the nodes that could write over their operand, were its memory not read later.
+    pub displaced: Vec<usize>,
 }
 
 /// Computes the buffers of every value that needs arena memory: not inputs, not outputs, not states.
@@ -42,32 +46,36 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
     let bytes: Vec<Dim> = types.list().iter().map(|t| t.bytes()).collect();
     let bytes_of = |value: ValueId| &bytes[types.value(value) as usize];
     let mut last_use: Vec<usize> = vec![0; graph.values.bound()];
+    let mut views: Vec<(ValueId, ValueId)> = Vec::new();
+    let mut joined = false;
     for (at, id) in order.iter().enumerate() {
-        for operand in &graph.nodes[*id].operands {
+        let node = &graph.nodes[*id];
+        joined |= node.joined;
+        for operand in &node.operands {
             if let Operand::Value(v) = operand {
                 last_use[v.index()] = at;
             }
         }
-    }
-    // Memory that a view keeps alive: walk backwards so that chains of views pass their last use on.
-    for id in order.iter().rev() {
-        let node = &graph.nodes[*id];
         if node.op.traits().view
             && let (Some(Operand::Value(from)), Some(to)) = (node.operands.first(), node.results.first())
         {
-            last_use[from.index()] = last_use[from.index()].max(last_use[to.index()]);
+            views.push((*from, *to));
         }
+    }
+    // Memory that a view keeps alive: backwards, so that chains of views pass their last use on.
+    for (from, to) in views.into_iter().rev() {
+        last_use[from.index()] = last_use[from.index()].max(last_use[to.index()]);
     }
     let mut is_output = vec![false; graph.values.bound()];
     graph.outputs.iter().for_each(|o| is_output[o.value.index()] = true);
     let mut buffer_of: Vec<Option<usize>> = vec![None; graph.values.bound()];
-    let mut liveness = Liveness::default();
-    let joined = order.iter().any(|id| graph.nodes[*id].joined);
+    let mut liveness = Liveness { buffers: Vec::with_capacity(graph.values.len()), ..Liveness::default() };
     let groups = if joined { groups(graph, order) } else { Vec::new() };
     for (at, id) in order.iter().enumerate() {
         let node = &graph.nodes[*id];
         let traits = node.op.traits();
         if traits.writes_state {
+            liveness.writers.push(at);
             continue;
         }
         for (index, result) in node.results.iter().enumerate() {
@@ -91,7 +99,11 @@ pub fn liveness_of(module: &Module, types: &Types<'_>, order: &[NodeId], in_plac
                 let dies = liveness.buffers[buffer].end == at + 1 && !others && !in_group;
                 let same = types.value(*from) == types.value(*result);
                 let fits = same || (traits.view && bytes_of(*from) == bytes_of(*result));
-                (fits && (traits.view || (in_place && dies))).then_some(buffer)
+                let shares = fits && (traits.view || (in_place && dies));
+                if same && !traits.view && !shares {
+                    liveness.displaced.push(at);
+                }
+                shares.then_some(buffer)
             });
             match shared {
                 Some(buffer) => {

@@ -5,11 +5,16 @@
 //! Such offsets are right for every binding, so a dynamic session evaluates the same plan at the real shape.
 
 mod check;
+#[cfg(test)]
+mod feasible;
+mod fold;
 mod greedy;
 mod instants;
 mod item;
 mod liveness;
+mod load;
 mod pack;
+mod portfolio;
 mod search;
 pub mod stream;
 mod symbolic;

@@ -17,6 +17,9 @@
 
 use super::item::Item;
 
+/// Items looked at in one step.
+const LOOKS: u64 = 128;
+
 /// Result of a search.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Found {
@@ -139,8 +142,8 @@ impl<'a> Sections<'a> {
             sections: self,
             capacity,
             placements,
-            steps: 0,
-            most_steps: steps,
+            looks: order.len() as u64 * 4,
+            most_looks: steps.saturating_mul(LOOKS),
             open: self.spans.iter().map(|s| s.0 < s.1).collect(),
             low: vec![0; self.items.len()],
             bound: vec![0; self.items.len()],
@@ -157,7 +160,7 @@ impl<'a> Sections<'a> {
         let mut order: Vec<u32> = order.iter().copied().filter(|i| !fixed(i)).collect();
         for (i, offset) in &self.bottom {
             if !state.put(*i, *offset, &[]).0 {
-                return (Found::Impossible, state.steps + 1);
+                return (Found::Impossible, state.looks / LOOKS + 1);
             }
         }
         let found = match state.split(std::mem::take(&mut order), 0, 0) {
@@ -165,7 +168,7 @@ impl<'a> Sections<'a> {
             Verdict::No => Found::Impossible,
             Verdict::Spent => Found::Budget,
         };
-        (found, state.steps + 1)
+        (found, state.looks / LOOKS + 1)
     }
 }
 
@@ -180,8 +183,9 @@ struct State<'a> {
     capacity: u64,
     /// Placements left.
     placements: u64,
-    steps: u64,
-    most_steps: u64,
+    /// Items looked at, and when to stop.
+    looks: u64,
+    most_looks: u64,
     open: Vec<bool>,
     /// Height of what was placed below each open item.
     low: Vec<u64>,
@@ -277,11 +281,11 @@ impl State<'_> {
         }
         candidates.sort_unstable();
         for (offset, _, i) in candidates {
-            if self.placements == 0 || self.steps >= self.most_steps {
+            if self.placements == 0 || self.looks >= self.most_looks {
                 return Verdict::Spent;
             }
             self.placements -= 1;
-            self.steps += 1;
+            self.looks += (open.len() * 2 + self.sections.meets[i as usize].len()) as u64;
             let mark = self.placed.len();
             let (fits, cut) = self.put(i, offset, open);
             if fits {
@@ -364,7 +368,7 @@ impl State<'_> {
         let mut fits = true;
         while let Some(s) = self.queue.pop() {
             self.dirty[s as usize] = false;
-            self.steps += 1;
+            self.looks += 4 + self.sections.members[s as usize].len() as u64;
             if !fits {
                 // The rest of the queue is only emptied.
                 continue;

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::item::{Item, check_packing};
-use super::pack::search_between;
+use super::portfolio::search_between;
 
 /// Fewest and most items that begin in a window.
 const WINDOW: std::ops::Range<usize> = 24..240;

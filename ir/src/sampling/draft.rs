@@ -395,6 +395,59 @@ impl Draft {
         Some(results)
     }
 
+    /// Completes a module without outputs: its phase, and what symbols and inputs promise.
+    fn dress(&self, module: &mut Module) {
+        module.dims.iter_mut().filter(|d| d.sym.name() == "s").for_each(|d| d.multiple = self.multiple);
+        module.phase = self.phase;
+        if self.phase >= Phase::Fused {
+            module.target = Some("cpu".to_string());
+        }
+        // Names of an importer instead of counters, for the inputs that the runtime's errors mention.
+        for (fill, id) in self.fills.iter().zip(&module.graph.inputs) {
+            if let (Some(name), Def::Input(spelled)) = (fill.name(), &mut module.graph.values[*id].def) {
+                *spelled = name.to_string();
+            }
+        }
+    }
+
+    /// The module as far as it is, without outputs, with what its inputs hold.
+    pub(super) fn open(mut self) -> RandomGraph {
+        let mut module = std::mem::replace(&mut self.builder, Builder::new("")).finish();
+        self.dress(&mut module);
+        RandomGraph {
+            seed: 0,
+            module,
+            fills: self.fills,
+            output_bounds: Vec::new(),
+            paged: self.paging.is_some(),
+        }
+    }
+
+    /// Stands for a value that comes from elsewhere: an input of which nothing is exact.
+    pub(super) fn stand_in(&mut self, ty: TensorType, low: f64, high: f64) -> Operand {
+        let operand = self.input(ty, Fill::Uniform(low, high));
+        self.known.entry(operand).and_modify(|k| k.exact = false);
+        operand
+    }
+
+    /// Number of weights.
+    pub(super) fn weights(&self) -> usize {
+        self.weights
+    }
+
+    /// Offers nodes the values for which `wanted` holds, and no cache, from here on; returns what was offered.
+    pub(super) fn offer(&mut self, mut wanted: impl FnMut(&mut Random, Operand) -> bool) -> Vec<Operand> {
+        let before = self.pool.clone();
+        self.pool.retain(|o| wanted(&mut self.random, *o));
+        self.caches.clear();
+        before
+    }
+
+    /// Offers these values as well.
+    pub(super) fn offer_also(&mut self, more: &[Operand]) {
+        self.pool.extend(more);
+    }
+
     /// Names outputs and closes the draft: most values that nobody reads, and some others.
     pub fn finish(mut self, seed: u64) -> RandomGraph {
         let mut module = std::mem::replace(&mut self.builder, Builder::new("")).finish();
@@ -431,17 +484,7 @@ impl Draft {
                 output_bounds.push((self.known[&operand].low, self.known[&operand].high));
             }
         }
-        module.dims.iter_mut().filter(|d| d.sym.name() == "s").for_each(|d| d.multiple = self.multiple);
-        module.phase = self.phase;
-        if self.phase >= Phase::Fused {
-            module.target = Some("cpu".to_string());
-        }
-        // Names of an importer instead of counters, for the inputs that the runtime's errors mention.
-        for (fill, id) in self.fills.iter().zip(&module.graph.inputs) {
-            if let (Some(name), Def::Input(spelled)) = (fill.name(), &mut module.graph.values[*id].def) {
-                *spelled = name.to_string();
-            }
-        }
+        self.dress(&mut module);
         if self.random.once_in(2) {
             shuffle(&mut module, &mut self.random);
             module.compact();
@@ -451,7 +494,7 @@ impl Draft {
 }
 
 /// Another order in which operands come before their users. What reads or writes states keeps its order.
-fn shuffle(module: &mut Module, random: &mut Random) {
+pub(super) fn shuffle(module: &mut Module, random: &mut Random) {
     let graph = &module.graph;
     let mut waits: Vec<Vec<NodeId>> = vec![Vec::new(); graph.nodes.bound()];
     let mut touched: Option<NodeId> = None;

@@ -3,7 +3,7 @@
 //!
 //! An op says with [`Sample`] how it is put into a random graph; the op table asks for it, so an op without does not
 //! compile. [`graph`] strings such ops together with *motifs*, the shapes that passes look for. Everything follows from
-//! the seed.
+//! the seed. [`layered`] repeats such a graph as the layers of a model.
 //!
 //! Values stay *tame*: with every value goes what is [`Known`] of its elements, and an op is proposed only where its
 //! result is bounded and not sensitive without bound (no logarithm near 0, no quotient by nearly 0). A value is *exact*
@@ -17,16 +17,19 @@ mod elementwise;
 mod fused;
 mod indexing;
 mod known;
+mod layers;
 mod motifs;
 mod movement;
 mod random;
 mod sequences;
 mod spelled;
+mod stacking;
 mod weights;
 
 pub use case::{Fill, RandomGraph};
 pub use draft::Draft;
 pub use known::Known;
+pub use layers::{Layered, layered};
 pub use random::Random;
 
 use crate::graph::{Operand, Phase};
@@ -47,6 +50,12 @@ pub trait Sample: OpDef {
 pub fn graph(seed: u64, size: usize) -> RandomGraph {
     let phase = if seed % 4 == 3 { Phase::Fused } else { Phase::Imported };
     let mut draft = Draft::new(seed, phase);
+    grow(&mut draft, size);
+    draft.finish(seed)
+}
+
+/// Adds nodes until there are about `size`.
+fn grow(draft: &mut Draft, size: usize) {
     let names = Op::all_names();
     let fused = ["matmul.fused", "pointwise", "add_rms_norm", "add_layer_norm"];
     // Most proposals succeed; the bound ends a draft in which nothing fits any more.
@@ -55,8 +64,8 @@ pub fn graph(seed: u64, size: usize) -> RandomGraph {
             break;
         }
         if draft.random.once_in(4) {
-            motifs::add(&mut draft);
-        } else if phase == Phase::Fused && draft.random.once_in(3) {
+            motifs::add(draft);
+        } else if draft.phase() == Phase::Fused && draft.random.once_in(3) {
             let name = draft.random.pick(&fused);
             draft.propose(name);
         } else {
@@ -64,7 +73,6 @@ pub fn graph(seed: u64, size: usize) -> RandomGraph {
             draft.propose(name);
         }
     }
-    draft.finish(seed)
 }
 
 #[cfg(test)]
@@ -73,9 +81,19 @@ mod tests {
 
     use super::*;
     use crate::eval::evaluate;
+    use crate::tensor::Tensor;
     use crate::text::{parse, print};
     use crate::verify::check;
     use crate::weights::WeightReader;
+
+    fn outputs(graph: &RandomGraph, seed: u64) -> Vec<Tensor> {
+        let mut random = Random::new(seed);
+        let bindings = graph.bindings(&mut random);
+        let inputs = graph.inputs(&bindings, &mut random);
+        let mut states = graph.states(&bindings, &mut random);
+        evaluate(&graph.module, &mut WeightReader::new(&graph.module), &inputs, &mut states)
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}\n{}", print(&graph.module)))
+    }
 
     #[test]
     fn graphs_verify_follow_from_the_seed_and_evaluate() {
@@ -89,13 +107,7 @@ mod tests {
             for (_, node) in graph.module.graph.nodes.iter() {
                 *names.entry(node.op.name()).or_default() += 1;
             }
-            let mut random = Random::new(seed);
-            let bindings = graph.bindings(&mut random);
-            let inputs = graph.inputs(&bindings, &mut random);
-            let mut states = graph.states(&bindings, &mut random);
-            let outputs =
-                evaluate(&graph.module, &mut WeightReader::new(&graph.module), &inputs, &mut states)
-                    .unwrap_or_else(|e| panic!("seed {seed}: {e}\n{text}"));
+            let outputs = outputs(&graph, seed);
             for (output, found) in graph.module.graph.outputs.iter().zip(&outputs) {
                 let finite = found.data.iter().all(|v| v.is_finite());
                 assert!(finite, "seed {seed}: {} is not finite\n{text}", output.value);
@@ -104,6 +116,27 @@ mod tests {
         let missing: Vec<&str> =
             Op::all_names().into_iter().filter(|n| names.get(n).copied().unwrap_or(0) < 3).collect();
         assert!(missing.is_empty(), "hardly sampled: {missing:?}");
+    }
+
+    #[test]
+    fn layers_verify_follow_from_the_seed_and_evaluate() {
+        let (mut finite, mut all) = (0, 0);
+        let mut planted: BTreeMap<&str, usize> = BTreeMap::new();
+        for seed in 0..200 {
+            let Layered { graph, layers, planted: what } = layered(seed, 8);
+            what.into_iter().for_each(|w| *planted.entry(w).or_default() += 1);
+            check(&graph.module).unwrap_or_else(|e| panic!("seed {seed}: {e}\n{}", print(&graph.module)));
+            assert!(layers.iter().all(|n| (3..=12).contains(n)), "seed {seed}: {layers:?}");
+            let text = print(&graph.module);
+            assert_eq!(print(&layered(seed, 8).graph.module), text, "seed {seed}");
+            assert_eq!(print(&parse(&text).unwrap()), text, "seed {seed}");
+            let outputs = outputs(&graph, seed);
+            all += outputs.len();
+            finite += outputs.iter().filter(|t| t.data.iter().all(|v| v.is_finite())).count();
+        }
+        // What is planted may lead out of the bounds that keep drafts tame.
+        assert!(finite * 50 > all * 49, "{finite} of {all} outputs are finite");
+        assert!(planted.len() > 7 && planted.values().all(|n| *n > 2), "{planted:?}");
     }
 
     /// No element leaves the bounds that were derived for it, which is what keeps the graphs tame.

@@ -59,7 +59,7 @@ fn rows(draft: &mut Draft) -> Option<Operand> {
 }
 
 /// `x w^T` for a weight with `n` rows.
-fn project(draft: &mut Draft, x: Operand, n: &Dim) -> Option<Operand> {
+pub(super) fn project(draft: &mut Draft, x: Operand, n: &Dim) -> Option<Operand> {
     project_to(draft, x, n, None)
 }
 
@@ -126,7 +126,7 @@ fn gated(draft: &mut Draft) -> Option<()> {
     Some(())
 }
 
-fn norm(draft: &mut Draft, x: Operand) -> Option<Operand> {
+pub(super) fn norm(draft: &mut Draft, x: Operand) -> Option<Operand> {
     let ty = draft.ty(x);
     ty.last().as_const()?;
     let vector = TensorType::new(ty.dtype, [ty.last()]);

@@ -3,13 +3,14 @@
 use std::fmt::Display;
 
 use super::Report;
+use super::scope::Scope;
 use crate::arena::Id;
-use crate::distinct::{Ops, TypeId, Types};
+use crate::distinct::{Ops, TypeId};
 use crate::graph::*;
 
-pub(super) fn structure(module: &Module, report: &mut Report) {
+/// V5 and the part of V14 that is about nodes, for every node; returns the position in the order of each.
+fn definitions(module: &Module, report: &mut Report) -> Vec<u32> {
     let graph = &module.graph;
-    // Position in the order of each node that has one.
     let mut position: Vec<u32> = vec![u32::MAX; graph.nodes.bound()];
     for (at, id) in graph.order.iter().enumerate() {
         if !graph.nodes.contains(*id) {
@@ -70,6 +71,25 @@ pub(super) fn structure(module: &Module, report: &mut Report) {
             report.add(5, None, format!("{input} is no input"));
         }
     }
+    position
+}
+
+pub(super) fn structure(module: &Module, scope: &Scope<'_>, report: &mut Report) {
+    let graph = &module.graph;
+    // Where copies are left out, nodes agree with their results and stand where their ids say.
+    let position = (!scope.leaves_out()).then(|| definitions(module, report));
+    let position_of = |node: NodeId| match &position {
+        Some(position) => position.get(node.index()).copied(),
+        None => Some(node.index() as u32),
+    };
+    for (id, node) in scope.nodes().filter(|_| scope.leaves_out()) {
+        if node.results.is_empty() {
+            report.add(5, Some(id), "has no result");
+        }
+        if node.loc.iter().any(|l| l.is_empty()) {
+            report.add(14, Some(id), "has an empty source name");
+        }
+    }
     for output in &graph.outputs {
         if graph.values.get(output.value).is_none() {
             report.add(
@@ -82,8 +102,8 @@ pub(super) fn structure(module: &Module, report: &mut Report) {
     if graph.outputs.is_empty() {
         report.add(13, None, "the graph has no output");
     }
-    for (at, id) in graph.order.iter().enumerate() {
-        let Some(node) = graph.nodes.get(*id) else { continue };
+    for (at, id) in scope.order() {
+        let Some(node) = graph.nodes.get(id) else { continue };
         for operand in &node.operands {
             let missing: Option<&dyn Display> = match operand {
                 Operand::Value(v) => (!graph.values.contains(*v)).then_some(v),
@@ -91,24 +111,24 @@ pub(super) fn structure(module: &Module, report: &mut Report) {
                 Operand::State(s) => (!module.states.contains(*s)).then_some(s),
             };
             if let Some(missing) = missing {
-                report.add(6, Some(*id), format!("{missing} does not exist"));
+                report.add(6, Some(id), format!("{missing} does not exist"));
             }
             if let Operand::Value(v) = operand
                 && let Some(Value { def: Def::Node { node, .. }, .. }) = graph.values.get(*v)
-                && position.get(node.index()).is_none_or(|p| *p as usize >= at)
+                && position_of(*node).is_none_or(|p| p as usize >= at)
             {
-                report.add(7, Some(*id), format!("{v} is used before it is defined"));
+                report.add(7, Some(id), format!("{v} is used before it is defined"));
             }
         }
     }
 }
 
-pub(super) fn types(module: &Module, distinct: &Types<'_>, report: &mut Report) {
-    let graph = &module.graph;
+pub(super) fn types(module: &Module, scope: &Scope<'_>, report: &mut Report) {
+    let (graph, distinct) = (&module.graph, &scope.types);
     // Operand and result types of nodes that were found good, by op.
     let mut good: Ops<'_, (Vec<TypeId>, Vec<TypeId>)> = Ops::new();
     let (mut operands, mut results) = (Vec::new(), Vec::new());
-    for (id, node) in graph.nodes.iter() {
+    for (id, node) in scope.nodes() {
         operands.clear();
         operands.extend(node.operands.iter().map(|o| distinct.operand(*o)));
         results.clear();
@@ -134,11 +154,29 @@ pub(super) fn types(module: &Module, distinct: &Types<'_>, report: &mut Report) 
     }
 }
 
-/// Checks V10 and returns the state that each value is a version of, by value.
+/// The state that a value is a version of.
+pub(super) struct Versions(Option<Vec<Option<StateId>>>);
+
+impl Versions {
+    /// The state that the first result of `node`, `value`, is a version of.
+    pub(super) fn of(&self, value: ValueId, node: Option<&Node>) -> Option<StateId> {
+        if let Some(versions) = &self.0 {
+            return versions[value.index()];
+        }
+        // Only states themselves are written.
+        let node = node.filter(|n| n.op.traits().writes_state && n.results.first() == Some(&value))?;
+        if let Operand::State(state) = node.operands.first()? { Some(*state) } else { None }
+    }
+}
+
+/// Checks V10.
 ///
 /// The versions of a state are the state itself and the results of writes to one of its versions. The order is
 /// known to be topological.
-pub(super) fn states(module: &Module, report: &mut Report) -> Vec<Option<StateId>> {
+pub(super) fn states(module: &Module, scope: &Scope<'_>, report: &mut Report) -> Versions {
+    if scope.states_written_once {
+        return Versions(None);
+    }
     let graph = &module.graph;
     let mut versions: Vec<Option<StateId>> = vec![None; graph.values.bound()];
     // Whether a node above has overwritten the version.
@@ -178,5 +216,5 @@ pub(super) fn states(module: &Module, report: &mut Report) -> Vec<Option<StateId
             report.add(10, Some(*id), "reads the version of a state that it overwrites");
         }
     }
-    versions
+    Versions(Some(versions))
 }

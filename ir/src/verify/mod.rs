@@ -22,14 +22,16 @@
 mod graph_rules;
 mod module_rules;
 mod place_rules;
+mod scope;
 
 use std::fmt;
 use std::ops::Deref;
 
-use crate::distinct::Types;
 use crate::error::{Error, Kind};
 use crate::graph::{Module, NodeId};
 use crate::text::print_node;
+
+use scope::Scope;
 
 /// Number of a rule, spelled `V7`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -101,6 +103,11 @@ impl Report {
         }
     }
 
+    fn append(&mut self, other: Report) {
+        self.found.extend(other.found);
+        self.found.truncate(LIMIT);
+    }
+
     /// Whether one of `rules` is broken.
     fn breaks(&self, rules: &[u8]) -> bool {
         self.found.iter().any(|v| rules.contains(&v.rule.0))
@@ -112,23 +119,39 @@ impl Report {
 /// # Errors
 /// All violations found, at most 100, in the order of the rules' functions.
 pub fn verify(module: &Module) -> Result<Verified<'_>, Vec<Violation>> {
+    let scope = Scope::without_copies(module);
+    match verify_in(module, &scope) {
+        Ok(()) => Ok(Verified(module)),
+        // What is broken in a layer is reported for its copies too.
+        Err(_) if scope.leaves_out() => verify_whole(module).map(|()| Verified(module)),
+        Err(found) => Err(found),
+    }
+}
+
+/// [`verify`] that looks at every node for every rule.
+fn verify_whole(module: &Module) -> Result<(), Vec<Violation>> {
+    verify_in(module, &Scope::whole(module))
+}
+
+fn verify_in(module: &Module, scope: &Scope<'_>) -> Result<(), Vec<Violation>> {
     let mut report = Report::default();
-    module_rules::names(module, &mut report);
-    let types = Types::of(module);
-    module_rules::symbols(module, &types, &mut report);
-    module_rules::weights(module, &types, &mut report);
-    graph_rules::structure(module, &mut report);
+    let mut of_weights = Report::default();
+    let names = module_rules::weights(module, &scope.types, &mut of_weights);
+    module_rules::names(module, names, &mut report);
+    module_rules::symbols(module, scope, &mut report);
+    report.append(of_weights);
+    graph_rules::structure(module, scope, &mut report);
     // The rules below follow ids and evaluate dims without asking again whether they may.
     if !report.breaks(&[2, 5, 6, 7]) {
-        module_rules::sizes(module, &types, &mut report);
-        place_rules::phases(module, &mut report);
+        module_rules::sizes(module, &scope.types, &mut report);
+        place_rules::phases(module, scope, &mut report);
         if !report.breaks(&[3]) {
-            graph_rules::types(module, &types, &mut report);
-            let versions = graph_rules::states(module, &mut report);
-            place_rules::places(module, &types, &versions, &mut report);
+            graph_rules::types(module, scope, &mut report);
+            let versions = graph_rules::states(module, scope, &mut report);
+            place_rules::places(module, scope, &versions, &mut report);
         }
     }
-    if report.found.is_empty() { Ok(Verified(module)) } else { Err(report.found) }
+    if report.found.is_empty() { Ok(()) } else { Err(report.found) }
 }
 
 /// The violations as text, the guilty line below each.

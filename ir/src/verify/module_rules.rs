@@ -1,9 +1,9 @@
 //! Rules about declarations: V1 names, V2 symbols, V3 and V9 sizes, V4 weights.
 
 use std::collections::HashSet;
-use std::hash::{BuildHasher, RandomState};
 
 use super::Report;
+use super::scope::Scope;
 use crate::arena::Id;
 use crate::attr::Quoted;
 use crate::dim::{Bindings, Dim, MAX_EXTENT, MAX_NESTING, MAX_SIZE, SymDecl};
@@ -16,26 +16,63 @@ use crate::ops::movement::is_permutation;
 use crate::types::TensorType;
 use crate::weights::MAX_DEPTH;
 
-/// Whether all names are fit to be printed and differ; a rare `false` may be wrong.
-///
-/// Hashes are sorted, not kept in a table: a sort goes through memory in order, however many there are.
-fn surely_unique<'a>(names: impl Iterator<Item = &'a str>) -> bool {
-    let state = RandomState::new();
-    let mut hashes = Vec::with_capacity(names.size_hint().0);
-    for name in names {
-        if name.is_empty() || !name.bytes().all(|b| (b' '..=b'~').contains(&b)) {
-            return false;
-        }
-        hashes.push(state.hash_one(name));
+/// A number that equal names have in common and most different ones do not; none for names that are empty or hold
+/// other bytes than ASCII letters, digits, signs and blanks. Eight bytes at a time: a model has as many names as nodes.
+fn plain(name: &str) -> Option<u64> {
+    const EACH: u64 = u64::MAX / 255;
+    let mut hash = name.len() as u64;
+    let mut unfit = 0;
+    let mut take = |word: u64| {
+        // The high bit of a byte is set in the first for those above 127, in the second for 127, in the third below 32.
+        unfit |= word | word.wrapping_add(EACH) | !word.wrapping_add(0x60 * EACH);
+        let product = u128::from(hash ^ word) * 0x9e37_79b9_7f4a_7c15;
+        hash = (product as u64) ^ ((product >> 64) as u64);
+    };
+    let (words, rest) = name.as_bytes().as_chunks();
+    words.iter().for_each(|word| take(u64::from_le_bytes(*word)));
+    if !rest.is_empty() {
+        let mut word = [b' '; 8];
+        word[..rest.len()].copy_from_slice(rest);
+        take(u64::from_le_bytes(word));
     }
-    hashes.sort_unstable();
-    hashes.windows(2).all(|pair| pair[0] != pair[1])
+    (!name.is_empty() && unfit & (0x80 * EACH) == 0).then_some(hash)
+}
+
+/// Names, by hash. Hashes are sorted, not kept in a table: a sort goes through memory in order, however many there are.
+pub(super) struct Hashes {
+    hashes: Vec<u64>,
+    plain: bool,
+}
+
+impl Hashes {
+    fn with_capacity(names: usize) -> Self {
+        Hashes { hashes: Vec::with_capacity(names), plain: true }
+    }
+
+    fn add(&mut self, name: &str) {
+        match plain(name) {
+            Some(hash) => self.hashes.push(hash),
+            None => self.plain = false,
+        }
+    }
+
+    /// Whether all names are fit to be printed and differ; a rare `false` may be wrong.
+    fn surely_unique(mut self) -> bool {
+        self.hashes.sort_unstable();
+        self.plain && self.hashes.windows(2).all(|pair| pair[0] != pair[1])
+    }
 }
 
 fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str> + Clone, report: &mut Report) {
-    if surely_unique(names.clone()) {
-        return;
+    let mut hashes = Hashes::with_capacity(names.size_hint().0);
+    names.clone().for_each(|name| hashes.add(name));
+    if !hashes.surely_unique() {
+        say_which(what, names, report);
     }
+}
+
+/// Says which names are not fit or not unique.
+fn say_which<'a>(what: &str, names: impl Iterator<Item = &'a str>, report: &mut Report) {
     let mut seen = HashSet::new();
     for name in names {
         if name.is_empty() {
@@ -48,9 +85,17 @@ fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str> + Clone, report: 
     }
 }
 
-pub(super) fn names(module: &Module, report: &mut Report) {
-    let constants = module.weights.iter().map(|(_, w)| w.name.as_str());
-    unique("weight or state", constants.chain(module.states.iter().map(|(_, s)| s.name.as_str())), report);
+/// V1; `of_weights` are the names of the weights.
+pub(super) fn names(module: &Module, mut of_weights: Hashes, report: &mut Report) {
+    module.states.iter().for_each(|(_, s)| of_weights.add(&s.name));
+    if !of_weights.surely_unique() {
+        let weights = module.weights.iter().map(|(_, w)| w.name.as_str());
+        say_which(
+            "weight or state",
+            weights.chain(module.states.iter().map(|(_, s)| s.name.as_str())),
+            report,
+        );
+    }
     unique("arena", module.arenas.iter().map(|(_, a)| a.name.as_str()), report);
     unique("symbol", module.dims.iter().map(|d| d.sym.name()), report);
     unique("input", module.input_types().iter().map(|(n, _)| *n), report);
@@ -65,7 +110,8 @@ pub(super) fn names(module: &Module, report: &mut Report) {
 /// Most symbols of a module: tables of them are searched front to back.
 const MAX_SYMBOLS: usize = 64;
 
-pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
+pub(super) fn symbols(module: &Module, scope: &Scope<'_>, report: &mut Report) {
+    let types = &scope.types;
     for decl in &module.dims {
         let SymDecl { sym, min, max, multiple, hint: _ } = decl;
         if !(1 <= *min && min <= max && *max <= MAX_EXTENT as u64) {
@@ -98,7 +144,7 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
     };
     // Ops, types and offsets that were found good need no second look.
     let mut ops: Ops<'_, ()> = Ops::new();
-    for (id, node) in module.graph.nodes.iter() {
+    for (id, node) in scope.nodes() {
         if ops.find(&node.op, |()| true).is_some() {
             continue;
         }
@@ -112,7 +158,7 @@ pub(super) fn symbols(module: &Module, types: &Types<'_>, report: &mut Report) {
     }
     let mut good = vec![false; types.list().len()];
     let mut offsets: Dims<'_, ()> = Dims::new();
-    for (id, value) in module.graph.values.iter() {
+    for (id, value) in scope.values() {
         let node = if let Def::Node { node, .. } = value.def { Some(node) } else { None };
         let before = report.found.len();
         if !good[types.value(id) as usize] {
@@ -163,9 +209,20 @@ fn same_form(module: &Module, types: &Types<'_>, good: &Weight, other: &Weight) 
         && x.expr.parts().iter().zip(y.expr.parts()).all(|(p, q)| ty(*q).is_some() && ty(*p) == ty(*q))
 }
 
-pub(super) fn weights(module: &Module, types: &Types<'_>, report: &mut Report) {
+/// V4; returns the names of the weights, which it visits anyway.
+pub(super) fn weights(module: &Module, types: &Types<'_>, report: &mut Report) -> Hashes {
+    let mut names = Hashes::with_capacity(module.weights.len() + module.states.len());
     let mut good: Vec<(TypeId, &Weight)> = Vec::new();
+    // How deep expressions nest, as far as parts come before what is made of them.
+    let mut depth = vec![0u32; module.weights.bound()];
+    let mut deep = false;
     for (id, weight) in module.weights.iter() {
+        names.add(&weight.name);
+        for part in weight.expr.parts() {
+            let below = depth.get(part.index()).copied().filter(|_| *part < id);
+            depth[id.index()] = depth[id.index()].max(below.map_or(0, |below| below + 1));
+            deep |= below.is_none_or(|below| below as usize >= MAX_DEPTH);
+        }
         let ty = types.operand(Operand::Weight(id));
         if good.iter().any(|(t, known)| *t == ty && same_form(module, types, known, weight)) {
             continue;
@@ -176,22 +233,27 @@ pub(super) fn weights(module: &Module, types: &Types<'_>, report: &mut Report) {
             Ok(()) => {}
         }
     }
+    if deep {
+        nesting(module, report);
+    }
+    names
+}
+
+/// The part of V4 that is about how deep expressions nest.
+fn nesting(module: &Module, report: &mut Report) {
     // Depth by relaxation over the arena: a part that comes later needs another round, a cycle never settles.
     let mut depth = vec![0usize; module.weights.bound()];
     let mut deepest = None;
     for _ in 0..=MAX_DEPTH {
         deepest = None;
-        let mut later = false;
         for (id, weight) in module.weights.iter() {
-            later |= weight.expr.parts().iter().any(|part| *part >= id);
             let below = weight.expr.parts().iter().filter_map(|p| depth.get(p.index())).max().copied();
             let here = below.map_or(0, |d| d + 1);
             if std::mem::replace(&mut depth[id.index()], here) != here || here > MAX_DEPTH {
                 deepest.get_or_insert(&weight.name);
             }
         }
-        // Where every part comes before what is made of it, the first round finds each depth.
-        if deepest.is_none() || (!later && depth.iter().all(|d| *d <= MAX_DEPTH)) {
+        if deepest.is_none() {
             return;
         }
     }

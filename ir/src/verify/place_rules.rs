@@ -1,16 +1,18 @@
 //! Rules about phases (V11) and places (V12).
 
 use super::Report;
+use super::graph_rules::Versions;
 use super::module_rules::simple;
+use super::scope::Scope;
 use crate::arena::Id;
 use crate::dim::{Bindings, Dim};
-use crate::distinct::{Dims, TypeId, Types};
+use crate::distinct::{Dims, TypeId};
 use crate::graph::*;
 
-pub(super) fn phases(module: &Module, report: &mut Report) {
+pub(super) fn phases(module: &Module, scope: &Scope<'_>, report: &mut Report) {
     let phase = module.phase;
     let graph = &module.graph;
-    for (id, node) in graph.nodes.iter() {
+    for (id, node) in scope.nodes() {
         if phase < Phase::Fused && node.op.traits().fused_only {
             report.add(11, Some(id), format!("`{}` is not legal in phase {phase}", node.op.name()));
         }
@@ -32,10 +34,10 @@ pub(super) fn phases(module: &Module, report: &mut Report) {
             _ => {}
         }
     }
-    for (at, id) in graph.order.iter().enumerate() {
-        if graph.nodes.get(*id).is_some_and(|n| n.joined) && (phase < Phase::Scheduled || at == 0) {
+    for (at, id) in scope.order() {
+        if graph.nodes.get(id).is_some_and(|n| n.joined) && (phase < Phase::Scheduled || at == 0) {
             let what = if at == 0 { "with nothing before it" } else { "before the order is final" };
-            report.add(11, Some(*id), format!("is joined {what}"));
+            report.add(11, Some(id), format!("is joined {what}"));
         }
     }
     if phase < Phase::Planned && !module.arenas.is_empty() {
@@ -49,21 +51,21 @@ pub(super) fn phases(module: &Module, report: &mut Report) {
     }
 }
 
-/// V12, and V9 for offsets. `versions` is the state each value is a version of.
-pub(super) fn places(module: &Module, types: &Types<'_>, versions: &[Option<StateId>], report: &mut Report) {
-    let graph = &module.graph;
+/// V12, and V9 for offsets. `versions` says of which states values are versions.
+pub(super) fn places(module: &Module, scope: &Scope<'_>, versions: &Versions, report: &mut Report) {
+    let (graph, types) = (&module.graph, &scope.types);
     let ends = [Bindings::minima(&module.dims), Bindings::maxima(&module.dims)];
     // Offset and type of places that were found good.
     let mut good: Dims<'_, ()> = Dims::new();
     let number = |arena: ArenaId, ty: TypeId| (arena.index() as u64) << 32 | u64::from(ty);
-    for (id, value) in graph.values.iter() {
+    for (id, value) in scope.values() {
         let Def::Node { node, .. } = value.def else {
             if value.place.is_some() {
                 report.add(12, None, format!("input {id} has a place, but the caller owns it"));
             }
             continue;
         };
-        let state = versions[id.index()];
+        let state = versions.of(id, graph.nodes.get(node));
         let node = Some(node);
         match &value.place {
             None => {}

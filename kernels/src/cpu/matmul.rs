@@ -1,8 +1,11 @@
 //! Matrix products with packed weights and an epilogue in the tile.
 //!
 //! A packed weight is a sequence of panels of [`PANEL`] output columns, `[k, 32]` each; segments of columns are padded
-//! separately. Work is cut into tasks of one panel group and one block of rows, which the task packs for the tile; the
-//! inner extent runs in blocks that keep both operands in cache, in rising order, so that every element is one chain.
+//! separately. A thread claims some panels of one block of rows, which it packs for the tile; the inner extent runs in
+//! sections that keep the rows in the second-level cache, and in blocks that keep the panel in the first, both in rising
+//! order, so that every element is one chain. While a block is multiplied, the one after it is brought nearer.
+
+mod units;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -10,22 +13,31 @@ use std::ops::Range;
 use super::element::Element;
 use super::math::{Activation, activate};
 use super::parallel::{Pool, Shared, for_chunks};
-use super::simd::{TILE_ROWS, dispatch, pack_rows, packed_rows_len, part, tile};
+use super::simd::{Isa, TILE_ROWS, dispatch, pack_rows, packed_rows_len, part, tile_ahead};
+use units::{Rectangle, Units};
 
 pub use super::simd::PANEL;
 
 /// Inner extent of one block: a panel block of f32 is 32 KiB.
 const INNER: usize = 256;
 
-/// Most rows of one task.
-const ROWS: usize = 112;
+/// Most packed numbers of one section of a block of rows: 512 KiB.
+const SECTION: usize = 128 << 10;
 
-/// Fewest panels of a task of many rows, whose packing they share.
-const SHARED_PANELS: usize = 6;
+/// Panels whose sums are held while their sections go by.
+const HELD: usize = 8;
+
+/// Working memory of a thread.
+#[derive(Default)]
+struct Scratch {
+    /// The packed rows of the block at hand.
+    packed: Vec<f32>,
+    /// Sums of the panels at hand.
+    sums: Vec<f32>,
+}
 
 thread_local! {
-    /// The packed rows of the task at hand.
-    static PACKED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// A step between accumulators and store, with its operand.
@@ -197,73 +209,167 @@ impl<T: Element, B: Element> Matmul<'_, T, B> {
             return;
         }
         let accumulates = matches!(epilogue.last(), Some(Epilogue::Accumulate));
+        let after = epilogue.iter().position(|e| matches!(e, Epilogue::Glu(_))).map_or(0, |p| p + 1);
         let all = targets(segments);
-        let blocks = m.div_ceil(ROWS);
-        // A few panels per task amortise claiming it when rows are few, and packing when they are many.
-        let by_bytes = (64 * 1024 / (k * PANEL * size_of::<B>()).max(1)).max(1);
-        let least = if m >= TILE_ROWS { SHARED_PANELS } else { by_bytes };
-        let balanced = panels.div_ceil((pool.threads() * 4).div_ceil(blocks));
-        let group = least.min(panels.div_ceil(pool.threads())).max(balanced).max(1);
-        let groups = panels.div_ceil(group);
+        let units = Units::new(m, panels, PANEL * k * size_of::<B>(), pool.threads());
         let shared: Vec<Shared<'_, O>> = outputs.iter_mut().map(|o| Shared::new(o)).collect();
-        let task = |packed: &mut Vec<f32>, task: usize| {
-            let (group_index, block) = (task / blocks, task % blocks);
-            let rows = part(m, blocks, block);
-            let block_a = &a[rows.start * k..rows.end * k];
-            let block_a = match T::as_f32(block_a) {
-                Some(row) if rows.len() == 1 => row,
-                _ => {
-                    packed.resize(packed_rows_len(rows.len(), k).max(packed.len()), 0.0);
-                    pack_rows(pool.isa, block_a, k, rows.len(), k, packed);
-                    packed
+        let finish = |rows: Range<usize>, panel: usize, acc: &mut [f32]| {
+            let target = all[first + panel];
+            let (acc, up) = acc.split_at_mut(rows.len() * PANEL);
+            if glu {
+                gate(pool, epilogue, target, all[first + panel + whole], acc, up);
+            }
+            let width = segments[target.segment];
+            finish(pool, &epilogue[after..], target, rows.start, width, acc);
+            for (r, row) in acc.chunks_exact_mut(PANEL).enumerate() {
+                let start = (rows.start + r) * width + target.within;
+                // SAFETY: rectangles of rows and panels are disjoint, so are those of the outputs.
+                #[allow(unsafe_code)]
+                let out = unsafe { shared[target.segment].range(start, target.width) };
+                if accumulates {
+                    combine(pool.isa, true, row, out);
                 }
-            };
-            let mut acc = [0f32; ROWS * PANEL];
-            let mut up = [0f32; ROWS * PANEL];
-            for panel in group_index * group..panels.min((group_index + 1) * group) {
-                let target = all[first + panel];
-                let acc = &mut acc[..rows.len() * PANEL];
-                accumulate(pool, block_a, k, &b[panel * PANEL * k..][..PANEL * k], acc);
-                if glu {
-                    let other = panel + panels;
-                    let up = &mut up[..rows.len() * PANEL];
-                    accumulate(pool, block_a, k, &b[other * PANEL * k..][..PANEL * k], up);
-                    gate(pool, epilogue, target, all[first + panel + whole], acc, up);
-                }
-                let width = segments[target.segment];
-                let after = epilogue.iter().position(|e| matches!(e, Epilogue::Glu(_))).map_or(0, |p| p + 1);
-                finish(pool, &epilogue[after..], target, rows.start, width, acc);
-                for (r, row) in acc.chunks_exact_mut(PANEL).enumerate() {
-                    let start = (rows.start + r) * width + target.within;
-                    // SAFETY: tasks own disjoint (panel, row block) rectangles of the outputs.
-                    #[allow(unsafe_code)]
-                    let out = unsafe { shared[target.segment].range(start, target.width) };
-                    if accumulates {
-                        combine(pool.isa, true, row, out);
-                    }
-                    store(pool.isa, &row[..target.width], out);
+                store(pool.isa, &row[..target.width], out);
+            }
+        };
+        let work = |scratch: &mut Scratch| {
+            let Scratch { packed, sums } = scratch;
+            let mut held = None;
+            while let Some(run) = units.claim() {
+                for rectangle in units.rectangles(run) {
+                    let block = rectangle.block.clone();
+                    let rows = &a[block.start * k..block.end * k];
+                    let packed = match T::as_f32(rows) {
+                        Some(row) if block.len() == 1 => row,
+                        _ => {
+                            if held.as_ref() != Some(&block) {
+                                packed.resize(packed_rows_len(block.len(), k).max(packed.len()), 0.0);
+                                pack_rows(pool.isa, rows, k, block.len(), k, packed);
+                                held = Some(block);
+                            }
+                            &packed[..]
+                        }
+                    };
+                    let weights = Weights { b, k, panels, parts };
+                    multiply(pool.isa, packed, &weights, &rectangle, sums, &finish);
                 }
             }
         };
-        pool.run(groups * blocks, m * k * panels * PANEL, |index| {
-            PACKED.with_borrow_mut(|packed| task(packed, index));
+        // One task a thread; who comes late finds less left.
+        pool.run(pool.threads(), m * k * panels * PANEL, |_| {
+            SCRATCH.with_borrow_mut(|scratch| work(scratch))
         });
     }
 }
 
-/// `acc [rows, 32]` becomes the packed rows times a panel.
-fn accumulate<B: Element>(pool: &Pool, packed: &[f32], k: usize, panel: &[B], acc: &mut [f32]) {
-    acc.fill(0.0);
-    let rows = acc.len() / PANEL;
-    let tiles = rows.div_ceil(TILE_ROWS);
+/// Packed weights: `panels` of each of `parts` segments that are computed together.
+struct Weights<'a, B> {
+    b: &'a [B],
+    k: usize,
+    panels: usize,
+    parts: usize,
+}
+
+impl<'a, B> Weights<'a, B> {
+    /// Rows `section` of a panel.
+    fn section(&self, panel: usize, part: usize, section: Range<usize>) -> &'a [B] {
+        let panel = (part * self.panels + panel) * PANEL * self.k;
+        &self.b[panel + section.start * PANEL..panel + section.end * PANEL]
+    }
+}
+
+/// Multiplies a rectangle; `finish` gets rows, panel and sums `[parts, rows, 32]`.
+fn multiply<B: Element>(
+    isa: Isa,
+    packed: &[f32],
+    weights: &Weights<'_, B>,
+    rectangle: &Rectangle,
+    sums: &mut Vec<f32>,
+    finish: &impl Fn(Range<usize>, usize, &mut [f32]),
+) {
+    let Weights { k, parts, .. } = *weights;
+    let Rectangle { block, panels, .. } = rectangle;
+    let tiles = Tiles { rows: block.len(), wanted: rectangle.tiles.clone(), k };
+    let rows = tiles.rows_wanted();
+    let size = rows.len() * PANEL;
+    let sections = (block.len() * k).div_ceil(SECTION).max(1);
+    let slices = if sections == 1 { panels.len() } else { panels.len().div_ceil(HELD) };
+    for slice in 0..slices {
+        let own = part(panels.len(), slices, slice);
+        let own = panels.start + own.start..panels.start + own.end;
+        let count = own.len() * parts;
+        if sums.len() < count * size {
+            sums.resize(count * size, 0.0);
+        }
+        let sums = &mut sums[..count * size];
+        sums.fill(0.0);
+        // Sections slowest, the parts of a panel side by side.
+        let step = |index: usize| {
+            let (section, slot) = (part(k, sections, index / count), index % count);
+            (section.start, weights.section(own.start + slot / parts, slot % parts, section))
+        };
+        for index in 0..sections * count {
+            let (start, columns) = step(index);
+            let next = match index + 1 {
+                next if next < sections * count => step(next).1,
+                _ if own.end < weights.panels => weights.section(own.end, 0, part(k, sections, 0)),
+                _ => &[],
+            };
+            let sums = &mut sums[index % count * size..][..size];
+            accumulate(isa, packed, &tiles, start, columns, next, sums);
+        }
+        for (panel, sums) in own.zip(sums.chunks_exact_mut((parts * size).max(1))) {
+            finish(block.start + rows.start..block.start + rows.end, panel, sums);
+        }
+    }
+}
+
+/// Tiles of packed rows.
+struct Tiles {
+    /// Rows of the block.
+    rows: usize,
+    /// Those of its tiles that are wanted.
+    wanted: Range<usize>,
+    /// Inner extent.
+    k: usize,
+}
+
+impl Tiles {
+    /// The rows of a tile.
+    fn rows_of(&self, index: usize) -> Range<usize> {
+        part(self.rows, self.rows.div_ceil(TILE_ROWS), index)
+    }
+
+    /// The rows of all wanted tiles.
+    fn rows_wanted(&self) -> Range<usize> {
+        self.rows_of(self.wanted.start).start..self.rows_of(self.wanted.end - 1).end
+    }
+}
+
+/// Adds the packed rows times a section of a panel, from row `first` of it on, to `sums [rows, 32]`; `next` is what is
+/// wanted after it.
+fn accumulate<B: Element>(
+    isa: Isa,
+    packed: &[f32],
+    tiles: &Tiles,
+    first: usize,
+    section: &[B],
+    next: &[B],
+    sums: &mut [f32],
+) {
+    let base = tiles.rows_wanted().start;
+    let (count, k) = (tiles.wanted.len(), section.len() / PANEL);
     for start in (0..k).step_by(INNER) {
-        let inner = INNER.min(k - start);
-        let columns = &panel[start * PANEL..(start + inner) * PANEL];
-        for index in 0..tiles {
-            let rows = part(rows, tiles, index);
-            let count = rows.len();
-            let a = &packed[rows.start * k + start * count..];
-            tile(pool.isa, a, count, count, inner, columns, &mut acc[rows.start * PANEL..rows.end * PANEL]);
+        let (columns, rest) = section[start * PANEL..].split_at(INNER.min(k - start) * PANEL);
+        let next = if rest.is_empty() { next } else { rest };
+        let next = &next[..next.len().min(INNER * PANEL)];
+        for (turn, index) in tiles.wanted.clone().enumerate() {
+            let rows = tiles.rows_of(index);
+            let a = &packed[rows.start * tiles.k + (first + start) * rows.len()..];
+            let sums = &mut sums[(rows.start - base) * PANEL..(rows.end - base) * PANEL];
+            // A single tile reads the panel once and asks for rows just ahead of itself.
+            let ahead = if count == 1 { &[] } else { &next[part(next.len(), count, turn)] };
+            tile_ahead(isa, a, rows.len(), rows.len(), columns.len() / PANEL, columns, ahead, sums);
         }
     }
 }
@@ -424,32 +530,43 @@ mod tests {
         }
     }
 
+    /// Rows in halves of one block and in two blocks, each in sections and with more panels than are held at once.
     #[test]
     fn a_row_does_not_depend_on_its_neighbours() {
         for isa in Isa::available() {
-            let (m, n, k) = (113, 75, 1030);
-            let (a, w) = (noise(m * k, 3), noise(n * k, 4));
-            let packed = pack_matrix(&w, &[n], k);
-            let mut all = vec![0f32; m * n];
-            let pool = Pool::with_isa(2, isa);
-            Matmul { m, k, a: &a, b: &packed, segments: &[n], epilogue: &[] }.run(&pool, &mut [&mut all]);
-            for r in [0, 1, 50, 112] {
-                let mut one = vec![0f32; n];
-                let alone = Pool::with_isa(1, isa);
-                let row = &a[r * k..(r + 1) * k];
-                Matmul { m: 1, k, a: row, b: &packed, segments: &[n], epilogue: &[] }
-                    .run(&alone, &mut [&mut one]);
-                assert_eq!(one, all[r * n..(r + 1) * n], "row {r} on {isa:?}");
+            for (m, n, k) in [(113usize, 290, 1300), (131, 75, 2100)] {
+                assert!(m / m.div_ceil(128) * k > SECTION, "the inner extent has sections");
+                let (a, w) = (noise(m * k, 3), noise(n * k, 4));
+                let packed = pack_matrix(&w, &[n], k);
+                let mut all = vec![0f32; m * n];
+                let pool = Pool::with_isa(2, isa);
+                Matmul { m, k, a: &a, b: &packed, segments: &[n], epilogue: &[] }.run(&pool, &mut [&mut all]);
+                for r in [0, 1, 50, m / 2, m - 1] {
+                    let mut one = vec![0f32; n];
+                    let alone = Pool::with_isa(1, isa);
+                    let row = &a[r * k..(r + 1) * k];
+                    Matmul { m: 1, k, a: row, b: &packed, segments: &[n], epilogue: &[] }
+                        .run(&alone, &mut [&mut one]);
+                    assert_eq!(one, all[r * n..(r + 1) * n], "row {r} on {isa:?}");
+                }
             }
         }
     }
 
     #[test]
     fn segments_bias_gate_and_residual() {
+        // One tile, and halves of a block in sections.
+        for (m, k) in [(14, 40), (127, 1040)] {
+            segments_of(m, k);
+        }
+    }
+
+    fn segments_of(m: usize, k: usize) {
         let pool = Pool::new(2);
-        let (m, k) = (14, 40);
         let segments = [45, 45];
         let (a, w, bias, res) = (noise(m * k, 5), noise(90 * k, 6), noise(90, 7), noise(m * 45, 8));
+        // Sums near 1, as the tolerance expects of factors of a product.
+        let w: Vec<f32> = w.iter().map(|w| w / (k as f32).sqrt()).collect();
         let packed = pack_matrix(&w, &segments, k);
         let (mut x, mut y) = (vec![0f32; m * 45], vec![0f32; m * 45]);
         let epilogue = [Epilogue::Bias(&bias[..]), Epilogue::Activation(Activation::Relu)];
@@ -476,11 +593,11 @@ mod tests {
     /// Panels one by one, in uneven runs, and all at once give the same bits, with what stands in other columns left alone.
     #[test]
     fn panels_in_runs_are_the_whole() {
-        let (k, n) = (70, 100);
+        let (k, n) = (1040, 100);
         let segments = [n, n];
         let (w, bias) = (noise(2 * n * k, 15), noise(2 * n, 16));
         let packed = pack_matrix(&w, &segments, k);
-        for (m, threads) in [(1, 1), (1, 2), (5, 2), (130, 2)] {
+        for (m, threads) in [(1, 1), (1, 2), (5, 2), (127, 2), (130, 2)] {
             let pool = Pool::new(threads).eager();
             let (a, x) = (noise(m * k, 14), noise(m * n, 17));
             let plain = [Epilogue::Bias(&bias[..]), Epilogue::Activation(Activation::Silu)];

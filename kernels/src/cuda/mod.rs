@@ -28,7 +28,7 @@ pub mod space;
 
 pub use arch::Arch;
 pub use matmul::Choices;
-pub use plan::{Argument, Planned, Site, SiteLaunch, SiteVariant};
+pub use plan::{Argument, Planned, Site, SiteLaunch, SiteLibrary, SiteVariant};
 pub use select::{plan as plan_site, plan_with as plan_site_with};
 pub use source::{Promise, Source};
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use millrace_ir::launch::{Condition, TensorMap, Tiles};
+use millrace_ir::launch::{Condition, Product, TensorMap, Tiles};
 use millrace_ir::{Dim, Module, Node, NodeId, Op, Operand, TensorType};
 
 use super::arch::Arch;
@@ -71,6 +71,29 @@ pub struct SiteVariant {
     pub when: Vec<Condition>,
     /// Launches in order.
     pub launches: Vec<SiteLaunch>,
+    /// What may run in their place; see [`millrace_ir::launch::Variant::library`].
+    pub library: Option<SiteLibrary>,
+}
+
+/// Products of a library, in place of launches.
+#[derive(Clone, Debug)]
+pub struct SiteLibrary {
+    /// Launches in front of them.
+    pub before: Vec<SiteLaunch>,
+    /// The products, in order.
+    pub products: Vec<Product>,
+}
+
+impl SiteVariant {
+    /// Launches that run where `when` holds.
+    pub fn new(when: Vec<Condition>, launches: Vec<SiteLaunch>) -> Self {
+        SiteVariant { when, launches, library: None }
+    }
+
+    /// All launches, those in front of products of a library included.
+    pub fn all_launches(&self) -> impl Iterator<Item = &SiteLaunch> {
+        self.launches.iter().chain(self.library.iter().flat_map(|l| &l.before))
+    }
 }
 
 /// One launch.
@@ -143,7 +166,7 @@ impl Planned {
     /// The same launches for every shape.
     pub fn always(launches: Vec<SiteLaunch>) -> Self {
         Planned {
-            variants: vec![SiteVariant { when: Vec::new(), launches }],
+            variants: vec![SiteVariant::new(Vec::new(), launches)],
             streamed: Vec::new(),
             workspace: Dim::from(0u64),
             counters: 0,

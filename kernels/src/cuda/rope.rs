@@ -113,8 +113,8 @@ fn by_rows(t: &Dim, few: Vec<SiteLaunch>, many: Vec<SiteLaunch>) -> Planned {
     Planned {
         streamed: Vec::new(),
         variants: vec![
-            SiteVariant { when: vec![between(t, 0, FEW_ROWS)], launches: few },
-            SiteVariant { when: Vec::new(), launches: many },
+            SiteVariant::new(vec![between(t, 0, FEW_ROWS)], few),
+            SiteVariant::new(Vec::new(), many),
         ],
         workspace: Dim::from(0u64),
         counters: 0,

@@ -21,10 +21,11 @@ use millrace_ir::{Bindings, Id, Module, Result};
 use super::argmax::{Argmax, Tail};
 use super::driver::{Block, Context, Event, Stream};
 use super::launch::{Graph, Ready};
+use super::products::Supply;
 use super::program::{Program, bundle};
 use super::range::Range;
 use super::recent::Recent;
-use super::report::{GraphReport, PoolReport};
+use super::report::{GraphReport, LibraryReport, PoolReport};
 use super::residence::Residence;
 use super::resolve::{Limits, Resolved, pack, workspace_bytes};
 use super::transfer::{Landing, Staging};
@@ -71,6 +72,10 @@ impl Prepared {
     fn launches(&self) -> u64 {
         self.ready.iter().filter(|r| r.is_launch()).count() as u64
     }
+
+    fn products(&self) -> u64 {
+        self.ready.iter().filter(|r| r.is_product()).count() as u64
+    }
 }
 
 /// Addresses that may differ from step to step; all others stay from load on.
@@ -116,8 +121,13 @@ pub(crate) struct Cuda {
     outputs: Vec<Block>,
     workspace: Option<Block>,
     counters: Option<Block>,
+    /// Scratch memory of a library, where it computes anything.
+    library_workspace: Option<Block>,
     states: Vec<Option<Block>>,
     residence: Residence,
+    supply: Supply,
+    /// Products of a library in the last step.
+    last_products: u64,
     program: Program,
     /// Whether activations, inputs and outputs stay where they are.
     fixed: bool,
@@ -136,6 +146,7 @@ impl Cuda {
     pub fn new(engine: &Engine, index: u32, threads: usize, options: &SessionOptions) -> Result<Cuda> {
         let context = Context::retain(index)?;
         let program = Program::load(&context, bundle(engine, Limits::of(&context.info))?)?;
+        let supply = Supply::open(&context, &program.table, options.library);
         let stream = match options.stream {
             Some(raw) => Stream::borrowed(&context, raw),
             None => Stream::new(&context)?,
@@ -154,8 +165,11 @@ impl Cuda {
             outputs: Vec::new(),
             workspace: None,
             counters: None,
+            library_workspace: None,
             states: Vec::new(),
             residence: Residence::new(&context, options, threads),
+            supply,
+            last_products: 0,
             program,
             fixed: false,
             report: GraphReport { enabled: options.graphs, ..GraphReport::default() },
@@ -185,6 +199,22 @@ impl Cuda {
     /// Bytes of counters.
     pub fn counter_bytes(&self) -> u64 {
         self.program.table.counters
+    }
+
+    /// Bytes of scratch memory of a library; 0 where none computes anything.
+    pub fn library_bytes(&self) -> u64 {
+        self.supply.workspace()
+    }
+
+    /// Bytes of scratch memory of a library held now.
+    pub fn library_held(&self) -> u64 {
+        self.library_workspace.as_ref().map_or(0, |block| block.range().len)
+    }
+
+    /// What a library does for the session; `None` where its table names none.
+    pub fn library_report(&self) -> Option<LibraryReport> {
+        let report = self.supply.report()?;
+        Some(LibraryReport { last_products: self.last_products, ..report })
     }
 
     /// Bytes of scratch memory and counters held now, those of an argmax included.
@@ -295,6 +325,10 @@ impl Cuda {
         let counters = Block::new(&self.context, self.program.table.counters, "counters")?;
         self.stream.zero(counters.range())?;
         self.counters = Some(counters);
+        let scratch = self.supply.workspace();
+        if scratch > 0 {
+            self.library_workspace = Some(Block::new(&self.context, scratch, "scratch memory of a library")?);
+        }
         self.argmax = Argmax::new(&self.context, &self.stream, &self.program, module, maxima)?;
         if let Some(argmax) = &self.argmax {
             for turn in &mut self.turns {

@@ -12,6 +12,7 @@ use cudarc::driver::sys;
 use millrace_ir::{DType, Error, Kind, Result};
 
 use super::driver::{Context, Function, Stream};
+use super::products::{ReadyProduct, Supply};
 use super::range::Range;
 use super::residence::Copier;
 use super::resolve::{Action, Map, Params, Resolution, check_params};
@@ -44,6 +45,8 @@ pub(super) struct ReadyLaunch {
 #[derive(Debug)]
 pub(super) enum Ready {
     Launch(ReadyLaunch),
+    /// A product of a library, with its scratch memory.
+    Product(ReadyProduct, Range),
     Copy {
         from: Range,
         to: Range,
@@ -55,9 +58,22 @@ pub(super) enum Ready {
 }
 
 impl Ready {
-    /// Prepares an action; `functions` are those of the table, in order.
-    pub fn new(action: &Action, functions: &[Arc<Function>], entries: &[String]) -> Result<Ready> {
+    /// Prepares an action; `functions` are those of the table, in order, and `library` is who took its products, with
+    /// scratch memory.
+    pub fn new(
+        action: &Action,
+        functions: &[Arc<Function>],
+        entries: &[String],
+        library: Option<(&Supply, Range)>,
+    ) -> Result<Ready> {
         match action {
+            Action::Product(call) => {
+                let missing =
+                    || Error::new(Kind::Internal, "cuda/library", "a product is nobody's to compute");
+                let (supply, workspace) = library.ok_or_else(missing)?;
+                let ready = supply.ready(call)?.ok_or_else(missing)?;
+                Ok(Ready::Product(ready, workspace))
+            }
             Action::Copy { from, to } => Ok(Ready::Copy { from: *from, to: *to }),
             Action::Arrive(copy) => Ok(Ready::Arrive(*copy)),
             Action::Leave(copy) => Ok(Ready::Leave(*copy)),
@@ -76,14 +92,33 @@ impl Ready {
         match self {
             Ready::Copy { from, to } => stream.copy(*from, *to),
             Ready::Launch(launch) => launch.enqueue(stream, overlap),
+            Ready::Product(product, workspace) => product.plan.enqueue(stream, &product.places, *workspace),
             Ready::Arrive(copy) => copier.arrive(*copy, stream, recorded),
             Ready::Leave(copy) => copier.leave(*copy, stream, recorded),
         }
     }
 
-    /// Whether it is a kernel.
+    /// Enqueues it where no weights come in parts.
+    pub fn enqueue_alone(&self, stream: &Stream, overlap: bool) -> Result<()> {
+        match self {
+            Ready::Copy { from, to } => stream.copy(*from, *to),
+            Ready::Launch(launch) => launch.enqueue(stream, overlap),
+            Ready::Product(product, workspace) => product.plan.enqueue(stream, &product.places, *workspace),
+            Ready::Arrive(_) | Ready::Leave(_) => {
+                Err(Error::new(Kind::Internal, "cuda/no-ring", "a copy of a weight without a ring"))
+            }
+        }
+    }
+
+    /// Whether it is a kernel of ours, whose end the next kernel may await by itself. What a library launches is not: the
+    /// next kernel begins when it has ended.
     pub fn is_launch(&self) -> bool {
         matches!(self, Ready::Launch(_))
+    }
+
+    /// Whether a library computes it.
+    pub fn is_product(&self) -> bool {
+        matches!(self, Ready::Product(..))
     }
 }
 
@@ -258,7 +293,8 @@ impl Graph {
     pub fn record(stream: &Stream, enqueue: impl FnOnce(&Stream) -> Result<()>) -> Result<Graph> {
         let context = &stream.context;
         context.enter()?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // A library may load a kernel when it is first enqueued, which stricter modes do not allow.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is live and idle.
         context.check(unsafe { sys::cuStreamBeginCapture_v2(stream.raw, mode) }, "begin a capture")?;
         let enqueued = enqueue(stream);

@@ -21,6 +21,7 @@ mod launch;
 mod library;
 #[allow(unsafe_code)]
 mod management;
+mod products;
 mod program;
 mod range;
 mod rates;
@@ -36,9 +37,9 @@ mod transfer;
 mod upload;
 
 pub use driver::{DeviceInfo, RawStream};
-pub use library::Product;
+pub use library::{Product, present as has_library};
 pub use rates::{Rates, rates};
-pub use report::{GraphReport, PoolReport, Survey, survey};
+pub use report::{GraphReport, LibraryReport, PoolReport, Survey, survey};
 pub use timing::{Bench, Timed, TimedBuffer, Timer, distance};
 
 pub(crate) use backend::{After, Cuda};

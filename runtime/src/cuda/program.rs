@@ -8,8 +8,9 @@ use millrace_ir::{Module, Result};
 use super::arch::choose;
 use super::driver::{Context, Function, Image};
 use super::launch::{Ready, ReadyLaunch};
+use super::products::Supply;
 use super::range::Range;
-use super::resolve::{Limits, Params, Resolution, Resolved, check_table};
+use super::resolve::{Action, Limits, Params, Resolution, check_table};
 use crate::engine::Engine;
 use crate::places::forged;
 
@@ -50,7 +51,7 @@ pub(super) fn bundle(engine: &Engine, device: Limits) -> Result<Bundle> {
 
 /// Most bytes of dynamic shared memory of a launch.
 fn most_shared(table: &LaunchTable) -> u32 {
-    let launches = table.steps.iter().flat_map(LaunchStep::all_variants).flat_map(|v| &v.launches);
+    let launches = table.steps.iter().flat_map(LaunchStep::all_launches);
     launches.map(|l| l.shared).max().unwrap_or(0)
 }
 
@@ -72,7 +73,7 @@ impl Program {
         let loaded = images.iter().map(|bytes| Image::load(context, bytes)).collect::<Result<Vec<_>>>()?;
         // Dynamic shared memory has to be allowed for a kernel before its first launch.
         let mut shared = vec![0; table.kernels.len()];
-        for launch in table.steps.iter().flat_map(LaunchStep::all_variants).flat_map(|v| &v.launches) {
+        for launch in table.steps.iter().flat_map(LaunchStep::all_launches) {
             if let Some(most) = shared.get_mut(launch.kernel) {
                 *most = launch.shared.max(*most);
             }
@@ -92,20 +93,9 @@ impl Program {
         Ok(Program { table, limits, multiprocessors, functions, entries })
     }
 
-    /// Prepares what was resolved.
-    pub fn ready(&self, resolved: &Resolved) -> Result<Vec<Ready>> {
-        resolved.actions.iter().map(|action| Ready::new(action, &self.functions, &self.entries)).collect()
-    }
-
-    /// Prepares launches alone.
-    pub fn launches(&self, launches: &[Resolution]) -> Result<Vec<ReadyLaunch>> {
-        let missing = || forged("a launch names no kernel");
-        let one = |launch: &Resolution| {
-            let function = self.functions.get(launch.kernel).ok_or_else(missing)?;
-            let entry = self.entries.get(launch.kernel).map_or("", String::as_str);
-            ReadyLaunch::new(launch, function, entry)
-        };
-        launches.iter().map(one).collect()
+    /// Prepares what was resolved; `library` is who took its products, with scratch memory.
+    pub fn ready(&self, actions: &[Action], library: Option<(&Supply, Range)>) -> Result<Vec<Ready>> {
+        actions.iter().map(|action| Ready::new(action, &self.functions, &self.entries, library)).collect()
     }
 
     /// Whether the table has the argmax of rows.

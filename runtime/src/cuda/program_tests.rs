@@ -12,7 +12,7 @@ fn device(capability: u32) -> Limits {
 
 fn table(arch: &str) -> LaunchTable {
     let step = |first| {
-        let variants = vec![Variant { when: Vec::new(), launches: Vec::new() }];
+        let variants = vec![Variant { when: Vec::new(), launches: Vec::new(), library: None }];
         LaunchStep { first, nodes: 1, variants, streamed: Vec::new() }
     };
     LaunchTable {
@@ -21,6 +21,7 @@ fn table(arch: &str) -> LaunchTable {
         steps: (0..3).map(step).collect(),
         workspace: Dim::from(0u64),
         counters: 0,
+        library_workspace: 0,
         helpers: Vec::new(),
     }
 }

@@ -71,6 +71,46 @@ pub struct GraphReport {
     pub failure: Option<Error>,
 }
 
+/// What has become of the products that an engine may have a library compute.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LibraryReport {
+    /// Variants of the launch table that name the library.
+    pub variants: usize,
+    /// Version of cuBLASLt, 130100 is 13.1; `None` if kernels run everywhere.
+    pub version: Option<u64>,
+    /// Bytes of scratch memory that it got.
+    pub bytes: u64,
+    /// Why kernels run instead, each reason once: of everything, or of products it does not take.
+    pub reasons: Vec<String>,
+    /// Products of the last step.
+    pub last_products: u64,
+}
+
+impl std::fmt::Display for LibraryReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let LibraryReport { variants, version, bytes, reasons, .. } = self;
+        match version {
+            Some(version) => {
+                let (major, minor, patch) = (version / 10000, version / 100 % 100, version % 100);
+                write!(
+                    f,
+                    "cuBLASLt {major}.{minor}.{patch} computes what {variants} variants of the engine name it for, with {bytes} \
+                     bytes of scratch memory"
+                )?;
+                match reasons.is_empty() {
+                    true => Ok(()),
+                    false => write!(f, "; kernels run the rest: {}", reasons.join("; ")),
+                }
+            }
+            None => write!(
+                f,
+                "kernels run {variants} variants that the engine names cuBLASLt for: {}",
+                reasons.join("; ")
+            ),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::driver::{is_fatal, present, too_old};

@@ -4,6 +4,8 @@
 //! of their node, tensor maps stay inside their memory, grids and blocks keep the limits of the hardware; else the
 //! error is `engine/forged` with the node.
 
+mod by_library;
+
 use std::collections::BTreeMap;
 use std::ops::Range as Span;
 
@@ -11,6 +13,7 @@ use millrace_ir::launch::{Arg, Launch, LaunchStep, LaunchTable, MapBase, TensorM
 use millrace_ir::{Bindings, DType, Dim, Error, Kind, Module, NodeId, Operand, Result, WeightId};
 
 use super::driver::DeviceInfo;
+use super::products::{Call, Takes};
 use super::range::Range;
 use crate::places::{Piece, Regions, forged};
 
@@ -81,6 +84,8 @@ pub(super) struct Resolved {
 pub(super) enum Action {
     /// A launch.
     Launch(Resolution),
+    /// A product of a library.
+    Product(Call),
     /// What follows reads this copy of the ring.
     Arrive(usize),
     /// Nothing that follows reads this copy in this step.
@@ -159,13 +164,15 @@ pub(super) fn check_table(module: &Module, table: &LaunchTable) -> Result<()> {
     Err(forged(message))
 }
 
-/// What is launched at `bindings`.
+/// What is launched at `bindings`. Where a variant names a library and `library` takes all its products, they run in place
+/// of its launches.
 pub(super) fn resolve(
     module: &Module,
     table: &LaunchTable,
     addresses: &Addresses,
     bindings: &Bindings,
     limits: Limits,
+    library: Option<&dyn Takes>,
 ) -> Result<Resolved> {
     let (regions, ring) = (&addresses.regions, &addresses.ring);
     let mut values = regions.input_values(module);
@@ -187,8 +194,14 @@ pub(super) fn resolve(
         let begin = actions.len();
         let scope = Scope { addresses, values: &values, bindings, limits, tile: None };
         if copies == until {
-            for launch in &variant.launches {
-                actions.extend(scope.launch(table, launch).map_err(|e| e.at(first))?.map(Action::Launch));
+            let by_library = variant.library.as_ref().zip(library);
+            let taken = by_library.map(|(run, library)| scope.by_library(table, run, library)).transpose();
+            match taken.map_err(|e| e.at(first))?.flatten() {
+                Some(all) => actions.extend(all),
+                None => {
+                    let launched = scope.launches(table, &variant.launches);
+                    actions.extend(launched.map_err(|e| e.at(first))?);
+                }
             }
         } else {
             scope.tiled(table, &variant.launches, copies..until, &mut actions).map_err(|e| e.at(first))?;
@@ -208,22 +221,26 @@ pub(super) fn resolve(
     Ok(Resolved { actions, steps })
 }
 
-/// What the first step of a table launches, apart from any module: `values` are where its launches find values.
+/// What the first step of a table launches, apart from any module: `values` are where its launches find values. What it
+/// names a library for runs by `library` or not at all.
+///
+/// # Errors
+/// `cuda/library` for products that the library does not take.
 pub(super) fn resolve_step(
     table: &LaunchTable,
     addresses: &Addresses,
     values: &[Option<Range>],
     bindings: &Bindings,
     limits: Limits,
-) -> Result<Vec<Resolution>> {
+    library: &dyn Takes,
+) -> Result<Vec<Action>> {
     let step = table.steps.first().ok_or_else(|| forged("a table has no steps"))?;
     let variant = step.variant(bindings).ok_or_else(|| forged("no variant fits"))?;
-    let mut launches = Vec::new();
-    for launch in &variant.launches {
-        let scope = Scope { addresses, values, bindings, limits, tile: None };
-        launches.extend(scope.launch(table, launch)?);
-    }
-    Ok(launches)
+    let scope = Scope { addresses, values, bindings, limits, tile: None };
+    let Some(run) = &variant.library else { return scope.launches(table, &variant.launches) };
+    scope.by_library(table, run, library)?.ok_or_else(|| {
+        Error::new(Kind::Unsupported, "cuda/library", "the library does not compute this product")
+    })
 }
 
 /// Inside a group nobody knows which node runs when: ranges are the same or disjoint. Ranges that begin together are
@@ -310,27 +327,27 @@ impl Scope<'_> {
         }
         let first = launches.iter().position(|l| reads(l, weight)).unwrap_or(launches.len());
         let last = launches.iter().rposition(|l| reads(l, weight)).map_or(first, |at| at + 1);
-        let run = |scope: &Scope<'_>, launches: &[Launch], actions: &mut Vec<Action>| -> Result<()> {
-            for launch in launches {
+        let part = |first_slice: u64, count: u64, range: Range, actions: &mut Vec<Action>| -> Result<()> {
+            let whole = first_slice == 0 && count == slices;
+            for launch in &launches[first..last] {
+                let bindings = match launch.tiles.filter(|t| t.weight == weight) {
+                    // Beside variants that do not know tiles, a weight comes as one slice.
+                    Some(t) if whole && slices == 1 => Tiles::bind(self.bindings, 0, t.slices),
+                    Some(t) if t.slices == slices && first_slice.is_multiple_of(t.granule) => {
+                        Tiles::bind(self.bindings, first_slice, count)
+                    }
+                    None if whole && launch.tiles.is_none() => self.bindings.clone(),
+                    _ => return Err(forged("a launch cannot read its weight in parts")),
+                };
+                if !reads(launch, weight) {
+                    return Err(forged("a launch cannot read its weight in parts"));
+                }
+                let scope = Scope { bindings: &bindings, tile: Some((weight, range)), ..*self };
                 actions.extend(scope.launch(table, launch)?.map(Action::Launch));
             }
             Ok(())
         };
-        let part = |first_slice: u64, count: u64, range: Range, actions: &mut Vec<Action>| -> Result<()> {
-            let whole = first_slice == 0 && count == slices;
-            for launch in &launches[first..last] {
-                let fits = |t: Tiles| {
-                    t.weight == weight && t.slices == slices && first_slice.is_multiple_of(t.granule)
-                };
-                if !reads(launch, weight) || !launch.tiles.map_or(whole, fits) {
-                    return Err(forged("a launch cannot read its weight in parts"));
-                }
-            }
-            let bindings = Tiles::bind(self.bindings, first_slice, count);
-            let scope = Scope { bindings: &bindings, tile: Some((weight, range)), ..*self };
-            run(&scope, &launches[first..last], actions)
-        };
-        run(self, &launches[..first], actions)?;
+        actions.extend(self.launches(table, &launches[..first])?);
         if resident > 0 {
             let range = self.operand(Operand::Weight(weight))?;
             part(0, resident, range, actions)?;
@@ -341,7 +358,17 @@ impl Scope<'_> {
             part(first, count, range, actions)?;
             actions.push(Action::Leave(index));
         }
-        run(self, &launches[last..], actions)
+        actions.extend(self.launches(table, &launches[last..])?);
+        Ok(())
+    }
+
+    /// The launches that have blocks.
+    fn launches(&self, table: &LaunchTable, launches: &[Launch]) -> Result<Vec<Action>> {
+        let mut actions = Vec::with_capacity(launches.len());
+        for launch in launches {
+            actions.extend(self.launch(table, launch)?.map(Action::Launch));
+        }
+        Ok(actions)
     }
 
     /// The launch, unless its grid has no block.

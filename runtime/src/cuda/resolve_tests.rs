@@ -1,11 +1,12 @@
 use millrace_ir::builder::Builder;
 use millrace_ir::dim::Sym;
-use millrace_ir::launch::{Condition, DeviceKernel, Variant, tile_count, tile_first};
+use millrace_ir::launch::{self, ByLibrary, Condition, DeviceKernel, Variant, tile_count, tile_first};
 use millrace_ir::ops::unary::UnaryFn;
 use millrace_ir::ops::{FusedMatmul, Reshape, Unary};
 use millrace_ir::{ArenaDecl, Id, Place, StateId, TensorType, ValueId, WeightExpr, WeightId};
 
 use super::*;
+use crate::cuda::testing::library_table;
 
 const LIMITS: Limits = Limits { capability: 90, max_shared: 227 << 10 };
 
@@ -69,7 +70,7 @@ fn launch(args: Vec<Arg>) -> Launch {
 }
 
 fn table() -> LaunchTable {
-    let always = |launches| Variant { when: Vec::new(), launches };
+    let always = |launches| Variant { when: Vec::new(), launches, library: None };
     let unary = |from, to| {
         let args = vec![Arg::Address(value(from)), Arg::I32(t()), Arg::Address(value(to))];
         vec![always(vec![launch(args)])]
@@ -84,6 +85,7 @@ fn table() -> LaunchTable {
         ],
         workspace: dim(4096),
         counters: 16,
+        library_workspace: 0,
         helpers: Vec::new(),
     }
 }
@@ -116,7 +118,7 @@ fn bindings(rows: u64) -> Bindings {
 }
 
 fn at(rows: u64, table: &LaunchTable) -> Result<Resolved> {
-    resolve(&module(), table, &addresses(rows), &bindings(rows), LIMITS)
+    resolve(&module(), table, &addresses(rows), &bindings(rows), LIMITS, None)
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
@@ -215,12 +217,12 @@ fn variants_follow_the_bindings() {
 #[test]
 fn older_devices_run_in_order() {
     let limits = Limits { capability: 80, ..LIMITS };
-    let resolved = resolve(&module(), &table(), &addresses(6), &bindings(6), limits).unwrap();
+    let resolved = resolve(&module(), &table(), &addresses(6), &bindings(6), limits, None).unwrap();
     assert!(resolved.actions.iter().all(|a| matches!(a, Action::Launch(l) if !l.dependent)));
     let mut clusters = table();
     clusters.steps[0].variants[0].launches[0].cluster = 2;
     assert!(at(6, &clusters).is_ok());
-    let on_older = resolve(&module(), &clusters, &addresses(6), &bindings(6), limits);
+    let on_older = resolve(&module(), &clusters, &addresses(6), &bindings(6), limits, None);
     assert!(refused(on_older).contains("clusters"));
     // Ten rows are three blocks: no whole number of clusters.
     assert!(refused(at(10, &clusters)).contains("clusters"));
@@ -306,7 +308,7 @@ fn memory_that_does_not_fit_is_refused() {
     let small = |change: fn(&mut Addresses)| {
         let mut addresses = addresses(6);
         change(&mut addresses);
-        refused(resolve(&module(), &table(), &addresses, &bindings(6), LIMITS))
+        refused(resolve(&module(), &table(), &addresses, &bindings(6), LIMITS, None))
     };
     assert_eq!(small(|a| a.regions.arenas[0].len -= 1), "a result has no memory");
     assert_eq!(small(|a| a.regions.outputs[0].len -= 1), "a result has no memory");
@@ -330,7 +332,7 @@ fn views_that_do_not_share_memory_are_copied() {
     second.place = Some(Place::Arena { arena, offset: t().mul(&dim(64)) });
     let mut addresses = addresses(6);
     addresses.regions.arenas[0].len *= 2;
-    let resolved = resolve(&module, &table(), &addresses, &bindings(6), LIMITS).unwrap();
+    let resolved = resolve(&module, &table(), &addresses, &bindings(6), LIMITS, None).unwrap();
     let (from, to) = (range(0x3_0000, 384), range(0x3_0180, 384));
     assert_eq!(resolved.actions[1], Action::Copy { from, to });
 }
@@ -345,11 +347,11 @@ fn an_output_that_lives_elsewhere_is_copied_at_the_end() {
     third.place = Some(Place::Arena { arena, offset: t().mul(&dim(64)) });
     let mut addresses = addresses(6);
     addresses.regions.arenas[0].len *= 2;
-    let resolved = resolve(&module, &table(), &addresses, &bindings(6), LIMITS).unwrap();
+    let resolved = resolve(&module, &table(), &addresses, &bindings(6), LIMITS, None).unwrap();
     let (from, to) = (range(0x3_0000, 384), range(0x2_0000, 384));
     assert_eq!(resolved.actions.last(), Some(&Action::Copy { from, to }));
     addresses.regions.outputs[0].len -= 64;
-    assert!(refused(resolve(&module, &table(), &addresses, &bindings(6), LIMITS)).contains("output"));
+    assert!(refused(resolve(&module, &table(), &addresses, &bindings(6), LIMITS, None)).contains("output"));
 }
 
 #[test]
@@ -363,7 +365,7 @@ fn groups_must_not_overlap_in_part() {
     assert!(at(6, &table).is_ok());
     let mut addresses = addresses(6);
     addresses.regions.outputs[0].base = 0x1_0040;
-    let message = refused(resolve(&module(), &table, &addresses, &bindings(6), LIMITS));
+    let message = refused(resolve(&module(), &table, &addresses, &bindings(6), LIMITS, None));
     assert_eq!(message, "memory overlaps inside a launch group");
 }
 
@@ -424,7 +426,7 @@ fn streamed() -> (Module, LaunchTable, Addresses) {
     matmul.grid[0] = Dim::from(tile_count());
     matmul.tiles = Some(Tiles { weight, slices: 8, granule: 1 });
     let mut table = table();
-    let variant = Variant { when: Vec::new(), launches: vec![norm, matmul] };
+    let variant = Variant { when: Vec::new(), launches: vec![norm, matmul], library: None };
     table.steps = vec![LaunchStep { first: 0, nodes: 1, variants: vec![variant], streamed: Vec::new() }];
     let tile = |first, count, base| Tile { node: 0, weight, first, count, range: range(base, count * 64) };
     let mut addresses = addresses(6);
@@ -438,7 +440,7 @@ fn streamed() -> (Module, LaunchTable, Addresses) {
 
 /// What happens in a step: of each launch its blocks and, if it reads the weight, address, first slice and slices.
 fn told(module: &Module, table: &LaunchTable, addresses: &Addresses) -> Result<Vec<String>> {
-    let resolved = resolve(module, table, addresses, &bindings(6), LIMITS)?;
+    let resolved = resolve(module, table, addresses, &bindings(6), LIMITS, None)?;
     let number = |p: &Params, at: usize| i32::from_ne_bytes(p.bytes[at..at + 4].try_into().unwrap());
     let tell = |action: &Action| match action {
         Action::Launch(l) if l.params.places.len() == 3 => {
@@ -471,6 +473,22 @@ fn a_weight_in_parts_is_read_part_by_part() {
     assert_eq!(told(&module, &table, &addresses).unwrap(), ["1: norm", "8: 0x60000 0+8"]);
 }
 
+/// Where another variant of the step knows no tiles, the weight is one slice, which launches by tiles read as all of theirs.
+#[test]
+fn a_weight_that_comes_whole_is_read_at_once() {
+    let (module, mut table, mut addresses) = streamed();
+    let weight = WeightId::from_index(0);
+    addresses.regions.weights = vec![Some(range(0x6_0000, 0))];
+    addresses.ring.copies =
+        vec![Tile { node: 0, weight, first: 0, count: 1, range: range(0x7_0000, 8 * 64) }];
+    addresses.ring.parts.insert(weight, (0, 1));
+    let expected = ["1: norm", "Arrive(0)", "8: 0x70000 0+8", "Leave(0)"];
+    assert_eq!(told(&module, &table, &addresses).unwrap(), expected);
+    table.steps[0].variants[0].launches[1].tiles =
+        Some(Tiles { weight: WeightId::from_index(1), slices: 8, granule: 1 });
+    refused(told(&module, &table, &addresses));
+}
+
 #[test]
 fn tiles_that_a_launch_does_not_know_are_refused() {
     let (module, table, addresses) = streamed();
@@ -483,4 +501,134 @@ fn tiles_that_a_launch_does_not_know_are_refused() {
         change(&mut table.steps[0].variants[0].launches[1].tiles);
         refused(told(&module, &table, &addresses));
     }
+}
+
+/// A library that takes what it is told to, and remembers what it was asked.
+struct Taker {
+    takes: bool,
+    asked: std::cell::RefCell<Vec<Call>>,
+}
+
+impl Taker {
+    fn new(takes: bool) -> Taker {
+        Taker { takes, asked: Default::default() }
+    }
+}
+
+impl Takes for Taker {
+    fn takes(&self, call: &Call) -> bool {
+        self.asked.borrow_mut().push(call.clone());
+        self.takes
+    }
+}
+
+/// `x` `[t, 4]` at value 0, the weight `[8, 4]`, `y` `[t, 4]` at value 1, all of f32.
+fn product_memory(rows: u64) -> (Addresses, Vec<Option<Range>>) {
+    let mut addresses = addresses(rows);
+    addresses.regions.weights = vec![Some(range(0x6_0000, 8 * 16))];
+    (addresses, vec![Some(range(0x1_0000, rows * 16)), Some(range(0x2_0000, rows * 16))])
+}
+
+fn by(library: &Taker, table: &LaunchTable, rows: u64) -> Result<Vec<Action>> {
+    let (addresses, values) = product_memory(rows);
+    resolve_step(table, &addresses, &values, &bindings(rows), LIMITS, library)
+}
+
+fn product_of(table: &mut LaunchTable) -> &mut launch::Product {
+    &mut table.steps[0].variants[0].library.as_mut().unwrap().products[0]
+}
+
+#[test]
+fn products_have_their_rows_and_places() {
+    let mut table = library_table();
+    product_of(&mut table).first = 4;
+    product_of(&mut table).bias = Some(Operand::Weight(WeightId::from_index(0)));
+    let taker = Taker::new(true);
+    let actions = by(&taker, &table, 6).unwrap();
+    let [Action::Product(call)] = actions.as_slice() else { panic!("{actions:?}") };
+    assert_eq!(*taker.asked.borrow(), std::slice::from_ref(call));
+    let product = call.question.product;
+    assert_eq!((product.m, product.n, product.k), (6, 4, 4));
+    assert!(call.question.bias && !call.question.residual);
+    assert_eq!((call.at, call.suggestion), (64, 0));
+    // The second half of the weight, and of the bias.
+    assert_eq!(call.places.w, range(0x6_0000 + 64, 64));
+    assert_eq!(call.places.bias, Some(range(0x6_0000 + 16, 16)));
+    assert_eq!(call.places.y, range(0x2_0000, 96));
+    assert_eq!(by(&taker, &table, 0).unwrap(), [], "no rows, no product");
+}
+
+#[test]
+fn what_is_not_taken_is_an_error_where_only_the_library_counts() {
+    let refused = by(&Taker::new(false), &library_table(), 6).unwrap_err();
+    assert_eq!((refused.code(), refused.kind()), ("cuda/library", Kind::Unsupported));
+}
+
+#[test]
+fn products_that_leave_their_memory_are_forged() {
+    type Change = fn(&mut launch::Product);
+    let of = |index| Some(Operand::Value(ValueId::from_index(index)));
+    assert_eq!(of(1), Some(product_of(&mut library_table()).y));
+    let changes: [Change; 9] = [
+        |p| p.n = 9,
+        |p| p.first = 5,
+        |p| p.first = u64::MAX,
+        |p| p.n = u64::MAX,
+        |p| p.k = 5,
+        |p| p.y = Operand::Value(ValueId::from_index(0)),
+        |p| p.weight = Operand::Weight(WeightId::from_index(7)),
+        |p| p.residual = Some(Operand::Value(ValueId::from_index(9))),
+        |p| p.rows = dim(7),
+    ];
+    for (at, change) in changes.into_iter().enumerate() {
+        let mut table = library_table();
+        change(product_of(&mut table));
+        assert_eq!(by(&Taker::new(true), &table, 6).unwrap_err().code(), "engine/forged", "{at}");
+    }
+    // In place is allowed, beside it is not.
+    let mut table = library_table();
+    product_of(&mut table).residual = of(1);
+    assert!(by(&Taker::new(true), &table, 6).is_ok());
+    let (addresses, mut values) = product_memory(6);
+    values.push(Some(range(0x2_0010, 96)));
+    product_of(&mut table).residual = of(2);
+    let beside = resolve_step(&table, &addresses, &values, &bindings(6), LIMITS, &Taker::new(true));
+    assert_eq!(beside.unwrap_err().code(), "engine/forged");
+}
+
+/// A graph whose second step may run by a library: `tanh` of a tensor is as good as a product to these tests.
+fn with_library() -> LaunchTable {
+    let mut table = table();
+    let product = launch::Product {
+        x: value(2),
+        weight: Operand::Weight(WeightId::from_index(0)),
+        y: value(3),
+        rows: t(),
+        n: 16,
+        k: 16,
+        ..product_of(&mut library_table()).clone()
+    };
+    let before = table.steps[2].variants[0].launches.clone();
+    table.steps[2].variants[0].library = Some(ByLibrary { before, products: vec![product] });
+    table.library_workspace = launch::LIBRARY_WORKSPACE;
+    table
+}
+
+#[test]
+fn a_step_runs_by_the_library_or_by_its_kernels() {
+    let mut memory = addresses(6);
+    memory.regions.weights = vec![Some(range(0x6_0000, 16 * 64))];
+    let at = |library: Option<&dyn Takes>| {
+        resolve(&module(), &with_library(), &memory, &bindings(6), LIMITS, library).unwrap()
+    };
+    let kernels = resolve(&module(), &table(), &memory, &bindings(6), LIMITS, None).unwrap();
+    // Absent, or there and refusing.
+    assert_eq!(at(None), kernels);
+    assert_eq!(at(Some(&Taker::new(false))), kernels);
+    let taken = at(Some(&Taker::new(true)));
+    assert_eq!(taken.steps.len(), kernels.steps.len());
+    assert_eq!(taken.actions.len(), kernels.actions.len() + 1, "what stands in front, and the product");
+    let products = taken.actions.iter().filter(|a| matches!(a, Action::Product(_))).count();
+    assert_eq!(products, 1);
+    assert!(matches!(taken.actions[taken.steps[2].1.end - 1], Action::Product(_)));
 }

@@ -1,12 +1,16 @@
 //! Engines for tests, built without a compiler.
 
 use millrace_ir::engine::{EngineWriter, SectionKind, Verify, WeightMeta, WriterOptions};
-use millrace_ir::launch::Bundle;
+use millrace_ir::launch::{
+    Arg, Bundle, ByLibrary, DeviceKernel, LIBRARY_WORKSPACE, Launch, LaunchStep, LaunchTable, Product,
+    Variant,
+};
 use millrace_ir::manifest::{Manifest, ModelKind};
 use millrace_ir::ops::Binary;
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::{
-    ArenaDecl, Builder, DType, Dim, Id, Kernel, Module, Phase, Place, TensorType, WeightExpr, text,
+    ArenaDecl, Builder, DType, Dim, Id, Kernel, Module, Operand, Phase, Place, Sym, TensorType, ValueId,
+    WeightExpr, WeightId, text,
 };
 
 use crate::engine::Engine;
@@ -84,6 +88,62 @@ pub(super) fn engine(target: &str, bundles: &[(&str, Vec<u8>)]) -> Engine {
 }
 
 /// The bytes of a bundle.
-pub(super) fn encoded(table: millrace_ir::launch::LaunchTable) -> Vec<u8> {
+pub(super) fn encoded(table: LaunchTable) -> Vec<u8> {
     Bundle { table, images: vec![b"none".to_vec()] }.encode()
+}
+
+/// A table of one step of one node that may run by a library: `%1 = %0 weight#0^T` with `t` rows, 4 columns each.
+pub(super) fn library_table() -> LaunchTable {
+    let t = || Dim::from(Sym::new("t").unwrap());
+    let (one, weight) = (|| Dim::from(1u64), Operand::Weight(WeightId::from_index(0)));
+    let value = |index| Operand::Value(ValueId::from_index(index));
+    let launch = Launch {
+        kernel: 0,
+        grid: [t(), one(), one()],
+        block: [32, 1, 1],
+        cluster: 1,
+        shared: 0,
+        dependent: true,
+        tiles: None,
+        args: [value(0), weight, value(1)].map(Arg::Address).to_vec(),
+    };
+    let product = Product {
+        x: value(0),
+        weight,
+        first: 0,
+        y: value(1),
+        bias: None,
+        residual: None,
+        rows: t(),
+        n: 4,
+        k: 4,
+        dtype: DType::F32,
+        out: DType::F32,
+        suggestion: 0,
+        at: 64,
+    };
+    let library = Some(ByLibrary { before: Vec::new(), products: vec![product] });
+    let kernel = DeviceKernel {
+        entry: "k".into(),
+        family: "cuda.test".into(),
+        source: "0".repeat(64),
+        image: 0,
+        registers: 0,
+        shared: 0,
+        local: 0,
+    };
+    LaunchTable {
+        arch: "sm_90a".into(),
+        kernels: vec![kernel],
+        steps: vec![LaunchStep {
+            first: 0,
+            nodes: 1,
+            variants: vec![Variant { when: Vec::new(), launches: vec![launch], library }],
+            streamed: Vec::new(),
+        }],
+        workspace: Dim::from(0u64),
+        counters: 0,
+        library_workspace: LIBRARY_WORKSPACE,
+        helpers: Vec::new(),
+    }
 }

@@ -8,12 +8,13 @@
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use millrace_ir::launch::Bundle;
+use millrace_ir::launch::{Bundle, LaunchTable};
 use millrace_ir::{Bindings, DType, Error, Id, Kind, Operand, Result};
 
 use super::driver::{Block, Context, DeviceInfo, Event, Stream};
-use super::launch::{Graph, ReadyLaunch};
-use super::library::{Library, Plan, Product, WORKSPACE};
+use super::launch::{Graph, Ready};
+use super::library::{Library, Places, Plan, Product, Question, WORKSPACE, present, suggestions};
+use super::products::Supply;
 use super::program::Program;
 use super::range::Range;
 use super::resolve::{Addresses, Limits, Ring, pack, parts, resolve_step};
@@ -54,6 +55,7 @@ pub struct TimedBuffer {
 
 /// A device to measure on.
 pub struct Timer {
+    library: Option<Option<Arc<Library>>>,
     noise: Vec<(DType, u32, Block)>,
     staging: Staging,
     start: Event,
@@ -89,23 +91,28 @@ pub struct Timed {
 
 /// What is done for each copy of the weights.
 enum Work {
-    /// Launches by copy.
-    Launches(Vec<Vec<ReadyLaunch>>),
-    /// A product by copy of `w`, with `x`, `y` and scratch memory.
-    Product { plan: Plan, w: Vec<Range>, x: Range, y: Range, scratch: Range },
+    /// Launches and products of a library by copy.
+    Launches(Vec<Vec<Ready>>),
+    /// A product by copy of `w`, with scratch memory.
+    Product { plan: Plan, places: Vec<Places>, scratch: Range },
 }
 
 impl Work {
     /// Enqueues the work for one copy; `overlap` tells whether a launch may begin before its predecessor has ended.
     fn enqueue(&self, copy: usize, overlap: bool, stream: &Stream) -> Result<()> {
         match self {
-            // The first follows whatever there was; the others a kernel.
-            Work::Launches(all) => all[copy % all.len()]
-                .iter()
-                .enumerate()
-                .try_for_each(|(at, launch)| launch.enqueue(stream, overlap || at > 0)),
-            Work::Product { plan, w, x, y, scratch } => {
-                plan.enqueue(stream, w[copy % w.len()], *x, *y, *scratch)
+            // The first follows whatever there was, the same work for another copy; the others their neighbour.
+            Work::Launches(all) => {
+                let list = &all[copy % all.len()];
+                let mut overlap = overlap && list.last().is_some_and(Ready::is_launch);
+                list.iter().try_for_each(|ready| {
+                    ready.enqueue_alone(stream, overlap)?;
+                    overlap = ready.is_launch();
+                    Ok(())
+                })
+            }
+            Work::Product { plan, places, scratch } => {
+                plan.enqueue(stream, &places[copy % places.len()], *scratch)
             }
         }
     }
@@ -176,12 +183,32 @@ impl Timer {
         let context = Context::retain(index)?;
         Ok(Timer {
             noise: Vec::new(),
+            library: None,
             staging: Staging::new(&context, NOISE)?,
             start: Event::new(&context, true)?,
             end: Event::new(&context, true)?,
             stream: Stream::new(&context)?,
             recording: Stream::new(&context)?,
             context,
+        })
+    }
+
+    /// The library of matrix products, opened when first asked for; `None` where it is not there.
+    fn library(&mut self) -> Result<Option<Arc<Library>>> {
+        if self.library.is_none() {
+            self.library = Some(Library::open(&self.context)?);
+        }
+        Ok(self.library.clone().flatten())
+    }
+
+    /// The library as `table` needs it.
+    fn supply(&mut self, table: &LaunchTable) -> Result<Supply> {
+        if table.by_library().next().is_none() {
+            return Ok(Supply::without(table, ""));
+        }
+        Ok(match self.library()? {
+            Some(library) => Supply::with(&library, table),
+            None => Supply::without(table, "it is not installed"),
         })
     }
 
@@ -260,6 +287,11 @@ impl Timer {
 }
 
 impl Bench<'_> {
+    /// Whether the library of matrix products is installed.
+    pub fn has_library(&self) -> bool {
+        present()
+    }
+
     /// Addresses with the weights of one copy.
     fn addresses(&self, copy: usize) -> (Addresses, Vec<Option<Range>>) {
         let mut regions = Regions {
@@ -301,17 +333,25 @@ impl Bench<'_> {
     /// Whatever keeps its kernels from being loaded or launched.
     pub fn prepare(&mut self, bundle: Bundle) -> Result<Timed> {
         self.timer.context.enter()?;
-        let program = Program::load(&self.timer.context, bundle)?;
-        let limits = Limits::of(&self.timer.context.info);
+        let context = self.timer.context.clone();
+        let program = Program::load(&context, bundle)?;
+        let limits = Limits::of(&context.info);
+        let supply = self.timer.supply(&program.table)?;
+        let memory = match supply.workspace() {
+            0 => None,
+            bytes => Some(Block::new(&context, bytes, "scratch memory of a library")?),
+        };
+        let library = memory.as_ref().map(|block| (&supply, block.range()));
         let mut all = Vec::new();
         for copy in 0..self.copies {
             let (addresses, values) = self.addresses(copy);
-            let resolved = resolve_step(&program.table, &addresses, &values, &self.bindings, limits)?;
-            all.push(program.launches(&resolved)?);
+            let actions = resolve_step(&program.table, &addresses, &values, &self.bindings, limits, &supply)
+                .map_err(|e| supply.report().map_or(e.clone(), |report| e.at(report)))?;
+            all.push(program.ready(&actions, library)?);
         }
         let results = self.buffers.iter().zip(&self.ranges);
         let results = results.filter(|(b, _)| b.random.is_none()).map(|(b, r)| (b.dtype, r[0])).collect();
-        self.record(Work::Launches(all), results, Some(program), None)
+        self.record(Work::Launches(all), results, Some(program), memory)
     }
 
     /// Prepares the product `x w^T` by cuBLASLt's ways, at most `most` of them; none where the library is not there. It
@@ -323,7 +363,8 @@ impl Bench<'_> {
     pub fn products(&mut self, product: Product, x: Operand, w: Operand, most: usize) -> Result<Vec<Timed>> {
         let context = self.timer.context.clone();
         context.enter()?;
-        let Some(library) = Library::open(&context)? else { return Ok(Vec::new()) };
+        let Some(library) = self.timer.library()? else { return Ok(Vec::new()) };
+        let question = Question::from(product);
         let found = |operand: Operand| {
             let at = self.buffers.iter().position(|b| b.operand == operand);
             at.map(|at| self.ranges[at].clone())
@@ -333,14 +374,16 @@ impl Bench<'_> {
         };
         let bytes = product.m * product.n * product.out.size_bytes().unwrap_or(0) as u64;
         let mut all = Vec::new();
-        for plan in Plan::all(&library, product, most)? {
+        for algorithm in suggestions(&library, &question, most)? {
+            let Some(plan) = Plan::new(&library, question, algorithm, None)? else { continue };
             let (offsets, total) = pack(&[bytes, WORKSPACE]).unwrap_or_default();
             let memory = Block::new(&context, total, "a product")?;
             let [y, scratch] = parts(memory.range(), &offsets, &[bytes, WORKSPACE]).unwrap_or_default()[..]
             else {
                 return Ok(all);
             };
-            let work = Work::Product { plan, w: w.clone(), x, y, scratch };
+            let at = |w: &Range| Places { w: *w, x, y, bias: None, residual: None };
+            let work = Work::Product { plan, places: w.iter().map(at).collect(), scratch };
             all.push(self.record(work, vec![(product.out, y)], None, Some(memory))?);
         }
         Ok(all)

@@ -51,6 +51,9 @@ impl<'e> Session<'e> {
         ];
         if let Backend::Cuda(cuda) = &self.backend {
             required.push((Class::Workspace, need.scratch.saturating_add(cuda.counter_bytes())));
+            if cuda.library_bytes() > 0 {
+                required.push((Class::Library, cuda.library_bytes()));
+            }
         }
         Ok(required)
     }
@@ -188,6 +191,7 @@ impl<'e> Session<'e> {
     pub(super) fn note_device_memory(&mut self) {
         if let Backend::Cuda(cuda) = &self.backend {
             self.ledger.set(Class::Workspace, cuda.workspace_held());
+            self.ledger.set(Class::Library, cuda.library_held());
             self.ledger.set(Class::Staging, cuda.staging_held());
             self.ledger.set(Class::Slack, cuda.slack_bytes());
         }

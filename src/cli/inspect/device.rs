@@ -6,7 +6,7 @@ use std::fmt::Write;
 use millrace::ir::engine::SectionKind;
 use millrace::ir::fold::layer;
 use millrace::ir::kernel_sources::KernelSources;
-use millrace::ir::launch::{Bundle, Launch, LaunchStep, LaunchTable, Variant};
+use millrace::ir::launch::{Bundle, ByLibrary, Launch, LaunchStep, LaunchTable, Variant};
 use millrace::ir::{Bindings, Module, Sym};
 use millrace::{Engine, Error, Kind, Result};
 use serde_json::{Value, json};
@@ -38,7 +38,7 @@ fn nodes(module: &Module, step: &LaunchStep) -> (Vec<String>, Vec<String>) {
 /// Threads of a block, and most bytes of dynamic shared memory, of each kernel.
 fn blocks(table: &LaunchTable) -> Vec<(u32, u32)> {
     let mut blocks = vec![(0, 0); table.kernels.len()];
-    for launch in table.steps.iter().flat_map(LaunchStep::all_variants).flat_map(|v| &v.launches) {
+    for launch in table.steps.iter().flat_map(LaunchStep::all_launches) {
         let (threads, shared) = &mut blocks[launch.kernel];
         *threads = launch.block.iter().product::<u32>().max(*threads);
         *shared = launch.shared.max(*shared);
@@ -70,6 +70,31 @@ fn launch(table: &LaunchTable, launch: &Launch) -> Value {
     })
 }
 
+/// What runs instead where the library is there.
+fn by_library(table: &LaunchTable, run: &ByLibrary) -> Value {
+    let products = run.products.iter().map(|p| {
+        json!({
+            "library": "cuBLASLt", "algorithm": p.suggestion, "rows": p.rows.to_string(), "n": p.n, "k": p.k,
+            "bias": p.bias.is_some(), "residual": p.residual.is_some(), "dtype": p.dtype.name(), "out": p.out.name(),
+        })
+    });
+    json!({
+        "before": run.before.iter().map(|l| launch(table, l)).collect::<Vec<_>>(),
+        "products": products.collect::<Vec<_>>(),
+    })
+}
+
+/// The same in words.
+fn library_words(table: &LaunchTable, run: &ByLibrary) -> String {
+    let before = run.before.iter().map(|l| table.kernels[l.kernel].entry.clone());
+    let products = run.products.iter().map(|p| {
+        let bias = if p.bias.is_some() { " + bias" } else { "" };
+        let residual = if p.residual.is_some() { " + residual" } else { "" };
+        format!("cublaslt-{} [{}, {}] x [{}, {}]{bias}{residual}", p.suggestion, p.rows, p.k, p.n, p.k)
+    });
+    before.chain(products).collect::<Vec<_>>().join(", ")
+}
+
 /// The tables for programs.
 pub fn json(engine: &Engine) -> Result<Value> {
     let module = engine.module();
@@ -89,7 +114,8 @@ pub fn json(engine: &Engine) -> Result<Value> {
                     .iter()
                     .map(|c| json!({"dim": c.dim.to_string(), "min": c.min, "max": c.max}))
                     .collect();
-                json!({"when": when, "launches": v.launches.iter().map(|l| launch(table, l)).collect::<Vec<_>>()})
+                let launches: Vec<Value> = v.launches.iter().map(|l| launch(table, l)).collect();
+                json!({"when": when, "launches": launches, "library": v.library.as_ref().map(|l| by_library(table, l))})
             });
             json!({"nodes": nodes, "layers": layers, "variants": variants.collect::<Vec<_>>()})
         });
@@ -99,6 +125,7 @@ pub fn json(engine: &Engine) -> Result<Value> {
             "steps": steps.collect::<Vec<_>>(),
             "workspace": table.workspace.to_string(),
             "counters": table.counters,
+            "library_workspace": table.library_workspace,
         })
     };
     Ok(tables(engine)?.iter().map(table).collect())
@@ -115,6 +142,14 @@ pub fn print_kernels(engine: &Engine) -> Result<()> {
             table.workspace,
             table.counters
         );
+        if table.library_workspace > 0 {
+            let _ = writeln!(
+                text,
+                "  cuBLASLt, where it is installed: {} variants, {} bytes of workspace",
+                table.by_library().count(),
+                table.library_workspace
+            );
+        }
         for (kernel, (threads, dynamic)) in table.kernels.iter().zip(blocks(&table)) {
             // Writing to a string cannot fail.
             let _ = match kernel.registers {
@@ -135,6 +170,14 @@ pub fn print_kernels(engine: &Engine) -> Result<()> {
             let (nodes, layers) = nodes(engine.module(), step);
             let _ = writeln!(text, "  {}: {}", nodes.join(", "), layers.join(", "));
             for variant in step.all_variants() {
+                if let Some(run) = &variant.library {
+                    let _ = writeln!(
+                        text,
+                        "    {}: where cuBLASLt is installed {}",
+                        conditions(variant),
+                        library_words(&table, run)
+                    );
+                }
                 for (at, launch) in variant.launches.iter().enumerate() {
                     let when = if at == 0 { conditions(variant) } else { "then".to_string() };
                     let [x, y, z] = launch.whole_grid();
@@ -202,7 +245,7 @@ pub fn print_at(engine: &Engine, text: &str, as_json: bool) -> Result<()> {
             let kernel = &table.kernels[at.launch.kernel];
             lines.push(json!({
                 "entry": kernel.entry, "family": kernel.family, "grid": at.grid, "block": at.launch.block,
-                "shared": at.launch.shared, "layer": of, "nodes": nodes,
+                "shared": at.launch.shared, "layer": of, "nodes": nodes, "library": at.library,
             }));
         }
         let mut layers_of: BTreeMap<usize, usize> = BTreeMap::new();
@@ -222,11 +265,12 @@ pub fn print_at(engine: &Engine, text: &str, as_json: bool) -> Result<()> {
                 let field = |name: &str| line[name].as_str().unwrap_or("");
                 let _ = writeln!(
                     text,
-                    "  {} {}: {} ({})",
+                    "  {} {}: {} ({}){}",
                     field("entry"),
                     line["grid"],
                     nodes.join(", "),
-                    field("layer")
+                    field("layer"),
+                    if line["library"] == true { ", or cuBLASLt" } else { "" }
                 );
             }
             print(&text)?;

@@ -16,6 +16,7 @@ use millrace::ir::text;
 use millrace::{Allocation, CompileOptions, Compiled, Engine, Session, SessionOptions, TensorRef, compile};
 
 use super::case::{Case, Prepared, Source};
+use crate::by_library;
 use crate::judge::{Judge, Subject};
 
 /// Where a case runs.
@@ -29,20 +30,30 @@ pub enum Backend {
     /// Every step three times, so that the last two are replays.
     CudaGraph,
     CudaReload,
+    /// As [`Backend::CudaGraph`], of an engine that names the library of matrix products wherever it may. Cases without such
+    /// a product are left out.
+    CudaLibrary,
 }
 
 impl Backend {
-    pub const ALL: [Backend; 6] = [
+    pub const ALL: [Backend; 7] = [
         Backend::Cpu,
         Backend::CpuReload,
         Backend::CudaStatic,
         Backend::CudaDynamic,
         Backend::CudaGraph,
         Backend::CudaReload,
+        Backend::CudaLibrary,
     ];
 
     pub fn name(self) -> &'static str {
-        ["cpu", "cpu-reload", "cuda-static", "cuda-dynamic", "cuda-graph", "cuda-reload"][self as usize]
+        ["cpu", "cpu-reload", "cuda-static", "cuda-dynamic", "cuda-graph", "cuda-reload", "cuda-library"]
+            [self as usize]
+    }
+
+    /// Whether every step runs three times, so that the last two are replays.
+    fn replays(self) -> bool {
+        matches!(self, Backend::CudaGraph | Backend::CudaLibrary)
     }
 
     pub fn on_gpu(self) -> bool {
@@ -129,9 +140,31 @@ impl Judged {
         backends: &[Backend],
         folder: &Path,
     ) -> Vec<(Backend, Outcome)> {
+        // Sums of the library have orders of their own, so its engine is one by itself.
+        let (by_library, by_kernels): (Vec<Backend>, Vec<Backend>) =
+            backends.iter().partition(|b| **b == Backend::CudaLibrary);
+        let mut outcomes = Vec::new();
+        for (group, library) in [(by_kernels, false), (by_library, true)] {
+            if !group.is_empty() && !outcomes.iter().any(|(_, o)| matches!(o, Outcome::Poisoned(_))) {
+                outcomes.extend(self.run_engine(case, target, &group, library, folder));
+            }
+        }
+        outcomes
+    }
+
+    /// Runs on several backends of one engine, which names the library of matrix products or does not.
+    fn run_engine(
+        &self,
+        case: &Case,
+        target: &str,
+        backends: &[Backend],
+        library: bool,
+        folder: &Path,
+    ) -> Vec<(Backend, Outcome)> {
         let all = |outcome: Outcome| backends.iter().map(|b| (*b, outcome.clone())).collect();
-        let compiled = match compiled(case, target, &self.path) {
-            Ok(compiled) => compiled,
+        let compiled = match compiled(case, target, &self.path, library) {
+            Ok(Some(compiled)) => compiled,
+            Ok(None) => return Vec::new(),
             Err(outcome) => return all(outcome),
         };
         let name = case.name.replace('/', "_");
@@ -192,17 +225,18 @@ impl Judged {
                 Allocation::Static
             },
             kv_pages: pages,
-            graphs: matches!(backend, Backend::CudaGraph | Backend::CudaReload),
+            graphs: backend.replays() || backend == Backend::CudaReload,
             ..SessionOptions::default()
         };
         let shown = |e: millrace::Error| format!("{}: {e}", e.code());
         let mut session = engine.session(options).map_err(shown)?;
         let mut bytes = Vec::new();
+        let mut products = 0;
         for (at, (_, inputs)) in self.prepared.steps.iter().enumerate() {
             if backend == Backend::CudaStatic {
                 run(&mut session, &poison(inputs)).map_err(shown)?;
             }
-            let times = if backend == Backend::CudaGraph { 3 } else { 1 };
+            let times = if backend.replays() { 3 } else { 1 };
             // What a step finds in a cache it reads first must be what the steps before it wrote, not what it wrote itself.
             let again = self.reads_first && at > 0 && backend.on_gpu();
             for _ in 0..times {
@@ -223,9 +257,21 @@ impl Judged {
             }
             self.judge.compare(at, &found)?;
             bytes.push(step);
+            products += session.library_report().map_or(0, |report| report.last_products);
         }
         session.synchronize().map_err(shown)?;
-        if let Some(report) = session.graph_report().filter(|_| backend == Backend::CudaGraph) {
+        if backend == Backend::CudaLibrary {
+            // What the library does not take has a reason; without any, something ran by it.
+            let report = session.library_report().ok_or("the engine names no library")?;
+            let asked = report.reasons.iter().any(|reason| reason.contains("has no algorithm"));
+            if report.version.is_none() && !asked {
+                return Err(format!("the library runs nothing: {report}"));
+            }
+            if report.reasons.is_empty() && products == 0 && self.steps() > 0 {
+                return Err("the library ran nothing, and nobody says why".to_string());
+            }
+        }
+        if let Some(report) = session.graph_report().filter(|_| backend.replays()) {
             if let Some(failure) = report.failure {
                 return Err(format!("graph: {failure}"));
             }
@@ -270,7 +316,8 @@ fn source_path(case: &Case, folder: &Path) -> Result<std::path::PathBuf, String>
     Ok(path)
 }
 
-fn compiled(case: &Case, target: &str, path: &Path) -> Result<Compiled, Outcome> {
+/// The case for a target; none if it is to name the library and has no product for it.
+fn compiled(case: &Case, target: &str, path: &Path, library: bool) -> Result<Option<Compiled>, Outcome> {
     let wrong = |e: millrace::Error| Outcome::Wrong(format!("compile: {}: {e}", e.code()));
     let mut options = case.options();
     options.target = TargetChoice::parse(target).map_err(wrong)?;
@@ -278,11 +325,20 @@ fn compiled(case: &Case, target: &str, path: &Path) -> Result<Compiled, Outcome>
     if let Some(at) = case.split {
         options.tuning = split_tuning(path, &options, at).map_err(wrong)?;
     }
-    compile(path, &options, None).map_err(|e| {
+    let refused = |e: millrace::Error| {
         let message = e.to_string();
         let gap = GAPS.iter().find(|(_, is)| e.code() == "compile/no-kernel" && is(&message));
         gap.map_or_else(|| wrong(e), |(name, _)| Outcome::Gap(name))
-    })
+    };
+    if library {
+        let prepared = prepare_with(path, &options, None, &mut Progress::default()).map_err(refused)?;
+        let named = by_library::tuning(&prepared.module, &options.target.archs, 0);
+        if named.entries.is_empty() {
+            return Ok(None);
+        }
+        options.tuning.entries.extend(named.entries);
+    }
+    compile(path, &options, None).map(Some).map_err(refused)
 }
 
 /// Entries that choose the same place of the list for all keys of single rows, the last where there are fewer.
@@ -305,6 +361,9 @@ fn split_tuning(path: &Path, options: &CompileOptions, at: usize) -> millrace::R
 
 /// Compiles a case and nothing else.
 pub fn build(case: &Case, target: &str, folder: &Path) -> Outcome {
-    let built = source_path(case, folder).map_err(Outcome::Wrong).and_then(|p| compiled(case, target, &p));
+    let built = source_path(case, folder).map_err(Outcome::Wrong).and_then(|path| {
+        compiled(case, target, &path, false)?;
+        compiled(case, target, &path, true)
+    });
     built.map_or_else(|outcome| outcome, |_| Outcome::Right(0))
 }

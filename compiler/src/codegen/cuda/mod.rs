@@ -12,7 +12,9 @@ pub use trials::{Trial, TrialBuffer, TrialCandidate, TrialFill, TrialProduct, sp
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use millrace_ir::launch::{Arg, Bundle, Helper, Launch, LaunchStep, LaunchTable, Variant};
+use millrace_ir::launch::{
+    Arg, Bundle, ByLibrary, Helper, LIBRARY_WORKSPACE, Launch, LaunchStep, LaunchTable, Variant,
+};
 use millrace_ir::verify::Verified;
 use millrace_ir::{DType, Dim, Error, Id, Kernel, KernelId, Kind, Module, NodeId, Phase, Result, text};
 use millrace_kernels::cuda::{
@@ -83,12 +85,14 @@ impl Draft {
             let mut table = |planned: Vec<SiteVariant>| {
                 let mut variants = Vec::with_capacity(planned.len());
                 for variant in planned {
-                    let mut launches = Vec::with_capacity(variant.launches.len());
-                    for launch in variant.launches {
-                        let kernel = index(&mut draft.sources, launch.source.clone());
-                        launches.push(table_launch(launch, kernel, arch));
-                    }
-                    variants.push(Variant { when: variant.when, launches });
+                    let mut launches = |launches: Vec<SiteLaunch>| -> Vec<Launch> {
+                        let of = |launch: SiteLaunch| {
+                            let kernel = index(&mut draft.sources, launch.source.clone());
+                            table_launch(launch, kernel, arch)
+                        };
+                        launches.into_iter().map(of).collect()
+                    };
+                    variants.push(table_variant(variant, &mut launches));
                 }
                 variants
             };
@@ -101,6 +105,20 @@ impl Draft {
         }
         Ok(draft)
     }
+}
+
+/// Bytes of scratch memory for products of a library, if any of `steps` names them.
+fn library_workspace(steps: &[LaunchStep]) -> u64 {
+    let named = steps.iter().flat_map(|s| &s.variants).any(|v| v.library.is_some());
+    if named { LIBRARY_WORKSPACE } else { 0 }
+}
+
+/// A variant as a table has it; `launches` finds the kernels.
+fn table_variant(variant: SiteVariant, launches: &mut dyn FnMut(Vec<SiteLaunch>) -> Vec<Launch>) -> Variant {
+    let SiteVariant { when, launches: own, library } = variant;
+    let own = launches(own);
+    let library = library.map(|l| ByLibrary { before: launches(l.before), products: l.products });
+    Variant { when, launches: own, library }
 }
 
 /// A launch as a table has it.
@@ -173,6 +191,7 @@ pub fn lower(module: Verified<'_>, archs: &[Arch], builder: &Builder, choices: &
             steps: draft.steps.clone(),
             workspace: draft.workspace.clone(),
             counters: draft.counters,
+            library_workspace: library_workspace(&draft.steps),
             helpers: draft.helpers.clone(),
         };
         bundles.push(Bundle { table, images });

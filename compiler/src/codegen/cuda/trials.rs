@@ -4,15 +4,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use millrace_ir::launch::{Bundle, LaunchStep, LaunchTable, Variant};
+use millrace_ir::launch::{Bundle, Launch, LaunchStep, LaunchTable};
 use millrace_ir::{Bindings, DType, Dim, Module, NodeId, Operand};
 use millrace_kernels::cuda::attention::{self, Split};
-use millrace_kernels::cuda::matmul::choice::{RANGES, RowRange, Way, candidates, key};
-use millrace_kernels::cuda::matmul::{Layout, Problem};
-use millrace_kernels::cuda::{Arch, Site, Source};
+use millrace_kernels::cuda::matmul::choice::{RANGES, RowRange, Way, candidates, key, library_key};
+use millrace_kernels::cuda::matmul::{Layout, Problem, library};
+use millrace_kernels::cuda::{Arch, Site, SiteLaunch, SiteVariant, Source};
 
 use super::build::{Built, Order};
-use super::table_launch;
+use super::{library_workspace, table_launch, table_variant};
 use crate::pass::Context;
 use crate::tuning::{Tuning, VERSION};
 
@@ -35,7 +35,7 @@ pub struct Trial {
     pub buffers: Vec<TrialBuffer>,
     /// Multiplications and additions of a launch, two each.
     pub operations: f64,
-    /// Candidates, the built-in one first.
+    /// Candidates, the built-in one first, those of a library last.
     pub candidates: Vec<TrialCandidate>,
     /// The product that they compute with whatever is fused to it.
     pub product: TrialProduct,
@@ -85,6 +85,9 @@ pub enum TrialFill {
 pub struct TrialCandidate {
     /// Its stable name.
     pub name: String,
+    /// Whether products of a library take the place of kernels. Such a candidate has a key of its own, [`library_key`], and
+    /// the launches of the built-in one beside it, which do not count.
+    pub by_library: bool,
     table: LaunchTable,
     sources: Vec<Arc<Source>>,
 }
@@ -160,10 +163,17 @@ fn trial(problem: &Problem<'_>, node: NodeId, rows: RowRange, key: String) -> Op
         None if problem.m.as_const().is_none() || at != most => return None,
         None => {}
     }
-    let ways: Vec<_> = candidates(problem, rows)
+    let mut ways: Vec<(String, SiteVariant)> = candidates(problem, rows)
         .into_iter()
-        .filter_map(|w| Some((w.name(), w.launches(problem)?)))
+        .filter_map(|w| Some((w.name(), SiteVariant::new(Vec::new(), w.launches(problem)?))))
         .collect();
+    if let Some((_, built_in)) = ways.first().cloned() {
+        let by = |name: String| {
+            let library = library::run(problem, rows, library::suggestion(&name)?);
+            Some((name, SiteVariant { library: Some(library?), ..built_in.clone() }))
+        };
+        ways.extend(library::names(problem).into_iter().filter_map(by));
+    }
     // Where there is no choice, many rows are still worth a comparison with a library.
     if ways.is_empty() || (ways.len() < 2 && rows.first <= 64) {
         return None;
@@ -197,27 +207,32 @@ fn trial(problem: &Problem<'_>, node: NodeId, rows: RowRange, key: String) -> Op
     }
     let candidates = ways
         .into_iter()
-        .map(|(name, launches)| {
+        .map(|(name, variant)| {
+            let by_library = variant.library.is_some();
             let mut sources: Vec<Arc<Source>> = Vec::new();
-            let mut table = Vec::new();
-            for launch in launches {
-                let known = sources.iter().position(|s| *s == launch.source);
-                let kernel = known.unwrap_or_else(|| {
-                    sources.push(launch.source.clone());
-                    sources.len() - 1
-                });
-                table.push(table_launch(launch, kernel, arch));
-            }
-            let variants = vec![Variant { when: Vec::new(), launches: table }];
+            let mut launches = |launches: Vec<SiteLaunch>| -> Vec<Launch> {
+                let of = |launch: SiteLaunch| {
+                    let known = sources.iter().position(|s| *s == launch.source);
+                    let kernel = known.unwrap_or_else(|| {
+                        sources.push(launch.source.clone());
+                        sources.len() - 1
+                    });
+                    table_launch(launch, kernel, arch)
+                };
+                launches.into_iter().map(of).collect()
+            };
+            let variants = vec![table_variant(variant, &mut launches)];
+            let steps = vec![LaunchStep { first: 0, nodes: 1, variants, streamed: Vec::new() }];
             let table = LaunchTable {
                 arch: arch.to_string(),
                 kernels: Vec::new(),
-                steps: vec![LaunchStep { first: 0, nodes: 1, variants, streamed: Vec::new() }],
                 workspace: Dim::from(0u64),
                 counters: 0,
+                library_workspace: library_workspace(&steps),
+                steps,
                 helpers: Vec::new(),
             };
-            TrialCandidate { name, table, sources }
+            TrialCandidate { name, by_library, table, sources }
         })
         .collect();
     let operations = 2.0 * at as f64 * problem.k as f64 * problem.n() as f64;
@@ -238,6 +253,7 @@ pub fn tuned(
     module: &Module,
     archs: &[Arch],
     tuning: &Tuning,
+    with_library: bool,
     context: &mut Context,
 ) -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
@@ -245,18 +261,21 @@ pub fn tuned(
     if tuning.entries.is_empty() {
         return found;
     }
-    let mut consider = |key: String, node: NodeId, names: &dyn Fn() -> Vec<String>| {
+    let choices = tuning.choices(with_library);
+    let mut consider = |key: String, by_library: bool, node: NodeId, names: &dyn Fn() -> Vec<String>| {
         let Some(entry) = tuning.entries.get(&key) else { return };
         if found.contains_key(&key) || told.contains(&key) {
             return;
         }
         let known = names().contains(&entry.candidate);
-        if known && entry.version == VERSION {
+        if known && choices.get(&key).is_some() {
             found.insert(key, entry.candidate.clone());
             return;
         }
         let why = match known {
-            true => format!("is of version {}", entry.version),
+            true if entry.version != VERSION => format!("is of version {}", entry.version),
+            true if by_library && !with_library => "names a library, which is not wanted".to_string(),
+            true => "names a library, and a kernel is as fast".to_string(),
             false => format!("names {}, which is not known", entry.candidate),
         };
         context.remark("tuning", &module.graph, node, format!("ignored: the entry for `{key}` {why}"));
@@ -265,12 +284,13 @@ pub fn tuned(
     for arch in archs {
         problems(module, *arch, |problem, node| {
             for rows in RANGES {
-                let names = || candidates(problem, rows).iter().map(Way::name).collect();
-                consider(key(problem, rows), node, &names);
+                let kernels = key(problem, rows);
+                consider(library_key(&kernels), true, node, &|| library::names(problem));
+                consider(kernels, false, node, &|| candidates(problem, rows).iter().map(Way::name).collect());
             }
         });
         for (key, node, names) in splits(module, *arch) {
-            consider(key, node, &|| names.clone());
+            consider(key, false, node, &|| names.clone());
         }
     }
     found

@@ -6,7 +6,6 @@
 use millrace_ir::ops::attention::Mask;
 use millrace_ir::ops::binary::BinaryFn;
 use millrace_ir::ops::{Binary, Iota, Op};
-use millrace_ir::weights::WeightReader;
 use millrace_ir::{Operand, WeightExpr, WeightId};
 
 use crate::pattern::constant;
@@ -263,7 +262,7 @@ fn table(
     if n * n > WeightExpr::DENSE_LIMIT {
         return Err(unknown());
     }
-    let values = WeightReader::new(view.module).tensor(weight).map_err(|_| unknown())?;
+    let values = view.numbers(weight).map_err(|_| unknown())?;
     let sees = values.data.iter().map(|v| visible(*v)).collect::<Result<Vec<bool>, Reason>>()?;
     if n == 1 {
         // It repeats over all rows and columns.

@@ -7,7 +7,6 @@
 use millrace_ir::ops::rope::{RopeLayout, RopeScaling};
 use millrace_ir::ops::unary::UnaryFn;
 use millrace_ir::ops::{Binary, Concat, Embedding, Gather, Iota, Op, Rope, Slice, Unary, binary::BinaryFn};
-use millrace_ir::weights::WeightReader;
 use millrace_ir::{Operand, WeightExpr, WeightId};
 
 use crate::rewrite::View;
@@ -138,7 +137,7 @@ fn constants(view: &View<'_>, weight: WeightId) -> Option<Vec<f64>> {
     if !(1..=WeightExpr::DENSE_LIMIT as i64).contains(&elements) {
         return None;
     }
-    WeightReader::new(view.module).tensor(weight).ok().map(|t| t.data)
+    view.numbers(weight).ok().map(|t| t.data)
 }
 
 /// `[.., n]` below a broadcast `[.., n, 1] -> [.., n, k]`: k and the operand.

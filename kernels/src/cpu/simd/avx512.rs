@@ -8,6 +8,9 @@ use crate::cpu::element::{Element, Widen};
 /// Bytes between a panel row and the one that is prefetched with it.
 const AHEAD: usize = 4096;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Loads 16 elements as f32.
 ///
 /// # Safety
@@ -27,6 +30,23 @@ unsafe fn load<T: Element>(at: *const T) -> __m512 {
     }
 }
 
+/// One step of a tile: row `i` of the panel times row `i` of `a`.
+///
+/// # Safety
+/// As [`rows`], with `x` at row `i` of `a` and `panel` at row `i` of the panel.
+#[inline(always)]
+unsafe fn step<T: Element, const R: usize>(sums: &mut [[__m512; 2]; R], x: *const f32, panel: *const T) {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        let b = [load(panel), load(panel.add(16))];
+        for (r, sum) in sums.iter_mut().enumerate() {
+            let x = _mm512_set1_ps(*x.add(r));
+            sum[0] = _mm512_fmadd_ps(x, b[0], sum[0]);
+            sum[1] = _mm512_fmadd_ps(x, b[1], sum[1]);
+        }
+    }
+}
+
 /// # Safety
 /// AVX-512 F is there; sizes as [`super::tile`] checks them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
@@ -35,30 +55,44 @@ unsafe fn rows<T: Element, const R: usize>(
     stride: usize,
     k: usize,
     panel: *const T,
+    ahead: &[T],
     acc: *mut f32,
 ) {
     // SAFETY: the caller checked that `a` holds k times R numbers at `stride`, `panel` k rows and `acc` R rows of 32.
+    // Prefetches never fault.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
         for (r, sum) in sums.iter_mut().enumerate() {
             *sum = [_mm512_loadu_ps(acc.add(r * PANEL)), _mm512_loadu_ps(acc.add(r * PANEL + 16))];
         }
-        for i in 0..k {
-            let b = [load(panel.add(i * PANEL)), load(panel.add(i * PANEL + 16))];
-            if R <= 8 {
-                // Few rows wait for memory: the panels that follow are asked for early. Prefetches never fault.
-                let ahead = panel.wrapping_add(i * PANEL).cast::<i8>().wrapping_add(AHEAD);
-                _mm_prefetch::<_MM_HINT_T0>(ahead);
-                if size_of::<T>() == 4 {
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64));
+        let mut i = 0;
+        // Requests are spread evenly over the steps, so that they wait for memory beside the multiply-adds.
+        let lines = size_of_val(ahead).div_ceil(LINE);
+        if lines > 0 && k > 0 {
+            let (steps, at_once) = if lines < k { (k / lines, 1) } else { (1, lines.div_ceil(k)) };
+            let mut next = ahead.as_ptr().cast::<i8>();
+            for _ in 0..lines.div_ceil(at_once) {
+                for _ in 0..at_once {
+                    _mm_prefetch::<_MM_HINT_T1>(next);
+                    next = next.wrapping_add(LINE);
+                }
+                for _ in 0..steps {
+                    step::<T, R>(&mut sums, a.add(i * stride), panel.add(i * PANEL));
+                    i += 1;
                 }
             }
-            let x = a.add(i * stride);
-            for (r, sum) in sums.iter_mut().enumerate() {
-                let x = _mm512_set1_ps(*x.add(r));
-                sum[0] = _mm512_fmadd_ps(x, b[0], sum[0]);
-                sum[1] = _mm512_fmadd_ps(x, b[1], sum[1]);
+        }
+        while i < k {
+            if R <= 8 {
+                // Few rows wait for memory: the rows of the panel that follow are asked for early.
+                let near = panel.wrapping_add(i * PANEL).cast::<i8>().wrapping_add(AHEAD);
+                _mm_prefetch::<_MM_HINT_T0>(near);
+                if size_of::<T>() == 4 {
+                    _mm_prefetch::<_MM_HINT_T0>(near.wrapping_add(LINE));
+                }
             }
+            step::<T, R>(&mut sums, a.add(i * stride), panel.add(i * PANEL));
+            i += 1;
         }
         for (r, sum) in sums.iter().enumerate() {
             _mm512_storeu_ps(acc.add(r * PANEL), sum[0]);
@@ -75,6 +109,7 @@ pub(super) unsafe fn tile<T: Element>(
     count: usize,
     k: usize,
     panel: &[T],
+    ahead: &[T],
     acc: &mut [f32],
 ) {
     let (a, panel, acc) = (a.as_ptr(), panel.as_ptr(), acc.as_mut_ptr());
@@ -82,20 +117,20 @@ pub(super) unsafe fn tile<T: Element>(
     // SAFETY: as the caller vouches.
     unsafe {
         match count {
-            1 => rows::<T, 1>(a, stride, k, panel, acc),
-            2 => rows::<T, 2>(a, stride, k, panel, acc),
-            3 => rows::<T, 3>(a, stride, k, panel, acc),
-            4 => rows::<T, 4>(a, stride, k, panel, acc),
-            5 => rows::<T, 5>(a, stride, k, panel, acc),
-            6 => rows::<T, 6>(a, stride, k, panel, acc),
-            7 => rows::<T, 7>(a, stride, k, panel, acc),
-            8 => rows::<T, 8>(a, stride, k, panel, acc),
-            9 => rows::<T, 9>(a, stride, k, panel, acc),
-            10 => rows::<T, 10>(a, stride, k, panel, acc),
-            11 => rows::<T, 11>(a, stride, k, panel, acc),
-            12 => rows::<T, 12>(a, stride, k, panel, acc),
-            13 => rows::<T, 13>(a, stride, k, panel, acc),
-            14 => rows::<T, 14>(a, stride, k, panel, acc),
+            1 => rows::<T, 1>(a, stride, k, panel, ahead, acc),
+            2 => rows::<T, 2>(a, stride, k, panel, ahead, acc),
+            3 => rows::<T, 3>(a, stride, k, panel, ahead, acc),
+            4 => rows::<T, 4>(a, stride, k, panel, ahead, acc),
+            5 => rows::<T, 5>(a, stride, k, panel, ahead, acc),
+            6 => rows::<T, 6>(a, stride, k, panel, ahead, acc),
+            7 => rows::<T, 7>(a, stride, k, panel, ahead, acc),
+            8 => rows::<T, 8>(a, stride, k, panel, ahead, acc),
+            9 => rows::<T, 9>(a, stride, k, panel, ahead, acc),
+            10 => rows::<T, 10>(a, stride, k, panel, ahead, acc),
+            11 => rows::<T, 11>(a, stride, k, panel, ahead, acc),
+            12 => rows::<T, 12>(a, stride, k, panel, ahead, acc),
+            13 => rows::<T, 13>(a, stride, k, panel, ahead, acc),
+            14 => rows::<T, 14>(a, stride, k, panel, ahead, acc),
             _ => {}
         }
     }

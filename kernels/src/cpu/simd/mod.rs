@@ -65,17 +65,35 @@ pub fn tile<T: Element>(
     panel: &[T],
     acc: &mut [f32],
 ) {
+    tile_ahead(isa, a, stride, rows, k, panel, &[], acc);
+}
+
+/// [`tile`], which brings `ahead`, what a later tile reads, into the second-level cache on the way where the
+/// instruction set has the means.
+#[allow(clippy::too_many_arguments)]
+pub fn tile_ahead<T: Element>(
+    isa: Isa,
+    a: &[f32],
+    stride: usize,
+    rows: usize,
+    k: usize,
+    panel: &[T],
+    ahead: &[T],
+    acc: &mut [f32],
+) {
     assert!(rows <= TILE_ROWS && acc.len() >= rows * PANEL && panel.len() >= k * PANEL);
     assert!(k == 0 || a.len() >= (k - 1) * stride + rows);
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the set was detected, and the sizes were just checked.
-        Isa::Avx512 => unsafe { avx512::tile(a, stride, rows, k, panel, acc) },
+        Isa::Avx512 => unsafe { avx512::tile(a, stride, rows, k, panel, ahead, acc) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the set was detected.
         Isa::Avx2 => unsafe { portable::tile_avx2(a, stride, rows, k, panel, acc) },
         _ => portable::tile(a, stride, rows, k, panel, acc),
     }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = ahead;
 }
 
 /// The `i`-th of `count` nearly equal parts of `0..n`.

@@ -107,7 +107,7 @@ pub(super) fn plan(
             workspace = workspace.max_of(&bytes);
             let mut when = single_rows(call, least, most);
             when.extend(width.map(|(first, last)| between(&paged.width, first, last)));
-            variants.push(SiteVariant { when, launches: vec![launch] });
+            variants.push(SiteVariant::new(when, vec![launch]));
         };
         let short = split::built_in(call, class, CONTEXTS[0]);
         for contexts in CONTEXTS {

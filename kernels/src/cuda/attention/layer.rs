@@ -49,9 +49,9 @@ fn renames(site: Site<'_>, view: NodeId) -> bool {
 /// Every variant of `second` behind every variant of `first`. The first that holds of the pairs joins the first that
 /// hold of either.
 fn in_turn(first: &Planned, second: Planned) -> Planned {
-    let join = |a: &SiteVariant, b: &SiteVariant| SiteVariant {
-        when: [b.when.as_slice(), &a.when].concat(),
-        launches: [a.launches.as_slice(), &b.launches].concat(),
+    let join = |a: &SiteVariant, b: &SiteVariant| {
+        let when = [b.when.as_slice(), &a.when].concat();
+        SiteVariant::new(when, [a.launches.as_slice(), &b.launches].concat())
     };
     let pairs = second.variants.iter().flat_map(|b| first.variants.iter().map(move |a| join(a, b)));
     Planned {

@@ -43,15 +43,14 @@ pub fn plan(site: Site<'_>, choices: &Choices) -> Option<Planned> {
         let simple = simple::launch(&call);
         let Some(plain) = plain::launch(&call) else { return Some(Planned::one(simple)) };
         let variants = vec![
-            SiteVariant { when: single_rows(&call, 0, u64::MAX), launches: vec![simple] },
-            SiteVariant { when: Vec::new(), launches: vec![plain] },
+            SiteVariant::new(single_rows(&call, 0, u64::MAX), vec![simple]),
+            SiteVariant::new(Vec::new(), vec![plain]),
         ];
         return Some(Planned { variants, streamed: Vec::new(), workspace: 0u64.into(), counters: 0 });
     }
     let hopper = hopper::launch(&call);
     let counters = if hopper.is_some() { hopper::COUNTERS } else { 0 };
-    let rest =
-        SiteVariant { when: Vec::new(), launches: vec![hopper.unwrap_or_else(|| prefill::launch(&call))] };
+    let rest = SiteVariant::new(Vec::new(), vec![hopper.unwrap_or_else(|| prefill::launch(&call))]);
     let none = Planned { variants: Vec::new(), streamed: Vec::new(), workspace: 0u64.into(), counters: 0 };
     let mut planned = decode::plan(&call, None, choices).unwrap_or(none);
     planned.variants.push(rest);

@@ -3,7 +3,8 @@
 //! Rows are cut into [`RANGES`], each with a choice of its own. A *candidate* is a way to run the site for the rows of a
 //! range, under a name that says everything about it; a *key* says everything about site, range and architecture that
 //! the time of a candidate depends on. [`Choices`] maps keys to names. A name that is not among the candidates of its
-//! key chooses nothing. What is not chosen runs as built in.
+//! key chooses nothing. What is not chosen runs as built in. A [`library`] has keys of its own: what it is chosen for keeps
+//! the launches that are chosen or built in, and gains its products beside them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -11,11 +12,12 @@ use std::fmt::Write;
 use millrace_ir::ops::fused_matmul::Epilogue;
 
 use super::large::{self, Tile};
+use super::library;
 use super::norm;
 use super::problem::{Layout, Problem};
 use super::simple;
 use super::skinny::{self, Shape};
-use crate::cuda::plan::{SiteLaunch, SiteVariant, between};
+use crate::cuda::plan::{SiteLaunch, SiteLibrary, SiteVariant, between};
 
 /// Rows that have one choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,6 +155,19 @@ pub fn key(problem: &Problem<'_>, rows: RowRange) -> String {
     text
 }
 
+/// What the key of a library adds to that of kernels.
+const BY_LIBRARY: &str = " library";
+
+/// The key of the library's choice for what `key` names.
+pub fn library_key(key: &str) -> String {
+    format!("{key}{BY_LIBRARY}")
+}
+
+/// The key of kernels beside a library's key; `None` for any other key.
+pub fn kernel_key(key: &str) -> Option<&str> {
+    key.strip_suffix(BY_LIBRARY)
+}
+
 /// Ways to run the problem for the rows of a range, the built-in one first, then from the cost models' best to worst
 /// within a family. One is none to choose from.
 pub fn candidates(problem: &Problem<'_>, rows: RowRange) -> Vec<Way> {
@@ -187,11 +202,54 @@ pub fn apply(problem: &Problem<'_>, choices: &Choices, variants: &mut Vec<SiteVa
         let overlaps = |v: &SiteVariant| v.when.iter().all(|c| c.min <= rows.last && rows.first <= c.max);
         let at = variants.iter().position(overlaps).unwrap_or(variants.len());
         let when = vec![between(&problem.m, rows.first, rows.last)];
-        variants.insert(at, SiteVariant { when, launches });
+        variants.insert(at, SiteVariant::new(when, launches));
     }
+    prune(variants);
+    // A library reads no weight in parts.
+    if problem.tiles().is_none() {
+        for rows in RANGES {
+            if let Some(library) = chosen_library(problem, rows, choices) {
+                put_beside(problem, rows, &library, variants);
+            }
+        }
+        prune(variants);
+    }
+}
+
+/// The library's way that `choices` have for a range.
+fn chosen_library(problem: &Problem<'_>, rows: RowRange, choices: &Choices) -> Option<SiteLibrary> {
+    let name = choices.get(&library_key(&key(problem, rows)))?;
+    library::run(problem, rows, library::suggestion(name)?)
+}
+
+/// Rows that a variant of a matmul serves, if none in front of it does.
+fn bounds(variant: &SiteVariant) -> (u64, u64) {
+    variant.when.first().map_or((0, u64::MAX), |c| (c.min, c.max))
+}
+
+/// Puts `library` beside the launches that serve each number of rows of a range.
+fn put_beside(problem: &Problem<'_>, rows: RowRange, library: &SiteLibrary, variants: &mut Vec<SiteVariant>) {
+    let mut next = rows.first;
+    while let Some(at) = variants.iter().position(|v| (bounds(v).0..=bounds(v).1).contains(&next)) {
+        // Up to where a variant in front begins to serve.
+        let begin = variants[..at].iter().map(|v| bounds(v).0).filter(|first| *first > next).min();
+        let last = bounds(&variants[at]).1.min(rows.last).min(begin.map_or(u64::MAX, |first| first - 1));
+        let mut beside = variants[at].clone();
+        beside.when = vec![between(&problem.m, next, last)];
+        beside.library = Some(library.clone());
+        variants.insert(at, beside);
+        match last.checked_add(1) {
+            Some(after) if after <= rows.last => next = after,
+            _ => return,
+        }
+    }
+}
+
+/// Leaves out variants that serve no rows, since others in front do.
+fn prune(variants: &mut Vec<SiteVariant>) {
     let mut served: Vec<(u64, u64)> = Vec::new();
     variants.retain(|variant| {
-        let (min, max) = variant.when.first().map_or((0, u64::MAX), |c| (c.min, c.max));
+        let (min, max) = bounds(variant);
         let needed = !covers(&served, min, max);
         served.push((min, max));
         needed

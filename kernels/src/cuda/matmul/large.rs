@@ -203,7 +203,7 @@ pub fn launches(problem: &Problem<'_>) -> Option<(Vec<SiteLaunch>, Dim)> {
 /// scratch memory or counters.
 pub fn variants(problem: &Problem<'_>) -> Option<Vec<SiteVariant>> {
     if !problem.site.arch.has_wgmma() {
-        return Some(vec![SiteVariant { when: Vec::new(), launches: launches(problem)?.0 }]);
+        return Some(vec![SiteVariant::new(Vec::new(), launches(problem)?.0)]);
     }
     let ranges = choose(problem);
     let last = ranges.len().saturating_sub(1);
@@ -212,7 +212,7 @@ pub fn variants(problem: &Problem<'_>) -> Option<Vec<SiteVariant>> {
         .enumerate()
         .map(|(index, (rows, tile))| {
             let when = if index == last { Vec::new() } else { vec![between(&problem.m, 0, rows)] };
-            Some(SiteVariant { when, launches: vec![launch(problem, tile)?] })
+            Some(SiteVariant::new(when, vec![launch(problem, tile)?]))
         })
         .collect()
 }

@@ -191,7 +191,7 @@ pub fn variants(problem: &Problem<'_>) -> Vec<SiteVariant> {
         if !shape.norm {
             launches.splice(0..0, norm::launch(problem));
         }
-        Some(SiteVariant { when: vec![between(&problem.m, first, last)], launches })
+        Some(SiteVariant::new(vec![between(&problem.m, first, last)], launches))
     };
     RANGES.into_iter().filter_map(one).collect()
 }

@@ -10,6 +10,7 @@ use crate::cuda::argmax::Tail;
 use crate::cuda::device_arena::DeviceArena;
 use crate::cuda::driver::{Block, Event, Stream};
 use crate::cuda::launch::{Graph, Ready};
+use crate::cuda::products::Takes;
 use crate::cuda::range::Range;
 use crate::cuda::residence::{Copier, Found};
 use crate::cuda::resolve::{Addresses, pack, parts, resolve};
@@ -157,8 +158,12 @@ impl Cuda {
         after: After,
     ) -> Result<Prepared> {
         let addresses = self.addresses(module, &moving)?;
-        let resolved = resolve(module, &self.program.table, &addresses, bindings, self.program.limits)?;
-        let ready = self.program.ready(&resolved)?;
+        let scratch = self.library_workspace.as_ref().map(Block::range);
+        let library = scratch.map(|scratch| (&self.supply, scratch));
+        let taker = library.map(|(supply, _)| supply as &dyn Takes);
+        let (table, limits) = (&self.program.table, self.program.limits);
+        let resolved = resolve(module, table, &addresses, bindings, limits, taker)?;
+        let ready = self.program.ready(&resolved.actions, library)?;
         let feed = after.fed.map(|input| self.feed(&moving, input)).transpose()?;
         let tail =
             after.argmax.map(|(output, rows, width)| self.tail(output, rows, width)).transpose()?.flatten();
@@ -198,6 +203,7 @@ impl Cuda {
         let mut landing = landing.as_mut();
         let copier = Copier { residence: &self.residence, sources };
         self.report.last_launches = prepared.launches();
+        self.last_products = prepared.products();
         let recurs = self.report.enabled && self.fixed && prepared.uses > 1 && sources.is_none();
         if recurs && prepared.graphs[turn].is_none() && !prepared.graph_failed {
             let recorded = Graph::record(&self.recording, |stream| {
@@ -273,6 +279,7 @@ impl Cuda {
         copier.join(&self.stream, false)?;
         staging.sent(&self.stream)?;
         self.report.last_launches = prepared.launches();
+        self.last_products = prepared.products();
         self.report.plain += 1;
         self.stream.synchronize()?;
         for (index, (nodes, _)) in prepared.resolved.steps.iter().enumerate() {
