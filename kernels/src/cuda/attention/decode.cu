@@ -102,7 +102,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
     int guessed_pages[GUESSES];
 #pragma unroll
     for (int s = 0; s < GUESSES; ++s) {
-        const int page = min(max(0, (guessed_tile + s * STEP) / TOKENS_PER_BLOCK), width - 1);
+        const int page = min((guessed_tile + s * STEP) / TOKENS_PER_BLOCK, width - 1);
         guessed_pages[s] = (int)table[(i64)guess * width + page];
     }
     int length = (int)lens[guess], sequence = guess, sequence_end = guessed_end;

@@ -59,17 +59,24 @@ DEVICE Share share_of_block() {
 
 template <typename I> DEVICE int peek(const I *at) { return (int)__ldcg(at); }
 
-// Guesses the first tile of the warp while the predecessor still runs, and brings it into the level 2 cache. Whatever it reads
-// may be about to change: the guess may be wrong and bring the wrong rows, and nothing else depends on it.
+// Guesses the first tile of the warp while the predecessor still runs, and brings it into the level 2 cache.
+//
+// Lengths and table may hold anything here: an earlier step's, half of this one's, or what memory held before. So nothing read is
+// an address as it is: a length counts up to the table's room and 2^30, so that no sum overflows and every key has an entry in
+// the table; a page counts if the cache has it; rows are brought near, not read. Both are read past level 1, which would keep the old.
+// A wrong guess brings wrong rows and nothing else: who uses the tile looks up its pages again after the wait, within the table,
+// and compares the tile with its own.
 DEVICE int prefetch(const Element *k, const Element *v, const Lens *lens, const Table *table, int b, int width, int pages,
                     Share share) {
 #if ARCH >= 900
-    const int guess = min((int)blockIdx.z, b - 1), length = max(0, peek(lens + guess));
+    const int guess = min((int)blockIdx.z, b - 1);
+    const int room = min(width, (1 << 30) / TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK;
+    const int length = min(max(0, peek(lens + guess)), room);
     const int aligned = (WINDOW > 0 ? max(0, length - WINDOW) : 0) / TILE * TILE;
     const int chunk = chunk_of(length - aligned);
     const int tile = aligned + share.range * chunk + threadIdx.x / 32 * TILE, key = tile + threadIdx.x % TILE;
     const int block = tile / TOKENS_PER_BLOCK;
-    if (TOKENS_PER_BLOCK % TILE != 0 || key >= length || block >= width) return tile;
+    if (TOKENS_PER_BLOCK % TILE != 0 || key >= length) return tile;
     const int page = peek(table + (i64)guess * width + block);
     if (page < 0 || page >= pages) return tile;
     const Element *from = threadIdx.x % 32 < TILE ? k : v;
