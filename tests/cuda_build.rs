@@ -200,7 +200,7 @@ fn every_split_of_single_rows_builds() {
         let prepared = prepare_with(file.path(), &options, None, &mut Progress::default()).unwrap();
         let archs = options.target.archs.clone();
         let all: Vec<_> = archs.iter().flat_map(|arch| splits(&prepared.module, *arch)).collect();
-        assert_eq!(all.len(), archs.len() * 8, "four classes, two ranges of contexts");
+        assert_eq!(all.len(), archs.len() * 12, "four classes, three ranges of contexts");
         let most = all.iter().map(|(_, _, names)| names.len()).max().unwrap();
         for (key, _, names) in all {
             assert!(key.contains(" rope "), "{key}");

@@ -99,6 +99,7 @@ pub(super) fn plan(
     let columns = columns(call);
     let page = paged.tokens_per_block as u64;
     let context = paged.width.mul(&paged.tokens_per_block.into());
+    let longest = context.extent(&Bindings::maxima(&call.site.module.dims)).unwrap_or(u64::MAX);
     let mut variants = Vec::new();
     let mut workspace = Dim::from(0u64);
     for (class, least, most) in classes(call) {
@@ -110,7 +111,7 @@ pub(super) fn plan(
             variants.push(SiteVariant::new(when, vec![launch]));
         };
         let short = split::built_in(call, class, CONTEXTS[0]);
-        for contexts in CONTEXTS {
+        for contexts in CONTEXTS.into_iter().filter(|(first, _)| *first <= longest) {
             let key = split::key(call, before.is_some(), (least, class.most), contexts);
             let of_name = |name: &str| {
                 split::candidates(call, class, contexts).into_iter().find(|split| split.name() == name)

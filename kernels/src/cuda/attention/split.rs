@@ -32,26 +32,46 @@ pub(super) struct Class {
     one_cluster: usize,
     /// Blocks in all, in hundredths of what a device holds at once.
     percent: u64,
-    /// What tables with room for the second of [`CONTEXTS`] take, if not the same.
-    long: Option<Way>,
+    /// What tables with room for the second and third of [`CONTEXTS`] take instead, where it was measured.
+    long: [Option<Way>; 2],
 }
 
 /// Warps, stages, blocks of a multiprocessor, blocks of a cluster and hundredths of a device.
 type Way = (u64, u64, u64, u64, u64);
 
+/// Rings of three tiles in clusters of two, all that run at once.
+const RING: Way = (4, 3, 2, 2, 100);
+
 /// Clusters shorten the way of few rows, as many as run at once: they do not fill a device to the last block. Many rows
 /// need no splitting until contexts are long, and more blocks than run at once, since they may differ in length.
+///
+/// Long contexts keep every multiprocessor busy with clusters of two, which fill each group of multiprocessors, and rings in
+/// shared memory; a single long sequence is joined faster from more ranges through registers.
 pub(super) const CLASSES: [Class; 6] = [
-    Class { most: 1, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85, long: None },
-    Class { most: 2, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85, long: None },
-    Class { most: 4, cluster: 4, min_chunk: 64, one_cluster: 256, percent: 85, long: None },
-    Class { most: 8, cluster: 4, min_chunk: 64, one_cluster: 1024, percent: 260, long: None },
-    Class { most: 16, cluster: 1, min_chunk: 256, one_cluster: 256, percent: 260, long: None },
-    Class { most: MAX_ROWS, cluster: 1, min_chunk: 1024, one_cluster: 1024, percent: 260, long: None },
+    Class {
+        most: 1,
+        cluster: 8,
+        min_chunk: 64,
+        one_cluster: 128,
+        percent: 85,
+        long: [Some(RING), Some((4, 0, 3, 2, 100))],
+    },
+    Class { most: 2, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85, long: [Some(RING); 2] },
+    Class { most: 4, cluster: 4, min_chunk: 64, one_cluster: 256, percent: 85, long: [Some(RING); 2] },
+    Class { most: 8, cluster: 4, min_chunk: 64, one_cluster: 1024, percent: 260, long: [None; 2] },
+    Class { most: 16, cluster: 1, min_chunk: 256, one_cluster: 256, percent: 260, long: [None; 2] },
+    Class {
+        most: MAX_ROWS,
+        cluster: 1,
+        min_chunk: 1024,
+        one_cluster: 1024,
+        percent: 260,
+        long: [Some((4, 3, 2, 1, 400)); 2],
+    },
 ];
 
 /// First and last positions that a block table has room for, in increasing order; together every number.
-pub const CONTEXTS: [(u64, u64); 2] = [(0, 8191), (8192, u64::MAX)];
+pub const CONTEXTS: [(u64, u64); 3] = [(0, 8191), (8192, 24575), (24576, u64::MAX)];
 
 /// One way to split rows over blocks and to read their keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,7 +124,10 @@ pub(super) fn head_block(call: &Call<'_>) -> usize {
 
 /// What steps of up to `class.most` sequences take where nothing was measured.
 pub(super) fn built_in(call: &Call<'_>, class: &Class, contexts: (u64, u64)) -> Split {
-    let long = class.long.filter(|_| contexts == CONTEXTS[1]).map(|way| split(call, class, &way));
+    // Measured on this architecture, with heads of this width and few enough of them for one tile.
+    let measured = call.site.arch == Arch::Sm90a && (65..=128).contains(&call.d) && head_block(call) <= 8;
+    let long = CONTEXTS[1..].iter().zip(class.long).find(|(of, _)| measured && **of == contexts);
+    let long = long.and_then(|(_, way)| way).map(|way| split(call, class, &way));
     long.filter(|split| fits(call, split)).unwrap_or_else(|| in_registers(call, class))
 }
 

@@ -144,7 +144,16 @@ fn cases() -> Vec<Case> {
     ] {
         cases.push(Case { lens, timed: true, ..llama.clone() });
     }
-    cases.push(Case { lens: vec![32768], timed: true, fused: true, ..llama.clone() });
+    for (b, lens) in
+        [(1, [256, 1024, 2048, 8192, 16384, 32768].as_slice()), (8, &[256, 2048]), (32, &[256, 1024, 2048])]
+    {
+        for len in lens {
+            cases.push(Case { lens: vec![*len; b], timed: true, fused: true, ..llama.clone() });
+        }
+    }
+    // What differs in length.
+    let mixed = (0..32).map(|i| [300, 700, 1500, 9000][i % 4]).collect();
+    cases.push(Case { lens: mixed, timed: true, fused: true, ..llama.clone() });
     // Around the edges of tiles, of ranges and of one cluster, in short and long tables.
     let odd: [&[u64]; 6] = [
         &[1],
