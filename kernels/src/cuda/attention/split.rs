@@ -45,8 +45,8 @@ const RING: Way = (4, 3, 2, 2, 100);
 /// Clusters shorten the way of few rows, as many as run at once: they do not fill a device to the last block. Many rows
 /// need no splitting until contexts are long, and more blocks than run at once, since they may differ in length.
 ///
-/// Long contexts keep every multiprocessor busy with clusters of two, which fill each group of multiprocessors, and rings in
-/// shared memory; a single long sequence is joined faster from more ranges through registers.
+/// Long contexts keep every multiprocessor busy with clusters of two and rings in shared memory. A single very long sequence is
+/// read as fast through registers, in more ranges.
 pub(super) const CLASSES: [Class; 6] = [
     Class {
         most: 1,
@@ -183,17 +183,16 @@ fn fits(call: &Call<'_>, split: &Split) -> bool {
 
 /// Ways to run steps with few sequences.
 ///
-/// Multiprocessors come in pairs, and groups of them have any even number: two blocks each in clusters of four, and any
-/// number in clusters of two, fill every such group, larger clusters leave some of it empty.
-const FEW: [Way; 8] = [
-    (4, 3, 2, 4, 100),
-    (4, 3, 2, 2, 100),
+/// Clusters of two fill every group of multiprocessors, larger ones leave some of it empty, and what asks for more clusters than
+/// run at once runs in two turns.
+const FEW: [Way; 7] = [
+    RING,
     (8, 3, 1, 2, 100),
-    (4, 2, 3, 4, 90),
     (4, 2, 3, 2, 100),
-    (4, 0, 3, 4, 90),
+    (4, 2, 3, 4, 90),
     (4, 0, 3, 2, 100),
-    (4, 0, 2, 4, 100),
+    (4, 0, 3, 4, 90),
+    (4, 3, 2, 4, 90),
 ];
 
 /// Ways to run steps with many sequences.
