@@ -32,8 +32,8 @@ pub(super) struct Class {
     one_cluster: usize,
     /// Blocks in all, in hundredths of what a device holds at once.
     percent: u64,
-    /// What tables with room for the second and third of [`CONTEXTS`] take instead, where it was measured.
-    long: [Option<Way>; 2],
+    /// What tables with room for each of [`CONTEXTS`] take instead, where it was measured.
+    measured: [Option<Way>; 3],
 }
 
 /// Warps, stages, blocks of a multiprocessor, blocks of a cluster and hundredths of a device.
@@ -54,19 +54,33 @@ pub(super) const CLASSES: [Class; 6] = [
         min_chunk: 64,
         one_cluster: 128,
         percent: 85,
-        long: [Some(RING), Some((4, 0, 3, 2, 100))],
+        measured: [None, Some(RING), Some((4, 0, 3, 2, 100))],
     },
-    Class { most: 2, cluster: 8, min_chunk: 64, one_cluster: 128, percent: 85, long: [Some(RING); 2] },
-    Class { most: 4, cluster: 4, min_chunk: 64, one_cluster: 256, percent: 85, long: [Some(RING); 2] },
-    Class { most: 8, cluster: 4, min_chunk: 64, one_cluster: 1024, percent: 260, long: [None; 2] },
-    Class { most: 16, cluster: 1, min_chunk: 256, one_cluster: 256, percent: 260, long: [None; 2] },
+    Class {
+        most: 2,
+        cluster: 8,
+        min_chunk: 64,
+        one_cluster: 128,
+        percent: 85,
+        measured: [None, Some(RING), Some(RING)],
+    },
+    Class {
+        most: 4,
+        cluster: 4,
+        min_chunk: 64,
+        one_cluster: 256,
+        percent: 85,
+        measured: [None, Some(RING), Some(RING)],
+    },
+    Class { most: 8, cluster: 4, min_chunk: 64, one_cluster: 1024, percent: 260, measured: [None; 3] },
+    Class { most: 16, cluster: 1, min_chunk: 256, one_cluster: 256, percent: 260, measured: [None; 3] },
     Class {
         most: MAX_ROWS,
         cluster: 1,
         min_chunk: 1024,
         one_cluster: 1024,
         percent: 260,
-        long: [Some((4, 3, 2, 1, 400)); 2],
+        measured: [Some((4, 3, 2, 1, 400)); 3],
     },
 ];
 
@@ -126,9 +140,9 @@ pub(super) fn head_block(call: &Call<'_>) -> usize {
 pub(super) fn built_in(call: &Call<'_>, class: &Class, contexts: (u64, u64)) -> Split {
     // Measured on this architecture, with heads of this width and few enough of them for one tile.
     let measured = call.site.arch == Arch::Sm90a && (65..=128).contains(&call.d) && head_block(call) <= 8;
-    let long = CONTEXTS[1..].iter().zip(class.long).find(|(of, _)| measured && **of == contexts);
-    let long = long.and_then(|(_, way)| way).map(|way| split(call, class, &way));
-    long.filter(|split| fits(call, split)).unwrap_or_else(|| in_registers(call, class))
+    let way = CONTEXTS.iter().zip(class.measured).find(|(of, _)| measured && **of == contexts);
+    let way = way.and_then(|(_, way)| way).map(|way| split(call, class, &way));
+    way.filter(|split| fits(call, split)).unwrap_or_else(|| in_registers(call, class))
 }
 
 /// Ranges of whole steps, through registers.

@@ -332,7 +332,7 @@ fn long_tables_take_other_splits_where_that_was_measured() {
     assert_eq!(of_b(1), [(8, false), (2, true), (2, true), (2, false)]);
     assert_eq!(of_b(4), [(4, false), (2, true), (2, true), (2, true)]);
     assert_eq!(of_b(8), [(4, false); 4]);
-    assert_eq!(of_b(32), [(1, false), (1, true), (1, true), (1, true)]);
+    assert_eq!(of_b(32), [(1, true); 4]);
     assert_eq!(of(Arch::Sm90a, 64, 1, 1024), (8, false));
     assert_eq!(of(Arch::Sm100, 128, 1, 1024), (8, false));
     assert_eq!(of(Arch::Sm80, 128, 1, 1024), (1, false));
