@@ -6,7 +6,8 @@
 // sum depends on K, VECTOR and SPLIT alone: the elements of a lane in rising order, lanes as a tree, then the SPLIT parts in order.
 //
 // Constants: K, FEATURES (columns of the results, all segments), GATED, T, VECTOR (a divisor of K; its bytes a power of two up
-// to 16), ROWS (even where GATED), UNROLL, SPLIT, COLUMNS, FIRST (rows of x that every block has), NORM and EPS (x is normalised,
+// to 16), ROWS (even where GATED), UNROLL, SPLIT, COLUMNS (most rows of x in a block, which
+// has at least half of them), NORM and EPS (x is normalised,
 // COLUMNS is 1), NORM_THREADS, RESIDENT (blocks of a multiprocessor). `place(c, segment, feature)` names the result of column c.
 //# tiled
 //
@@ -22,8 +23,6 @@ constexpr int BATCHES = (K + BATCH - 1) / BATCH;
 constexpr int BYTES = VECTOR * sizeof(T);
 constexpr int WORDS = (BYTES + 3) / 4;
 constexpr int SUMS = ROWS * COLUMNS;
-// Rows of x that are read at a time.
-constexpr int DEPTH = SUMS > 32 ? 2 : 4;
 static_assert(K % VECTOR == 0 && WARPS % SPLIT == 0 && ROWS % (1 + GATED) == 0 && (!NORM || COLUMNS == 1), "shape of a block");
 static_assert((SUMS & (SUMS - 1)) == 0, "sums are halved over lanes");
 
@@ -114,14 +113,19 @@ DEVICE void fetch(Batch &to, const Rows &rows, int batch, u64 policy) {
     }
 }
 
-// Adds the products of a batch. `none` is 0, unknown to the compiler. `count`: rows of x that are there; those past them read the first and make sums for nobody.
-DEVICE void multiply(float (&sums)[SUMS], const Batch &of, const T *x, const float *normed, int count, u32 none,
-                     int batch) {
+// Which row of x the sums number r are of, if a block has `count` rows: the first half are the first rows, the second half the
+// last ones, so that two addresses serve all rows and no row is read that is not there.
+constexpr int HALF = (COLUMNS + 1) / 2;
+DEVICE int sums_of(int row, int count) { return row < HALF ? row : row + COLUMNS - count; }
+
+// Adds the products of a batch. `end` is K, which the compiler must not know: the branch keeps rows of x from being read far
+// ahead, for which registers would not suffice.
+DEVICE void multiply(float (&sums)[SUMS], const Batch &of, const T *x, const float *normed, int count, int end, int batch) {
 #pragma unroll
     for (int j = 0; j < UNROLL; ++j) {
         int column = own_column(batch, j);
-        const T *at = x + column;
-        if (inside(column)) {
+        const T *at = x + column, *late = at + (count - COLUMNS) * K;
+        if (column < end) {
 #pragma unroll
             for (int r = 0; r < COLUMNS; ++r) {
                 u32 words[WORDS];
@@ -130,7 +134,7 @@ DEVICE void multiply(float (&sums)[SUMS], const Batch &of, const T *x, const flo
 #pragma unroll
                     for (int e = 0; e < VECTOR; ++e) values[e] = normed[column + e];
                 } else {
-                    read<BYTES>(words, at + (r < FIRST || r < count ? r * K : 0));
+                    read<BYTES>(words, (r < HALF ? at : late) + r * K);
 #pragma unroll
                     for (int e = 0; e < VECTOR; ++e) values[e] = element<T>(words, e);
                 }
@@ -139,8 +143,6 @@ DEVICE void multiply(float (&sums)[SUMS], const Batch &of, const T *x, const flo
 #pragma unroll
                     for (int e = 0; e < VECTOR; ++e)
                         sums[q * COLUMNS + r] = fmaf(element<T>(of.words[j][q], e), values[e], sums[q * COLUMNS + r]);
-                // Later rows wait for this one, or too much of x would take registers at once.
-                if (r % DEPTH == DEPTH - 1 && r < COLUMNS - 1) at += words[0] & none;
             }
         }
     }
@@ -200,7 +202,7 @@ DEVICE void finish_group(PARAMETERS, const Kept &kept, int column0, int end, int
     for (int i = threadIdx.x; i < GROUP * count; i += THREADS) {
         int own = i % GROUP, r = i / GROUP;
         if (column0 + own >= end) continue;
-        int row = row_of(column0 + own / OWN * OWN, own % OWN, end), at = own / OWN * SUMS + row * COLUMNS + r;
+        int row = row_of(column0 + own / OWN * OWN, own % OWN, end), at = own / OWN * SUMS + row * COLUMNS + sums_of(r, count);
         float v = total(kept, at), u = GATED ? total(kept, at + OWN * COLUMNS) : 0.0f;
         int segment, feature;
         place(column0 + own, segment, feature);
@@ -240,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     __shared__ float scratch[NORM_THREADS / 32];
 #endif
     const float *normed = nullptr;
-    const int row0 = blockIdx.x * COLUMNS, count = min(m - row0, COLUMNS);
+    const int row0 = m * blockIdx.x / gridDim.x, count = m * (blockIdx.x + 1) / gridDim.x - row0;
     const int own = threadIdx.x / 32 / SPLIT * OWN;
 //# tiled
     const int begin = slice_column(tile_first), end = slice_column(tile_first + tile_count);
@@ -248,7 +250,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 //# whole
     const int begin = 0, end = FEATURES;
 //# end
-    const u32 none = m >> 31;
+    int k = K;
+    asm("" : "+r"(k));
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     Batch even, odd;
@@ -269,11 +272,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll 1
         for (int batch = 0; batch < BATCHES; batch += 2) {
             if (batch + 1 < BATCHES) fetch(odd, rows, batch + 1, policy);
-            multiply(sums, even, x, normed, count, none, batch);
+            multiply(sums, even, x, normed, count, k, batch);
             const bool last = batch + 2 >= BATCHES;
             if (last) rows.aim(w, next + own, end);
             if (!last || next < end) fetch(even, rows, last ? 0 : batch + 2, policy);
-            if (batch + 1 < BATCHES) multiply(sums, odd, x, normed, count, none, batch + 1);
+            if (batch + 1 < BATCHES) multiply(sums, odd, x, normed, count, k, batch + 1);
         }
         keep_sums(kept[turn], sums);
         __syncthreads();

@@ -15,11 +15,15 @@ use super::problem::{Layout, Problem};
 use crate::cuda::plan::{Argument, SiteLaunch, SiteVariant, between};
 use crate::cuda::source::{Promise, SourceWriter};
 
-/// Ranges of rows that have kernels of their own, first and last.
-const RANGES: [(u64, u64); 5] = [(0, 1), (2, 4), (5, 8), (9, 16), (17, MAX_ROWS)];
+/// Ranges of rows that have kernels of their own, first and last; the last ends with [`most_rows`].
+const RANGES: [(u64, u64); 4] = [(0, 1), (2, 4), (5, 8), (9, MAX_ROWS)];
 
 /// Most rows of the family. Past 16 a weight is read again for every 16 rows, from the cache beside other blocks.
-pub const MAX_ROWS: u64 = 64;
+pub const MAX_ROWS: u64 = 256;
+
+/// Most rows of the family where the weight has so many rows that tiles of 64 by 64 fill every multiprocessor several times
+/// over: with 128,256 rows tiles take 0.94 of its time at 64 rows of x, with 2,048 to 16,384 1.1 to 1.6 of it at 256.
+const MAX_ROWS_OF_MANY: u64 = 32;
 
 /// Most rows of x in one block.
 const MOST_COLUMNS: u64 = 16;
@@ -41,8 +45,6 @@ pub struct Shape {
     pub split: usize,
     /// Most rows of x in a block.
     pub columns: usize,
-    /// Rows of x that every block has.
-    pub first: usize,
     /// Whether the kernel normalises x.
     pub norm: bool,
 }
@@ -51,10 +53,10 @@ impl Shape {
     /// Blocks of a multiprocessor that registers suffice for: two batches, the sums, what is read of x and the rest.
     fn resident(&self, problem: &Problem<'_>) -> usize {
         let words = (vector(problem) * bytes(problem)).div_ceil(4);
-        let pointers = if problem.tiles().is_some() { 2 * self.rows } else { 2 };
-        let others = 20 + self.columns.min(12);
+        let narrow = if bytes(problem) < 4 { 8 + 2 * vector(problem) } else { 0 };
+        let others = 24 + narrow + self.columns.min(12) + if self.unroll > 1 { 16 } else { 0 };
         let registers =
-            2 * self.rows * self.unroll * words + self.rows * self.columns + 2 * vector(problem) + pointers + others;
+            2 * self.rows * self.unroll * words + self.rows * self.columns + 2 * vector(problem) + others;
         (1..=8).rev().find(|blocks| registers <= 512 / blocks / 8 * 8).unwrap_or(0)
     }
 
@@ -79,6 +81,12 @@ fn bytes(problem: &Problem<'_>) -> usize {
     problem.dtype.bits() as usize / 8
 }
 
+/// Most rows of x for which the family serves the problem.
+fn most_rows(problem: &Problem<'_>) -> u64 {
+    let many = 512 * problem.site.arch.multiprocessors() as usize;
+    if features(problem) >= many { MAX_ROWS_OF_MANY } else { MAX_ROWS }
+}
+
 /// Elements of a load: as many of a row as fill 16 bytes, or the largest power of two that divides a row.
 fn vector(problem: &Problem<'_>) -> usize {
     let most = 16 / bytes(problem);
@@ -97,28 +105,28 @@ fn serves(problem: &Problem<'_>) -> bool {
 
 /// Shapes for the rows of a range, the built-in one first; empty where another family must serve.
 pub fn shapes(problem: &Problem<'_>, rows: RowRange) -> Vec<Shape> {
-    if !serves(problem) || rows.last > MAX_ROWS {
+    if !serves(problem) || rows.last > most_rows(problem) {
         return Vec::new();
     }
     let columns = rows.last.min(MOST_COLUMNS).next_power_of_two() as usize;
-    let first = if rows.last > MOST_COLUMNS { 1 } else { rows.first.max(1) as usize };
     let words = (vector(problem) * bytes(problem)).div_ceil(4);
     let (own, best) = (if problem.gated() { 2 } else { 1 }, split(problem));
     let mut shapes: Vec<Shape> = Vec::new();
     for split in [best, 4, 2, 1] {
-        for rows in [4, 2, 8, 1] {
-            for batch in [1, 2] {
-                // A lane has as many bytes under way with narrow loads as with wide ones.
-                let unroll = (batch * 16 / (rows * words)).max(1);
-                let mut shape = Shape { rows, unroll, split, columns, first, norm: false };
-                let fits = (own..=own * features(problem)).contains(&rows) && shape.resident(problem) >= 3;
-                if !fits {
-                    continue;
-                }
-                shape.norm = normalises(problem, &shape);
-                if !shapes.contains(&shape) {
-                    shapes.push(shape);
-                }
+        // With few rows of x much of the weight under way is worth most, with many the use of what is read of x.
+        let order = if columns <= 4 { [(2, 2), (4, 1)] } else { [(4, 1), (2, 2)] };
+        let others = [(4, 2), (2, 1), (8, 1), (1, 1), (1, 2)];
+        for (rows, batch) in order.into_iter().chain(others) {
+            // A lane has as many bytes under way with narrow loads as with wide ones.
+            let unroll = (batch * 16 / (rows * words)).clamp(1, if columns > 4 { 2 } else { 4 });
+            let mut shape = Shape { rows, unroll, split, columns, norm: false };
+            let fits = (own..=own * features(problem)).contains(&rows) && shape.resident(problem) >= 3;
+            if !fits {
+                continue;
+            }
+            shape.norm = normalises(problem, &shape);
+            if !shapes.contains(&shape) {
+                shapes.push(shape);
             }
         }
     }
@@ -143,6 +151,7 @@ fn split(problem: &Problem<'_>) -> usize {
 /// The variants for up to [`MAX_ROWS`] rows, each with its condition; empty where another family must serve.
 pub fn variants(problem: &Problem<'_>) -> Vec<SiteVariant> {
     let one = |(first, last): (u64, u64)| {
+        let last = last.min(most_rows(problem));
         let shape = shapes(problem, RowRange { first, last, at: last }).into_iter().next()?;
         let launch = launch(problem, &shape)?;
         let norm = norm::launch(problem).filter(|_| !shape.norm);
@@ -165,9 +174,8 @@ pub fn launch(problem: &Problem<'_>, shape: &Shape) -> Option<SiteLaunch> {
         .int("UNROLL", shape.unroll)
         .int("SPLIT", shape.split)
         .int("COLUMNS", shape.columns)
-        .int("FIRST", shape.first)
         .int("RESIDENT", shape.resident(problem))
-        .int("NORM_THREADS", norm::THREADS)
+        .int("NORM_THREADS", if norm.is_some() { norm::THREADS } else { 0 })
         .int("NORM", i32::from(norm.is_some()))
         .line(&format!("#define NORM_ON {}", i32::from(norm.is_some())))
         .line(&format!("#define NORM_PARAMETER {parameter}"))
@@ -196,3 +204,7 @@ pub fn launch(problem: &Problem<'_>, shape: &Shape) -> Option<SiteLaunch> {
     launch.tiles = tiles;
     Some(launch)
 }
+
+#[cfg(test)]
+#[path = "gemv_tests.rs"]
+mod tests;
