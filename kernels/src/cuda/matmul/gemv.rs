@@ -54,7 +54,7 @@ impl Shape {
     fn resident(&self, problem: &Problem<'_>) -> usize {
         let words = (vector(problem) * bytes(problem)).div_ceil(4);
         let narrow = if bytes(problem) < 4 { 8 + 2 * vector(problem) } else { 0 };
-        let others = 24 + narrow + self.columns.min(12) + if self.unroll > 1 { 16 } else { 0 };
+        let others = 26 + narrow + self.columns + if self.unroll > 1 { 16 } else { 0 };
         let registers =
             2 * self.rows * self.unroll * words + self.rows * self.columns + 2 * vector(problem) + others;
         (1..=8).rev().find(|blocks| registers <= 512 / blocks / 8 * 8).unwrap_or(0)
