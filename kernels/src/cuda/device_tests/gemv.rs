@@ -56,8 +56,7 @@ fn written() -> (Vec<String>, BTreeMap<(Arch, String), usize>) {
             for m in rows {
                 let range = RANGES.into_iter().find(|r| (r.first..=r.last).contains(m)).unwrap();
                 let ways = candidates(&problem, range);
-                let keep =
-                    |way: &Way, at: usize| timed && (*m <= 16 || at < 2) || at < 2 || *way == Way::Simple;
+                let keep = |way: &Way, at: usize| at < 2 || *way == Way::Simple || timed && *m <= 16;
                 let ways: Vec<Way> = ways
                     .into_iter()
                     .enumerate()

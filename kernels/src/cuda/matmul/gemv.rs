@@ -78,7 +78,7 @@ fn features(problem: &Problem<'_>) -> usize {
 
 /// Bytes of an element.
 fn bytes(problem: &Problem<'_>) -> usize {
-    problem.dtype.bits() as usize / 8
+    problem.dtype.bits() / 8
 }
 
 /// Most rows of x for which the family serves the problem.
