@@ -285,7 +285,7 @@ fn streamed_weights_build_for_every_architecture() {
     }
     for arch in Arch::ALL {
         let large = if arch.has_wgmma() { "wgmma" } else { "mma" };
-        for family in ["skinny", "simple", large] {
+        for family in ["skinny", "gemv", "simple", large] {
             let name = format!("{arch} cuda.matmul.{family}");
             assert!(seen.contains(&name), "no {name} in {seen:?}");
         }

@@ -177,7 +177,7 @@ fn inspection_shows_both_ways() {
     assert!(line.contains("where cuBLASLt is installed") && line.contains("cublaslt-0 [$t, 96] x [64, 96]"));
     let at = text.lines().position(|l| l == line).unwrap();
     let own = text.lines().nth(at + 1).unwrap();
-    assert!(own.contains("cuda_matmul_simple") && own.contains("grid ["), "{own}");
+    assert!(own.contains("cuda_matmul_gemv") && own.contains("grid ["), "{own}");
     let (done, text) = millrace(&["inspect", path, "--at", "t=7"]);
     assert!(done && text.contains(", or cuBLASLt"), "{text}");
     let (_, text) = millrace(&["inspect", path, "--json"]);

@@ -26,7 +26,7 @@ fn streamed(mut module: Module) -> Module {
     module
 }
 
-fn at_rows(m: u64) -> Bindings {
+pub(super) fn at_rows(m: u64) -> Bindings {
     let mut bindings = Bindings::new();
     bindings.set(Sym::new("t").unwrap(), m);
     bindings
@@ -103,11 +103,11 @@ fn partitions(tiles: Tiles, random: &mut Random) -> Vec<Vec<u64>> {
 }
 
 /// What operands are called, and the text of launches.
-struct Writer<'a> {
-    module: &'a Module,
-    nodes: &'a [NodeId],
-    arch: Arch,
-    kernels: &'a mut BTreeMap<(Arch, String), usize>,
+pub(super) struct Writer<'a> {
+    pub module: &'a Module,
+    pub nodes: &'a [NodeId],
+    pub arch: Arch,
+    pub kernels: &'a mut BTreeMap<(Arch, String), usize>,
 }
 
 impl Writer<'_> {
@@ -144,7 +144,7 @@ impl Writer<'_> {
         *self.kernels.entry((self.arch, source.text.clone())).or_insert(count)
     }
 
-    fn launch(&mut self, launch: &SiteLaunch, bindings: &Bindings) -> String {
+    pub(super) fn launch(&mut self, launch: &SiteLaunch, bindings: &Bindings) -> String {
         let args: Vec<String> = launch
             .args
             .iter()

@@ -11,6 +11,7 @@ use std::fmt::Write;
 
 use millrace_ir::ops::fused_matmul::Epilogue;
 
+use super::gemv;
 use super::large::{self, Tile};
 use super::library;
 use super::norm;
@@ -60,6 +61,9 @@ pub const RANGES: [RowRange; 19] = [
 /// Most candidates of the skinny family in a range.
 const SKINNY: usize = 10;
 
+/// Most candidates of the gemv family in a range.
+const GEMV: usize = 10;
+
 /// Names of chosen candidates by key.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Choices(BTreeMap<String, String>);
@@ -89,6 +93,8 @@ pub enum Way {
     Skinny(Shape),
     /// By [`large`].
     Large(Tile),
+    /// By [`gemv`].
+    Gemv(gemv::Shape),
     /// By [`simple`].
     Simple,
 }
@@ -100,6 +106,7 @@ impl Way {
             Way::Skinny(s) => {
                 format!("skinny-t{}-n{}-k{}-c{}-w{}", s.tile, s.warps_n, s.warps_k, s.columns, s.whole)
             }
+            Way::Gemv(s) => format!("gemv-r{}-u{}-k{}-c{}", s.rows, s.unroll, s.split, s.columns),
             Way::Simple => "simple".to_string(),
             Way::Large(Tile::Wgmma { consumers, columns, stages, cluster, split, boxes, group }) => format!(
                 "wgmma-m{}-c{columns}-s{stages}-x{cluster}-p{split}-b{boxes}-g{group}",
@@ -115,6 +122,7 @@ impl Way {
     pub fn launches(&self, problem: &Problem<'_>) -> Option<Vec<SiteLaunch>> {
         let (launch, normed) = match self {
             Way::Skinny(shape) => (skinny::launch(problem, shape)?, shape.norm),
+            Way::Gemv(shape) => (gemv::launch(problem, shape)?, shape.norm),
             Way::Large(tile) => (large::launch(problem, *tile)?, false),
             Way::Simple => return simple::launches(problem),
         };
@@ -180,6 +188,7 @@ pub fn candidates(problem: &Problem<'_>, rows: RowRange) -> Vec<Way> {
         ways.extend(large::tiles(problem, rows.at).into_iter().map(Way::Large));
     }
     if ways.is_empty() {
+        ways.extend(gemv::shapes(problem, rows).into_iter().take(GEMV).map(Way::Gemv));
         ways.push(Way::Simple);
     }
     ways

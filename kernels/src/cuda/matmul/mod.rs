@@ -4,11 +4,12 @@
 //! eight columns, 128 contiguous bytes for 16-bit elements. A warp reads four neighbouring blocks as 512 contiguous bytes,
 //! and a tile of blocks is what the matrix instructions read from shared memory without a swizzle.
 //!
-//! Three families share the work: [`skinny`] for few rows, [`large`] for many, [`simple`] for everything else. Where a
-//! measurement chose it, products of a [`library`] stand beside them.
+//! Four families share the work. Weights in cores: [`skinny`] for few rows, [`large`] for many. Others: [`gemv`] for few rows,
+//! [`simple`] for everything else. Where a measurement chose it, products of a [`library`] stand beside them.
 
 pub mod choice;
 pub mod epilogue;
+pub mod gemv;
 pub mod large;
 pub mod library;
 pub mod norm;
@@ -48,7 +49,10 @@ fn variants(problem: &Problem<'_>, choices: &Choices) -> Option<Vec<SiteVariant>
             variant.launches.splice(0..0, norm::launch(problem));
             variant
         })),
-        None => variants.push(SiteVariant::new(Vec::new(), simple::launches(problem)?)),
+        None => {
+            variants.extend(gemv::variants(problem));
+            variants.push(SiteVariant::new(Vec::new(), simple::launches(problem)?));
+        }
     }
     choice::apply(problem, choices, &mut variants);
     if let Some(m) = problem.m.as_const() {

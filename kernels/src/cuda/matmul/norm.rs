@@ -7,17 +7,21 @@ use crate::cuda::plan::{Argument, SiteLaunch};
 use crate::cuda::source::{Promise, SourceWriter, type_name};
 
 /// Threads of a block; a block has one row.
-const THREADS: u32 = 256;
+pub const THREADS: u32 = 256;
+
+/// Elements that a thread reads at a time.
+pub fn vector(problem: &Problem<'_>) -> usize {
+    if problem.dtype.bits() == 16 && problem.k.is_multiple_of(8) { 8 } else { 1 }
+}
 
 /// The launch that writes the norm's result, if the problem begins with a norm.
 pub fn launch(problem: &Problem<'_>) -> Option<SiteLaunch> {
     let norm = problem.norm?;
-    let vector = if problem.dtype.bits() == 16 && problem.k.is_multiple_of(8) { 8 } else { 1 };
     let source = SourceWriter::new("cuda.matmul.norm")
         .line(&format!("typedef {} T;", type_name(problem.dtype)))
         .int("K", problem.k)
         .int("THREADS", THREADS)
-        .int("VECTOR", vector)
+        .int("VECTOR", vector(problem))
         .float("EPS", norm.eps)
         .body(include_str!("norm.cu"))
         .promise(Promise { registers: 0, no_local: true })
