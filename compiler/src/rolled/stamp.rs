@@ -380,15 +380,16 @@ impl<'a> Stamper<'a> {
         Ok(())
     }
 
-    /// Names of made weights are made of those they stand for, whose numbers have to grow evenly then. The last layer
-    /// has its own names in the small module.
+    /// Names of made weights begin with that of a part, or are made of source names; the numbers of either have to grow evenly
+    /// then. The last layer has its own names in the small module.
     fn grow_evenly(&self) -> Rolled<()> {
         let (origin, layers) = (self.tags.origin, self.tags.layers);
         let mut classes = vec![false; layers.weights.members.len()];
-        let mut literals = false;
+        let mut of_sources = false;
+        let all = &self.tags.result.weights;
         for first in self.pairs.keys() {
-            let parts = self.tags.result.weights[*first].expr.parts();
-            literals |= parts.is_empty();
+            let (name, parts) = (&all[*first].name, all[*first].expr.parts());
+            of_sources |= !parts.iter().any(|p| name.starts_with(&all[*p].name));
             for part in parts {
                 if let Tag::Layer(class, _) = self.tags.weight(*part) {
                     classes[class] = true;
@@ -403,7 +404,7 @@ impl<'a> Stamper<'a> {
                 return Err(uneven(name(at)));
             }
         }
-        for class in (0..layers.locs.len()).filter(|_| literals) {
+        for class in (0..layers.locs.len()).filter(|_| of_sources) {
             let name = |w: usize| layers.loc(origin, class, w);
             let names = Names::of(name(0), name(1)).ok_or_else(|| uneven(name(1)))?;
             if let Some(at) = (2..layers.count - 1).find(|at| !names.is(name(*at), *at)) {
