@@ -9,9 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use millrace::compiler::codegen::cuda::{Builder, nvrtc_version};
+use millrace::compiler::codegen::cuda::{Builder, nvrtc_version, splits};
+use millrace::compiler::compile::{Progress, prepare_with};
 use millrace::compiler::import::Precision;
 use millrace::compiler::target::TargetChoice;
+use millrace::compiler::tuning::{Entry, VERSION};
 use millrace::ir::launch::{Bundle, Launch, LaunchTable, Variant};
 use millrace::ir::{Bindings, DType, fold};
 use millrace::kernels::cuda::Arch;
@@ -167,6 +169,67 @@ fn every_family_builds_for_every_architecture() {
 }
 
 /// Kernels of engines whose weights may be streamed read parts of them.
+/// The middle of a decoder's layer.
+const MIDDLE: &str = "module @m phase imported {
+  dim $t in 1..=64
+  dim $b in 1..=8
+  dim $p in 1..=2048
+  dim $pages in 1..=4096
+  state @k : bf16[$pages, 32, 2, 128]
+  state @v : bf16[$pages, 32, 2, 128]
+  graph @main(%0 \"q\": bf16[$t, 8, 128], %1 \"k\": bf16[$t, 2, 128], %2 \"v\": bf16[$t, 2, 128], %3 \"positions\": i32[$t], %4 \"seq_starts\": i32[$b + 1], %5 \"kv_lens\": i32[$b], %6 \"block_table\": i32[$b, $p]) -> (\"y\": bf16[$t, 8, 128]) {
+    %7 = rope %0, %3 {base = 10000.0, layout = half} : bf16[$t, 8, 128] loc(q)
+    %8 = rope %1, %3 {base = 10000.0, layout = half} : bf16[$t, 2, 128] loc(k)
+    %9 = kv_append @k, %8, %4, %5, %6 : bf16[$pages, 32, 2, 128] loc(keys)
+    %10 = kv_append @v, %2, %4, %5, %6 : bf16[$pages, 32, 2, 128] loc(values)
+    %11 = paged_attention %7, %9, %10, %4, %5, %6 {scale = 0.088} : bf16[$t, 8, 128] loc(attention)
+    return %11
+  }
+}
+";
+
+#[test]
+fn every_split_of_single_rows_builds() {
+    if !nvrtc("every_split_of_single_rows_builds") {
+        return;
+    }
+    let file = tempfile::Builder::new().suffix(".ir").tempfile().unwrap();
+    std::fs::write(file.path(), MIDDLE).unwrap();
+    let built = |target: &str, at: usize| {
+        let mut options = cached(target);
+        let prepared = prepare_with(file.path(), &options, None, &mut Progress::default()).unwrap();
+        let archs = options.target.archs.clone();
+        let all: Vec<_> = archs.iter().flat_map(|arch| splits(&prepared.module, *arch)).collect();
+        assert_eq!(all.len(), archs.len() * 12, "four classes, three ranges of contexts");
+        let most = all.iter().map(|(_, _, names)| names.len()).max().unwrap();
+        for (key, _, names) in all {
+            assert!(key.contains(" rope "), "{key}");
+            let entry = Entry {
+                candidate: names[at.min(names.len() - 1)].clone(),
+                nanoseconds: 1,
+                built_in_nanoseconds: 1,
+                device: String::new(),
+                driver: String::new(),
+                version: VERSION.into(),
+            };
+            options.tuning.entries.insert(key, entry);
+        }
+        // Kernels that keep anything in local memory do not build.
+        let compiled = compile(file.path(), &options, None).unwrap_or_else(|e| panic!("{target} {at}: {e}"));
+        assert!(compiled.context.remarks.iter().all(|r| r.pass != "tuning"));
+        let layers = compiled.device.bundles.iter().map(|bundle| {
+            let kernels = bundle.table.kernels.iter();
+            kernels.filter(|k| k.family == "cuda.attention.layer_decode").count()
+        });
+        assert!(layers.into_iter().all(|kernels| kernels > 1), "{target} {at}");
+        most
+    };
+    let most = built("cuda", 1);
+    assert!(most > 12, "{most}");
+    (2..most).for_each(|at| assert!(built("cuda:sm_90a", at) <= most));
+    assert_eq!(built("cuda", 4), most);
+}
+
 #[test]
 fn streamed_weights_build_for_every_architecture() {
     if !nvrtc("streamed_weights_build_for_every_architecture") {

@@ -1,7 +1,8 @@
-//! Tuning files: which candidate a measurement chose for each kind of matmul site.
+//! Tuning files: which candidate a measurement chose for each kind of matmul or decode attention site.
 //!
 //! A file is JSON: a number that names the form, and entries by *key*. A key says everything about site and architecture
-//! that a time depends on, a candidate is called by its stable name; see [`millrace_kernels::cuda::matmul::choice`].
+//! that a time depends on, a candidate is called by its stable name; see [`millrace_kernels::cuda::matmul::choice`]
+//! and [`millrace_kernels::cuda::attention::splits`].
 //! Files of several models and devices can be merged: of two entries for a key the one with the better time stays. The
 //! text is a function of the entries. What a file chooses is an input of a build like any option; it needs no GPU.
 //!

@@ -4,6 +4,7 @@
 //! `data.bin` and `cases.json` for a driver that launches the kernels and compares.
 
 mod cases;
+mod splits;
 mod tiles;
 mod timings;
 

@@ -18,7 +18,7 @@ pub fn plan_with(site: Site<'_>, choices: &Choices) -> Option<Planned> {
     let Some(node) = site.only() else {
         return match site.last_op() {
             Op::FusedMatmul(_) => matmul::plan(site, choices),
-            Op::PagedAttention(_) => attention::plan_layer(site),
+            Op::PagedAttention(_) => attention::plan_layer(site, choices),
             _ => rope::plan(site),
         };
     };
@@ -42,6 +42,6 @@ pub fn plan_with(site: Site<'_>, choices: &Choices) -> Option<Planned> {
         }
         Op::FusedMatmul(_) | Op::Matmul(_) => matmul::plan(site, choices),
         Op::Rope(_) | Op::KvAppend(_) => rope::plan(site),
-        Op::PagedAttention(_) | Op::Attention(_) | Op::MeanPool(_) => attention::plan(site),
+        Op::PagedAttention(_) | Op::Attention(_) | Op::MeanPool(_) => attention::plan(site, choices),
     }
 }

@@ -48,6 +48,8 @@ pub struct Case {
     pub steps: Vec<Step>,
     /// Whether every kernel rounds once, at its store, and none reads what another has rounded.
     pub strict: bool,
+    /// Which way of splitting single rows of attention a tuning file chooses, by its place in the list.
+    pub split: Option<usize>,
 }
 
 /// A case with everything that does not depend on a backend.
@@ -62,7 +64,7 @@ impl Case {
     /// A case of IR text at level 2.
     pub fn of(name: impl Into<String>, module: &Module, steps: Vec<Step>) -> Case {
         let source = Source::Text(text::print(module));
-        Case { name: name.into(), source, level: 2, steps, strict: false }
+        Case { name: name.into(), source, level: 2, steps, strict: false, split: None }
     }
 
     /// The same, of kernels that do not feed each other.
@@ -74,6 +76,13 @@ impl Case {
     /// The same at another level.
     pub fn at_level(mut self, level: usize) -> Case {
         self.level = level;
+        self
+    }
+
+    /// The same with another way of splitting single rows; the last where there are fewer.
+    pub fn with_split(mut self, at: usize) -> Case {
+        self.name = format!("{}/split{at}", self.name);
+        self.split = Some(at);
         self
     }
 

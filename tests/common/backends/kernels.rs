@@ -4,7 +4,7 @@ use millrace::ir::ops::attention::Mask;
 use millrace::ir::ops::fused_matmul::{Epilogue, FusedMatmul};
 use millrace::ir::ops::rope::{RopeLayout, RopeScaling};
 use millrace::ir::ops::unary::UnaryFn;
-use millrace::ir::ops::{Attention, KvAppend, Matmul, MeanPool, PagedAttention, RmsNorm, Rope};
+use millrace::ir::ops::{Attention, Cast, KvAppend, Matmul, MeanPool, PagedAttention, RmsNorm, Rope};
 use millrace::ir::{Builder, DType, Dim, Operand, Phase, TensorType, WeightExpr};
 
 use super::case::{Case, Seq, Step};
@@ -190,11 +190,13 @@ struct Paged {
     page: u64,
     window: usize,
     rope: Option<Rope>,
+    /// Whether lengths and block table are results of kernels right before, in memory that held something else.
+    late: bool,
 }
 
 impl Paged {
     fn case(&self, name: &str, dtype: DType, steps: Vec<Step>) -> Case {
-        let Paged { heads, kv_heads, d, page, window, rope } = self;
+        let Paged { heads, kv_heads, d, page, window, rope, late } = self;
         let mut b = Builder::new("paged");
         let t = b.dim("t", 1, 1024, Some(8)).unwrap();
         let batch = b.dim("b", 1, 16, None).unwrap();
@@ -207,8 +209,12 @@ impl Paged {
             (b.input("q", rows(*heads)), b.input("k", rows(*kv_heads)), b.input("v", rows(*kv_heads)));
         let positions = rope.as_ref().map(|_| b.input("positions", i32s(vec![t.clone()])));
         let starts = b.input("seq_starts", i32s(vec![batch.add(&Dim::from(1i64))]));
-        let lens = b.input("kv_lens", i32s(vec![batch.clone()]));
-        let table = b.input("block_table", i32s(vec![batch, width]));
+        let mut index = |name: &str, shape: Vec<Dim>| {
+            let given = b.input(name, TensorType::new(if *late { DType::I64 } else { DType::I32 }, shape));
+            if *late { b.one(Cast { to: DType::I32 }, &[given], name).unwrap() } else { given }
+        };
+        let lens = index("kv_lens", vec![batch.clone()]);
+        let table = index("block_table", vec![batch, width]);
         let cache =
             || TensorType::new(dtype, [pages.clone(), (*page).into(), (*kv_heads).into(), (*d).into()]);
         let (keys, values) = (b.state("kv.k", cache()), b.state("kv.v", cache()));
@@ -228,7 +234,8 @@ impl Paged {
 
 /// Caches and attention over them.
 pub fn paged() -> Vec<Case> {
-    let plain = |heads, kv_heads, d| Paged { heads, kv_heads, d, page: 16, window: 0, rope: None };
+    let plain =
+        |heads, kv_heads, d| Paged { heads, kv_heads, d, page: 16, window: 0, rope: None, late: false };
     let mut cases = Vec::new();
     for (i, (heads, kv_heads, d)) in
         [(4, 4, 64), (4, 2, 80), (4, 1, 128), (8, 1, 64), (8, 2, 128), (7, 1, 64), (3, 3, 24), (8, 8, 128)]
@@ -263,6 +270,29 @@ pub fn paged() -> Vec<Case> {
             FLOATS[(i + 1) % 3],
             batches(16),
         ));
+    }
+    // Every way of splitting single rows.
+    let half = Rope { base: 10000.0, layout: RopeLayout::Half, scaling: RopeScaling::Default, rotary: 0 };
+    for at in 1..16 {
+        let rope = Some(half.clone());
+        let paged = Paged { rope, ..plain(8, 2, 128) };
+        cases.push(paged.case("rope-batches", DType::BF16, batches(16)).with_split(at));
+    }
+    for (at, heads, kv_heads, d, page, window) in
+        [(4, 8, 2, 128, 16, 0), (9, 7, 1, 64, 8, 20), (10, 4, 1, 80, 16, 700), (12, 4, 1, 128, 16, 0)]
+    {
+        let paged = Paged { page, window, ..plain(heads, kv_heads, d) };
+        cases.push(paged.case("long", DType::BF16, long_context(page as usize)).with_split(at));
+    }
+    // Whatever a kernel guesses from lengths and table before they are there, with and without a ring.
+    for at in [0, 4] {
+        for rope in [None, Some(half.clone())] {
+            let name = if rope.is_some() { "late-rope" } else { "late" };
+            let paged = Paged { rope, late: true, ..plain(8, 2, 128) };
+            cases.push(paged.case(name, DType::BF16, batches(16)).with_split(at));
+        }
+        let paged = Paged { window: 700, late: true, ..plain(4, 1, 128) };
+        cases.push(paged.case("late-long-window", DType::BF16, long_context(16)).with_split(at));
     }
     cases
 }

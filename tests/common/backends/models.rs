@@ -104,6 +104,7 @@ fn decoders(folder: &Path) -> Vec<Case> {
                 level: 2,
                 steps,
                 strict: false,
+                split: None,
             });
         }
     }
@@ -119,7 +120,7 @@ fn fixtures() -> Vec<Case> {
             let path = folder.join(name);
             let source = Source::Folder { path, dtype, tokens: 64, positions: 256, dummy: false };
             let name = format!("fixture/{name}/{dtype}");
-            cases.push(Case { name, source, level: 2, steps: conversation(19), strict: false });
+            cases.push(Case { name, source, level: 2, steps: conversation(19), strict: false, split: None });
         }
     }
     cases
@@ -163,6 +164,7 @@ pub fn random(graphs: u64) -> Vec<Case> {
             level,
             steps: Vec::new(),
             strict: false,
+            split: None,
         }
     };
     (0..graphs).map(case).collect()

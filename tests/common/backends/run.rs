@@ -4,13 +4,16 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use millrace::compiler::Tuning;
+use millrace::compiler::codegen::cuda::splits;
 use millrace::compiler::compile::{Progress, prepare_with};
 use millrace::compiler::target::TargetChoice;
+use millrace::compiler::tuning::{Entry, VERSION};
 use millrace::ir::engine::Verify;
 use millrace::ir::sampling::Random;
 use millrace::ir::tensor::{Tensor, decode};
 use millrace::ir::text;
-use millrace::{Allocation, Compiled, Engine, Session, SessionOptions, TensorRef, compile};
+use millrace::{Allocation, CompileOptions, Compiled, Engine, Session, SessionOptions, TensorRef, compile};
 
 use super::case::{Case, Prepared, Source};
 use crate::by_library;
@@ -319,6 +322,9 @@ fn compiled(case: &Case, target: &str, path: &Path, library: bool) -> Result<Opt
     let mut options = case.options();
     options.target = TargetChoice::parse(target).map_err(wrong)?;
     options.pipeline = options.target.level(case.level);
+    if let Some(at) = case.split {
+        options.tuning = split_tuning(path, &options, at).map_err(wrong)?;
+    }
     let refused = |e: millrace::Error| {
         let message = e.to_string();
         let gap = GAPS.iter().find(|(_, is)| e.code() == "compile/no-kernel" && is(&message));
@@ -326,12 +332,31 @@ fn compiled(case: &Case, target: &str, path: &Path, library: bool) -> Result<Opt
     };
     if library {
         let prepared = prepare_with(path, &options, None, &mut Progress::default()).map_err(refused)?;
-        options.tuning = by_library::tuning(&prepared.module, &options.target.archs, 0);
-        if options.tuning.entries.is_empty() {
+        let named = by_library::tuning(&prepared.module, &options.target.archs, 0);
+        if named.entries.is_empty() {
             return Ok(None);
         }
+        options.tuning.entries.extend(named.entries);
     }
     compile(path, &options, None).map(Some).map_err(refused)
+}
+
+/// Entries that choose the same place of the list for all keys of single rows, the last where there are fewer.
+fn split_tuning(path: &Path, options: &CompileOptions, at: usize) -> millrace::Result<Tuning> {
+    let prepared = prepare_with(path, options, None, &mut Progress::default())?;
+    let mut tuning = Tuning::default();
+    for (key, _, names) in options.target.archs.iter().flat_map(|arch| splits(&prepared.module, *arch)) {
+        let entry = Entry {
+            candidate: names[at.min(names.len() - 1)].clone(),
+            nanoseconds: 1,
+            built_in_nanoseconds: 1,
+            device: "none".into(),
+            driver: "none".into(),
+            version: VERSION.into(),
+        };
+        tuning.entries.insert(key, entry);
+    }
+    Ok(tuning)
 }
 
 /// Compiles a case and nothing else.

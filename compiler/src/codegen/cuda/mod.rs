@@ -7,7 +7,7 @@ mod trials;
 
 pub use build::{BuildCounts, Builder, Built, Order};
 pub use nvrtc::version as nvrtc_version;
-pub use trials::{Trial, TrialBuffer, TrialCandidate, TrialFill, TrialProduct, trials, tuned};
+pub use trials::{Trial, TrialBuffer, TrialCandidate, TrialFill, TrialProduct, splits, trials, tuned};
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use millrace_ir::launch::{Bundle, Launch, LaunchStep, LaunchTable};
 use millrace_ir::{Bindings, DType, Dim, Module, NodeId, Operand};
-use millrace_kernels::cuda::matmul::choice::{RANGES, RowRange, candidates, key, library_key};
+use millrace_kernels::cuda::attention::{self, Split};
+use millrace_kernels::cuda::matmul::choice::{RANGES, RowRange, Way, candidates, key, library_key};
 use millrace_kernels::cuda::matmul::{Layout, Problem, library};
 use millrace_kernels::cuda::{Arch, Site, SiteLaunch, SiteVariant, Source};
 
@@ -261,39 +262,52 @@ pub fn tuned(
         return found;
     }
     let choices = tuning.choices(with_library);
+    let mut consider = |key: String, by_library: bool, node: NodeId, names: &dyn Fn() -> Vec<String>| {
+        let Some(entry) = tuning.entries.get(&key) else { return };
+        if found.contains_key(&key) || told.contains(&key) {
+            return;
+        }
+        let known = names().contains(&entry.candidate);
+        if known && choices.get(&key).is_some() {
+            found.insert(key, entry.candidate.clone());
+            return;
+        }
+        let why = match known {
+            true if entry.version != VERSION => format!("is of version {}", entry.version),
+            true if by_library && !with_library => "names a library, which is not wanted".to_string(),
+            true => "names a library, and a kernel is as fast".to_string(),
+            false => format!("names {}, which is not known", entry.candidate),
+        };
+        context.remark("tuning", &module.graph, node, format!("ignored: the entry for `{key}` {why}"));
+        told.push(key);
+    };
     for arch in archs {
         problems(module, *arch, |problem, node| {
             for rows in RANGES {
                 let kernels = key(problem, rows);
-                for (key, by_library) in [(library_key(&kernels), true), (kernels, false)] {
-                    let Some(entry) = tuning.entries.get(&key) else { continue };
-                    if found.contains_key(&key) || told.contains(&key) {
-                        continue;
-                    }
-                    let known = match by_library {
-                        true => library::names(problem).contains(&entry.candidate),
-                        false => candidates(problem, rows).iter().any(|way| way.name() == entry.candidate),
-                    };
-                    if known && choices.get(&key).is_some() {
-                        found.insert(key, entry.candidate.clone());
-                        continue;
-                    }
-                    let why = match known {
-                        true if entry.version != VERSION => format!("is of version {}", entry.version),
-                        true if !with_library => "names a library, which is not wanted".to_string(),
-                        true => "names a library, and a kernel is as fast".to_string(),
-                        false => format!("names {}, which is not known", entry.candidate),
-                    };
-                    context.remark(
-                        "tuning",
-                        &module.graph,
-                        node,
-                        format!("ignored: the entry for `{key}` {why}"),
-                    );
-                    told.push(key);
-                }
+                consider(library_key(&kernels), true, node, &|| library::names(problem));
+                consider(kernels, false, node, &|| candidates(problem, rows).iter().map(Way::name).collect());
             }
         });
+        for (key, node, names) in splits(module, *arch) {
+            consider(key, false, node, &|| names.clone());
+        }
+    }
+    found
+}
+
+/// What only a tuning file chooses: how the keys of steps with one row a sequence are split over blocks. Key, node of the
+/// first site, and names, the built-in one first.
+pub fn splits(module: &Module, arch: Arch) -> Vec<(String, NodeId, Vec<String>)> {
+    let order = &module.graph.order;
+    let mut found: Vec<(String, NodeId, Vec<String>)> = Vec::new();
+    for group in module.graph.launch_groups(order) {
+        let nodes = &order[group];
+        for (key, ways) in attention::splits(Site { module, nodes, arch }) {
+            if found.iter().all(|(known, ..)| *known != key) {
+                found.extend(nodes.last().map(|n| (key, *n, ways.iter().map(Split::name).collect())));
+            }
+        }
     }
     found
 }

@@ -2,8 +2,9 @@
 //
 // A block takes a range of keys for the query heads of one key head; its warps take tiles of 16 keys in turn. Scores are
 // computed transposed: S^T[16 keys, 8 heads] = K Q^T and O^T[D, 8 heads] += V^T P^T, so that few heads fill the tensor
-// core. Keys and values go from global memory into the fragments of the matrix instruction directly: the order of a
-// product's terms is free, so a lane's 16 contiguous bytes may stand for any columns, if both operands agree.
+// core. A lane holds whole 16-byte pieces of rows as fragments of the matrix instruction: the order of a product's terms is
+// free, so a lane's 16 contiguous bytes may stand for any columns, if both operands agree. Pieces come from global memory
+// directly or through a ring in shared memory, with the same result.
 // Blocks of a cluster join what they found through shared memory. If a row needs several clusters, each leaves maximum,
 // sum and unscaled result in the workspace, and the last cluster of a row and key head to arrive joins them in order of
 // the ranges. Without clusters every block stands for one.
@@ -13,25 +14,8 @@
 // cache, where no other block reads them. A sequence of several rows is left to every block of it: each writes all rows it
 // sees, to the same bits, and reads them back.
 
-constexpr int WARPS = 4;
-constexpr int TILE = 16;
-constexpr int STEP = WARPS * TILE;
 constexpr int NT = (HEAD_BLOCK + 7) / 8;  // tiles of 8 heads
-constexpr int KR = (D + 31) / 32;         // 16-byte pieces of a key row that a lane holds
-constexpr int VR = (D + 63) / 64;         // 16-byte pieces of a value row that a lane holds
 constexpr int PAD = D + 4;
-constexpr bool AHEAD = D <= 128;           // registers hold the next tile while this one is used
-
-// 16 bytes that are read once, zeros where `valid` is false.
-DEVICE uint4 load_valid(const void *at, bool valid) {
-    uint4 v;
-    asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-        "@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
-        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-        : "l"(at), "r"((u32)valid));
-    return v;
-}
 
 // Transposes an 8x8 matrix of 16-bit elements over the warp.
 DEVICE u32 transpose(u32 v) {
@@ -40,156 +24,24 @@ DEVICE u32 transpose(u32 v) {
     return out;
 }
 
-DEVICE void add(float4 &sum, const float4 &x, float factor) {
-    sum.x = fmaf(x.x, factor, sum.x), sum.y = fmaf(x.y, factor, sum.y);
-    sum.z = fmaf(x.z, factor, sum.z), sum.w = fmaf(x.w, factor, sum.w);
-}
-DEVICE void store(Element *at, const float4 &v, float factor) {
-    *(uint2 *)at = make_uint2(pack2<Element>(v.x * factor, v.y * factor), pack2<Element>(v.z * factor, v.w * factor));
-}
-
-DEVICE u32 word(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-#if CLUSTER > 1
-DEVICE u32 in_block(u32 address, u32 rank) {
-    u32 out;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(address), "r"(rank));
-    return out;
-}
-DEVICE float4 load_cluster4(u32 address) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
-    return v;
-}
-DEVICE float2 load_cluster2(u32 address) {
-    float2 v;
-    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
-    return v;
-}
-// The barrier of all blocks of the cluster that still run.
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-#define CLUSTER_DIMS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define CLUSTER_DIMS
-#endif
-
-// Cache slots of the keys of a tile that a lane reads. If pages hold whole tiles one lookup serves all.
-struct Slots {
-    const Table *pages;
-
-    DEVICE i64 of(int key) const {
-        return (i64)pages[key / TOKENS_PER_BLOCK] * TOKENS_PER_BLOCK + key % TOKENS_PER_BLOCK;
-    }
-};
-
-// Keys of a block's range: equal parts of what the row sees, in whole steps of the block. One cluster does as long as its
-// blocks have few steps.
-DEVICE int chunk_of(int span) {
-    const int blocks = CLUSTER > 1 && span <= CLUSTER * ONE_CLUSTER ? CLUSTER : (int)gridDim.x;
-    return max(MIN_CHUNK, ((span + blocks - 1) / blocks + STEP - 1) / STEP * STEP);
-}
-
-// Brings the first tile of each warp into the level 2 cache while the predecessor still runs. Whatever it reads may be
-// about to change: it may bring the wrong rows, and nothing else depends on it.
-template <typename I> DEVICE int peek(const I *at) { return (int)__ldcg(at); }
-DEVICE void prefetch(const Element *k, const Element *v, const Lens *lens, const Table *table, int b, int width, int pages) {
-#if ARCH >= 900
-    if (TOKENS_PER_BLOCK % TILE != 0) return;
-    const int guess = min((int)blockIdx.z, b - 1), length = peek(lens + guess);
-    const int aligned = (WINDOW > 0 ? max(0, length - WINDOW) : 0) / TILE * TILE;
-    const int chunk = chunk_of(max(0, length - aligned));
-    const int tile = aligned + blockIdx.x * chunk + threadIdx.x / 32 * TILE, key = tile + threadIdx.x % TILE;
-    const int block = tile / TOKENS_PER_BLOCK;
-    if (key >= length || block >= width) return;
-    const int page = peek(table + (i64)guess * width + block);
-    if (page < 0 || page >= pages) return;
-    const Element *from = threadIdx.x % 32 < TILE ? k : v;
-    from += (((i64)page * TOKENS_PER_BLOCK + key % TOKENS_PER_BLOCK) * KV_HEADS + blockIdx.y / HEAD_BLOCKS) * D;
-#pragma unroll
-    for (int c = 0; c < D; c += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + c));
-#endif
-}
-
-#if FUSED
-// New rows before their rotation.
-struct Fresh {
-    const Element *k, *v;
-    const Positions *positions;
-};
-
-constexpr int PAIRS = ROTARY / 2;
-constexpr int PIECE_SHIFT = ROTARY / 16;                            // pieces between the halves of pairs
-constexpr bool PARTNER_HELD = HALVES && ROTARY == D && D % 64 == 0;  // a lane holds both halves of its pairs
-
-// Columns of a pair.
-DEVICE int first_of(int pair) { return HALVES ? pair : 2 * pair; }
-DEVICE int second_of(int pair) { return HALVES ? pair + PAIRS : 2 * pair + 1; }
-
-DEVICE float element(const uint4 &v, int i) {
-    const float2 both = unpack2<Element>(word(v, i / 2));
-    return i % 2 == 0 ? both.x : both.y;
-}
-
-// Piece `piece` (8 columns) of a head after the rotation; `other` is the piece with the other halves of its pairs.
-DEVICE uint4 turned(const uint4 &own, const uint4 &other, int piece, const float2 *turns) {
-    if (piece * 8 >= ROTARY) return own;
-    float x[8];
-#if HALVES
-    const bool second = piece >= PIECE_SHIFT;
-    const float4 *at = (const float4 *)(turns + (second ? piece - PIECE_SHIFT : piece) * 8);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const float4 two = at[i / 2];
-        const float sine = i % 2 == 0 ? two.x : two.z, cosine = i % 2 == 0 ? two.y : two.w;
-        const float a = element(own, i), b = element(other, i);
-        x[i] = second ? turned_second(b, a, sine, cosine) : turned_first(a, b, sine, cosine);
-    }
-#else
-    const float4 *at = (const float4 *)(turns + piece * 4);
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-        const float4 two = at[i / 4];
-        const float sine = i % 4 == 0 ? two.x : two.z, cosine = i % 4 == 0 ? two.y : two.w;
-        const float a = element(own, i), b = element(own, i + 1);
-        x[i] = turned_first(a, b, sine, cosine), x[i + 1] = turned_second(a, b, sine, cosine);
-    }
-#endif
-    return make_uint4(pack2<Element>(x[0], x[1]), pack2<Element>(x[2], x[3]), pack2<Element>(x[4], x[5]),
-                      pack2<Element>(x[6], x[7]));
-}
-
-// Writes one new row of a key head to the cache, with all threads.
-DEVICE void write_row(const Fresh &fresh, Element *k, Element *v, i64 row, i64 slot, int kv_head) {
-    const i64 from = (row * KV_HEADS + kv_head) * D, to = (slot * KV_HEADS + kv_head) * D;
-    const float position = (float)(int)fresh.positions[row];
-    for (int pair = threadIdx.x; pair < PAIRS; pair += WARPS * 32) {
-        float sine, cosine;
-        angle(position, pair, sine, cosine);
-        const float a = to_f32(fresh.k[from + first_of(pair)]), b = to_f32(fresh.k[from + second_of(pair)]);
-        k[to + first_of(pair)] = from_f32<Element>(turned_first(a, b, sine, cosine));
-        k[to + second_of(pair)] = from_f32<Element>(turned_second(a, b, sine, cosine));
-    }
-    for (int c = ROTARY + threadIdx.x; c < D; c += WARPS * 32) k[to + c] = fresh.k[from + c];
-    for (int c = threadIdx.x; c < D; c += WARPS * 32) v[to + c] = fresh.v[from + c];
-}
-#define CACHE Element
-#define FRESH_PARAMETERS , const Element *new_k, const Element *new_v, const Positions *positions
-#else
-#define CACHE const Element
-#define FRESH_PARAMETERS
-#endif
-
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS)
     KERNEL(const Element *q, CACHE *k, CACHE *v, const Starts *starts, const Lens *lens, const Table *table,
            Element *out, float *partials, u32 *counters, int b, int width, int pages FRESH_PARAMETERS) {
     constexpr int HEADS_SHARED = NT * 8;
-    __shared__ __align__(16) float sums[WARPS * HEADS_SHARED * PAD];
+    // Results of warps, SUMS floats apart.
+#if STAGES
+    constexpr int SUMS = RING_BYTES / 4;
+    static_assert(HEADS_SHARED * PAD <= SUMS, "a warp's result takes the place of its ring");
+    float *const sums = (float *)rings;
+#else
+    constexpr int SUMS = HEADS_SHARED * PAD;
+    __shared__ __align__(16) float sums[WARPS * SUMS];
+#endif
     __shared__ float tops[WARPS][HEADS_SHARED], totals[WARPS][HEADS_SHARED];
     __shared__ float2 joined[HEADS_SHARED];
     __shared__ u32 arrived;
-    prefetch(k, v, lens, table, b, width, pages);
+    const Share share = share_of_block();
+    const int guessed_tile = prefetch(k, v, lens, table, b, width, pages, share);
 #if FUSED
     // Sines and cosines of the position as it looks before the wait; it is read again.
     static_assert(PAIRS <= WARPS * 32, "a thread has one pair");
@@ -204,7 +56,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
     release_successor();
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int kv_head = blockIdx.y / HEAD_BLOCKS, first_head = blockIdx.y % HEAD_BLOCKS * HEAD_BLOCK;
+    const int kv_head = share.column / HEAD_BLOCKS, first_head = share.column % HEAD_BLOCKS * HEAD_BLOCK;
     const int heads = min(HEAD_BLOCK, GROUP - first_head);
     const int row = blockIdx.z;
     const i64 out_at = ((i64)row * HEADS + kv_head * GROUP + first_head) * D;
@@ -243,10 +95,16 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
     }
 #endif
 
-    // What a short context with one row a sequence needs is read at once; other cases look again.
-    const int guess = min(row, b - 1), guessed_tile = blockIdx.x * MIN_CHUNK + warp * TILE;
+    // What steps with one row a sequence need is read at once; other cases look again.
+    constexpr int GUESSES = STAGES > 0 ? STAGES : 1;
+    const int guess = min(row, b - 1);
     const int guessed_start = (int)starts[guess], guessed_end = (int)starts[guess + 1];
-    const int guessed_page = (int)table[(i64)guess * width + min(guessed_tile / TOKENS_PER_BLOCK, width - 1)];
+    int guessed_pages[GUESSES];
+#pragma unroll
+    for (int s = 0; s < GUESSES; ++s) {
+        const int page = min((guessed_tile + s * STEP) / TOKENS_PER_BLOCK, width - 1);
+        guessed_pages[s] = (int)table[(i64)guess * width + page];
+    }
     int length = (int)lens[guess], sequence = guess, sequence_end = guessed_end;
     const bool others = guessed_start != row || guessed_end != row + 1;
     if (others) {
@@ -260,8 +118,8 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
     const int last = position + 1, low = WINDOW > 0 ? max(0, last - WINDOW) : 0;
     const int aligned = low / TILE * TILE, span = last - aligned, chunk = chunk_of(span);
     const int used = (span + chunk - 1) / chunk;
-    if ((int)blockIdx.x >= used) return;
-    const int begin = aligned + blockIdx.x * chunk, end = min(last, begin + chunk);
+    if (share.range >= used) return;
+    const int begin = aligned + share.range * chunk, end = min(last, begin + chunk);
 
 #if FUSED
     // Keys from here on are not read from the cache.
@@ -277,9 +135,41 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
 #endif
 
     const i64 row_stride = (i64)KV_HEADS * D;
-    const Element *k_head = k + kv_head * D + t * 8, *v_head = v + kv_head * D + g * 8;
-
     uint4 kf[2][KR], vf[4][VR];
+    int tile = begin + warp * TILE;
+    auto slot_of_tile = [&](int at) -> i64 {
+        return TOKENS_PER_BLOCK % TILE == 0 && at < end ? slots.of(at) : 0;
+    };
+    const bool guessed = TOKENS_PER_BLOCK % TILE == 0 && sequence == guess && tile == guessed_tile;
+    auto first_slot = [&](int s) -> i64 {
+        const int at = tile + s * STEP;
+        return guessed ? (i64)guessed_pages[s] * TOKENS_PER_BLOCK + at % TOKENS_PER_BLOCK : slot_of_tile(at);
+    };
+#if STAGES
+    u8 *const ring = rings + warp * RING_BYTES;
+    const Element *k_head = k + kv_head * D, *v_head = v + kv_head * D;
+    auto fill = [&](int at, i64 base, int stage) {
+        const u32 to = shared_address(ring + stage * TILE_BYTES);
+#pragma unroll
+        for (int i = 0; i < (TILE * PIECES + 31) / 32; ++i) {
+            const int inside = (lane + 32 * i) / PIECES, piece = (lane + 32 * i) % PIECES, key = at + inside;
+            if (TILE * PIECES % 32 != 0 && inside >= TILE) break;
+            const bool valid = key >= low && key < readable;
+            i64 slot = base + inside;
+            if (TOKENS_PER_BLOCK % TILE != 0) slot = valid ? slots.of(key) : 0;
+            copy_piece(to + key_piece(inside, piece), k_head + slot * row_stride + piece * 8, valid);
+            copy_piece(to + value_piece(inside, piece), v_head + slot * row_stride + piece * 8, valid);
+        }
+    };
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) {
+        if (tile + s * STEP < end) fill(tile + s * STEP, first_slot(s), s);
+        copy_async_commit();
+    }
+    i64 next_base = slot_of_tile(tile + STAGES * STEP);
+    int stage = 0;
+#else
+    const Element *k_head = k + kv_head * D + t * 8, *v_head = v + kv_head * D + g * 8;
     // Slots of the lane's rows: keys g and g + 8, values 2t, 2t + 1, 2t + 8, 2t + 9.
     auto load_k = [&](int tile, i64 base) {
 #pragma unroll
@@ -305,19 +195,14 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
                 vf[h][r] = load_valid(v_head + slot * row_stride + r * 64, valid && (g + 8 * r) * 8 < D);
         }
     };
-    auto slot_of_tile = [&](int tile) -> i64 {
-        return TOKENS_PER_BLOCK % TILE == 0 && tile < end ? slots.of(tile) : 0;
-    };
-
-    int tile = begin + warp * TILE;
-    const bool guessed = TOKENS_PER_BLOCK % TILE == 0 && sequence == guess && tile == guessed_tile;
-    i64 next_base = guessed ? (i64)guessed_page * TOKENS_PER_BLOCK + tile % TOKENS_PER_BLOCK : slot_of_tile(tile);
+    i64 next_base = first_slot(0);
     if (AHEAD && tile < end) {
         load_k(tile, next_base);
         load_v(tile, next_base);
     }
     i64 this_base = next_base;
     next_base = slot_of_tile(tile + STEP);
+#endif
 
 #if FUSED
     if (pair < PAIRS) {
@@ -370,7 +255,21 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
     }
 
     for (; tile < end; tile += STEP) {
+#if STAGES
+        copy_async_wait<STAGES - 1>();
+        __syncwarp();
+        const u8 *const here = ring + stage * TILE_BYTES;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int r = 0; r < KR; ++r) {
+                const int piece = t + 4 * r;
+                kf[h][r] = piece < PIECES ? *(const uint4 *)(here + key_piece(g + 8 * h, piece)) : make_uint4(0, 0, 0, 0);
+            }
+        }
+#else
         if (!AHEAD) load_k(tile, this_base);
+#endif
 #if FUSED
         const bool has_own = tile <= fresh && fresh < min(end, tile + TILE);
         if (has_own) {
@@ -398,11 +297,28 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
 #pragma unroll
             for (int i = 0; i < 4; ++i) s[n][i] += other[i];
         }
+#if STAGES
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+#pragma unroll
+            for (int r = 0; r < VR; ++r) {
+                const int inside = 2 * t + h % 2 + h / 2 * 8, piece = g + 8 * r;
+                vf[h][r] = piece < PIECES ? *(const uint4 *)(here + value_piece(inside, piece)) : make_uint4(0, 0, 0, 0);
+            }
+        }
+        __syncwarp();
+        const int next = tile + STAGES * STEP;
+        if (next < end) fill(next, next_base, stage);
+        copy_async_commit();
+        next_base = slot_of_tile(next + STEP);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+#else
         const int next = tile + STEP;
         const i64 base = next_base;
         if (AHEAD && next < end) load_k(next, base);
         if (!AHEAD) load_v(tile, this_base);
         next_base = slot_of_tile(next + STEP);
+#endif
 
 #if FUSED
         if (has_own) {
@@ -462,8 +378,10 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
                 for (int n = 0; n < NT; ++n) mma_16x8x16<Element>(acc[n][4 * r + i], a0, a1, a2, a3, p[n][0], p[n][1]);
             }
         }
+#if !STAGES
         if (AHEAD && next < end) load_v(next, base);
         this_base = base;
+#endif
     }
 
     // Join the warps.
@@ -480,7 +398,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
             for (int m = 0; m < 4 * VR; ++m) {
                 const int column = (g + 8 * (m / 4)) * 8 + 2 * (m % 4);
                 if (column < D)
-                    *(float2 *)&sums[(warp * HEADS_SHARED + head) * PAD + column] =
+                    *(float2 *)&sums[warp * SUMS + head * PAD + column] =
                         make_float2(acc[n][m][h], acc[n][m][h + 2]);
             }
         }
@@ -496,7 +414,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
             const float factor = exp2_fast(tops[w][head] - most);
-            const float4 x = *(const float4 *)&sums[(w * HEADS_SHARED + head) * PAD + column];
+            const float4 x = *(const float4 *)&sums[w * SUMS + head * PAD + column];
             add(sum, x, factor);
             all = fmaf(totals[w][head], factor, all);
         }
@@ -505,15 +423,13 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
     }
 
     // Join the blocks of the cluster: each takes some of the columns.
-    const int part = blockIdx.x / CLUSTER, parts = (used + CLUSTER - 1) / CLUSTER;
-    const i64 cell = (i64)row * gridDim.y + blockIdx.y;
-    // A part's maximum and sum of each head, then its result.
-    constexpr int PART = HEAD_BLOCK * (D + 4), STATE = HEAD_BLOCK * 4;
+    const int part = share.range / CLUSTER, parts = (used + CLUSTER - 1) / CLUSTER;
+    const i64 cell = (i64)row * gridDim.y + share.column;
     float *const all_parts = partials + cell * (gridDim.x / CLUSTER) * PART, *const mine = all_parts + part * PART;
 #if CLUSTER > 1
     cluster_arrive();
     cluster_wait();
-    const int members = min(CLUSTER, used - part * CLUSTER), rank = blockIdx.x % CLUSTER;
+    const int members = min(CLUSTER, used - part * CLUSTER), rank = share.range % CLUSTER;
 #else
     __syncthreads();
     constexpr int members = 1, rank = 0;
@@ -553,8 +469,8 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
         }
     }
 #if CLUSTER > 1
-    // Nobody leaves while others read its memory.
-    cluster_arrive();
+    // Nobody leaves while others read its memory; what a block has read is in its stores.
+    cluster_arrive_relaxed();
 #endif
     // Blocks that wrote to the workspace arrive at the counter; the last of them joins the parts.
     constexpr int WRITERS = (HEAD_BLOCK * (D / 4) + WARPS * 32 - 1) / (WARPS * 32);
@@ -563,43 +479,11 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
         const int arrivals = (parts - 1) * min(CLUSTER, WRITERS) + min(last_members, WRITERS);
         __syncthreads();
         if (threadIdx.x == 0) {
-            __threadfence();
-            arrived = atomicAdd(counters + cell, 1u);
+            arrived = arrive(counters + cell);
             if (arrived == arrivals - 1) counters[cell] = 0;
-            __threadfence();
         }
         __syncthreads();
-        if (arrived == arrivals - 1) {
-            for (int e = threadIdx.x; e < heads * (D / 4); e += WARPS * 32) {
-                const int head = e / (D / 4), column = e % (D / 4) * 4;
-                float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                float most = -INFINITY_F32, total = 0.0f;
-                for (int base = 0; base < parts; base += 8) {
-                    float2 state[8];
-                    float4 x[8];
-#pragma unroll
-                    for (int s = 0; s < 8; ++s) {
-                        const float *from = all_parts + min(base + s, parts - 1) * PART;
-                        state[s] = __ldcg((const float2 *)(from + 2 * head));
-                        x[s] = __ldcg((const float4 *)(from + STATE + head * D + column));
-                        if (base + s >= parts) state[s] = make_float2(-INFINITY_F32, 0.0f);
-                    }
-                    float next = most;
-#pragma unroll
-                    for (int s = 0; s < 8; ++s) next = fmaxf(next, state[s].x);
-                    const float shrink = exp2_fast(most - next);
-                    sum.x *= shrink, sum.y *= shrink, sum.z *= shrink, sum.w *= shrink, total *= shrink;
-                    most = next;
-#pragma unroll
-                    for (int s = 0; s < 8; ++s) {
-                        const float factor = exp2_fast(state[s].x - most);
-                        add(sum, x[s], factor);
-                        total = fmaf(state[s].y, factor, total);
-                    }
-                }
-                store(out + out_at + head * D + column, sum, 1.0f / total);
-            }
-        }
+        if (arrived == arrivals - 1) join_parts(all_parts, parts, heads, out + out_at);
     }
 #if CLUSTER > 1
     cluster_wait();

@@ -7,11 +7,12 @@ use millrace_ir::{NodeId, Op, Operand, ValueId};
 
 use super::call::Call;
 use super::decode;
+use crate::cuda::matmul::Choices;
 use crate::cuda::plan::{Planned, Site, SiteVariant};
 use crate::cuda::rope::{self, BeforeAttention};
 
-/// Plans a site that ends with a `paged_attention` behind ropes, cache writes and views.
-pub fn plan(site: Site<'_>) -> Option<Planned> {
+/// Plans a site that ends with a `paged_attention` behind ropes, cache writes and views. `choices` replace what is built in.
+pub fn plan(site: Site<'_>, choices: &Choices) -> Option<Planned> {
     let (attention, before) = site.nodes.split_last()?;
     let attention = Site { nodes: std::slice::from_ref(attention), ..site };
     let works = |id| !matches!(*site.module.graph.nodes[id].op, Op::Reshape(_));
@@ -20,8 +21,10 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
     if !before[end..].iter().all(|id| renames(site, *id)) {
         return None;
     }
-    let apart = in_turn(&rope::plan(Site { nodes: &before[..end], ..site })?, super::plan(attention)?);
-    let Some(together) = together(site, attention) else { return Some(apart) };
+    let apart =
+        in_turn(&rope::plan(Site { nodes: &before[..end], ..site })?, super::plan(attention, choices)?);
+    let together = parts(site).and_then(|(call, before)| decode::plan(&call, Some(&before), choices));
+    let Some(together) = together else { return Some(apart) };
     let mut variants = together.variants;
     // What they serve is never asked of the others.
     let served = |v: &SiteVariant| variants.iter().any(|own| v.when.starts_with(&own.when));
@@ -60,13 +63,18 @@ fn in_turn(first: &Planned, second: Planned) -> Planned {
     }
 }
 
-/// The variants that do all in one launch.
-fn together(site: Site<'_>, attention: Site<'_>) -> Option<Planned> {
-    let call = Call::of(attention)?;
+/// The call and what comes before it, if one launch can do all.
+fn parts<'a>(site: Site<'a>) -> Option<(Call<'a>, BeforeAttention<'a>)> {
+    let attention = site.nodes.split_last()?.0;
+    let call = Call::of(Site { nodes: std::slice::from_ref(attention), ..site })?;
     let before = BeforeAttention::of(site)?;
     // Pieces of eight columns hold whole pairs, or one half of each.
     let pieces = before.rotary().is_multiple_of(if before.halves() { 16 } else { 8 });
     let one_element_a_thread = call.d - before.rotary() <= decode::THREADS as usize;
-    (pieces && one_element_a_thread && call.fits_tensor_cores()).then_some(())?;
-    decode::plan(&call, Some(&before))
+    (pieces && one_element_a_thread && call.fits_tensor_cores()).then_some((call, before))
+}
+
+/// Whether steps of one row a sequence are one launch.
+pub(super) fn is_one_launch(site: Site<'_>) -> bool {
+    parts(site).is_some()
 }

@@ -15,6 +15,7 @@ mod mean_pool;
 mod plain;
 mod prefill;
 mod simple;
+mod split;
 #[cfg(test)]
 mod tests;
 
@@ -24,14 +25,16 @@ use millrace_ir::launch::Condition;
 use call::Call;
 
 pub use layer::plan as plan_layer;
+pub use split::Split;
 
+use super::matmul::Choices;
 use super::plan::{Planned, Site, SiteVariant, between};
 
 /// Finds sequences and tiles of packed rows.
 pub(super) const SEQUENCES: &str = include_str!("sequences.cu");
 
-/// Plans `attention`, `paged_attention` and `mean_pool`.
-pub fn plan(site: Site<'_>) -> Option<Planned> {
+/// Plans `attention`, `paged_attention` and `mean_pool`. `choices` replace what is built in.
+pub fn plan(site: Site<'_>, choices: &Choices) -> Option<Planned> {
     if let Op::MeanPool(_) = *site.only()?.op {
         return mean_pool::plan(site);
     }
@@ -49,10 +52,21 @@ pub fn plan(site: Site<'_>) -> Option<Planned> {
     let counters = if hopper.is_some() { hopper::COUNTERS } else { 0 };
     let rest = SiteVariant::new(Vec::new(), vec![hopper.unwrap_or_else(|| prefill::launch(&call))]);
     let none = Planned { variants: Vec::new(), streamed: Vec::new(), workspace: 0u64.into(), counters: 0 };
-    let mut planned = decode::plan(&call, None).unwrap_or(none);
+    let mut planned = decode::plan(&call, None, choices).unwrap_or(none);
     planned.variants.push(rest);
     planned.counters = planned.counters.max(counters);
     Some(planned)
+}
+
+/// What there is to choose at a site of single rows: keys, and the splits for each, the built-in one first. None at any other
+/// site.
+pub fn splits(site: Site<'_>) -> Vec<(String, Vec<Split>)> {
+    let Some((last, before)) = site.nodes.split_last() else { return Vec::new() };
+    let Some(call) = Call::of(Site { nodes: std::slice::from_ref(last), ..site }) else { return Vec::new() };
+    if call.paged.is_none() || !call.fits_tensor_cores() {
+        return Vec::new();
+    }
+    decode::choices(&call, !before.is_empty() && layer::is_one_launch(site))
 }
 
 /// One row a sequence, and at most `most` of them. A step with as many rows as sequences of other lengths counts as

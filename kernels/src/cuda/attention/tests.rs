@@ -2,8 +2,12 @@ use millrace_ir::{Bindings, Id, Module, Operand, Sym, ValueId, text};
 
 use super::super::plan::{Argument, Planned, Site, SiteVariant};
 use super::super::source::Source;
-use super::super::{Arch, plan_site, rope};
-use super::plan;
+use super::super::{Arch, Choices, plan_site, rope};
+use super::{plan_layer, splits};
+
+fn plan(site: Site<'_>) -> Option<Planned> {
+    super::plan(site, &Choices::default())
+}
 
 fn bindings(dims: &[(&str, u64)]) -> Bindings {
     let mut bindings = Bindings::new();
@@ -18,7 +22,7 @@ fn module(body: &str) -> Module {
     text::parse(&text).unwrap_or_else(|e| panic!("{e:?}\n{text}"))
 }
 
-fn paged(dtype: &str, heads: usize, kv_heads: usize, d: usize) -> Module {
+pub(crate) fn paged(dtype: &str, heads: usize, kv_heads: usize, d: usize) -> Module {
     let cache = format!("{dtype}[$pages, 32, {kv_heads}, {d}]");
     let q = format!("{dtype}[$t, {heads}, {d}]");
     module(&format!(
@@ -69,8 +73,8 @@ fn single_rows_decode_and_others_prefill() {
         assert!(l.dependent);
     });
     // A short context needs fewer ranges than a long one.
-    let few = grid(chosen(&planned, &one), &[("t", 1), ("b", 1), ("p", 4)]);
-    assert_eq!(few, [8, 8, 1], "one cluster");
+    let short = [("t", 1), ("b", 1), ("p", 4)];
+    assert_eq!(grid(chosen(&planned, &short), &short), [8, 8, 1], "one cluster");
     let many = grid(chosen(&planned, &one), &one);
     assert!(many[0] > 16 && many[0] <= 128, "{many:?}");
 }
@@ -270,6 +274,121 @@ fn tiles_fit_shared_memory() {
             let memory = arch.max_shared() as usize;
             let tile = super::prefill::Tile::of(d, memory).unwrap();
             assert!(tile.shared <= memory);
+        }
+    }
+}
+
+/// Choices of one split for every key of a site, by its place among the candidates; the last where there are fewer.
+fn chosen_splits(site: Site<'_>, at: usize) -> Choices {
+    let name = |all: &[super::Split]| all[at.min(all.len() - 1)].name();
+    splits(site).iter().map(|(key, all)| (key.clone(), name(all))).collect()
+}
+
+#[test]
+fn a_choice_splits_the_steps_of_its_key_and_no_others() {
+    let module = layer("half", 128, "", "");
+    let site = site(&module);
+    let all = splits(site);
+    assert!(all.iter().all(|(key, splits)| key.contains(" rope b=") && splits.len() > 8), "{all:?}");
+    let (key, candidates) = &all[1];
+    assert!(key.ends_with("b=0..1 context=8192..24575"), "{key}");
+    let built_in = plan_site(site).unwrap();
+    let launch = |planned: &Planned, b: u64, pages: u64| {
+        let variant = chosen(planned, &[("t", b), ("b", b), ("p", pages)]).clone();
+        let [launch] = variant.launches.as_slice() else { panic!("{} launches", variant.launches.len()) };
+        (launch.source.text.clone(), grid(&variant, &[("t", b), ("b", b), ("p", pages)]), launch.shared)
+    };
+    for split in &candidates[1..] {
+        let choices: Choices = [(key.clone(), split.name())].into_iter().collect();
+        let planned = plan_layer(site, &choices).unwrap();
+        // What short tables take needs no variant of its own.
+        let fewer = usize::from(*split == all[0].1[0]);
+        assert_eq!(planned.variants.len(), built_in.variants.len() - fewer);
+        // 8192 positions are 256 pages.
+        let (text, blocks, shared) = launch(&planned, 1, 256);
+        assert!(text.contains(&format!("#define STAGES {}\n", split.stages)));
+        assert_ne!(text, launch(&built_in, 1, 256).0, "{}", split.name());
+        assert_eq!(u64::from(shared), split.warps * split.stages * (2 * 16 * 128 * 2));
+        assert_eq!(blocks[0] as u64 % split.cluster, 0);
+        for (b, pages) in [(1, 255), (2, 256), (1, 768), (1, 1)] {
+            assert_eq!(launch(&planned, b, pages), launch(&built_in, b, pages), "{b} {pages}");
+        }
+    }
+    // Names that are none of the key's choose nothing.
+    let other: Choices = [(key.clone(), "split-w3".to_string())].into_iter().collect();
+    assert_eq!(plan_layer(site, &other).unwrap().variants.len(), built_in.variants.len());
+}
+
+#[test]
+fn long_tables_take_other_splits_where_that_was_measured() {
+    let of = |arch, d, b: u64, pages: u64| {
+        let module = paged("bf16", 32, 8, d);
+        let planned = plan(Site { arch, ..site(&module) }).unwrap();
+        let launch = chosen(&planned, &[("t", b), ("b", b), ("p", pages)]).launches[0].clone();
+        (launch.cluster, launch.shared > 0)
+    };
+    // Pages of 32 positions.
+    let of_b = |b| [255, 256, 767, 768].map(|pages| of(Arch::Sm90a, 128, b, pages));
+    assert_eq!(of_b(1), [(8, false), (2, true), (2, true), (2, false)]);
+    assert_eq!(of_b(4), [(4, false), (2, true), (2, true), (2, true)]);
+    assert_eq!(of_b(8), [(4, false); 4]);
+    assert_eq!(of_b(32), [(1, true); 4]);
+    assert_eq!(of(Arch::Sm90a, 64, 1, 1024), (8, false));
+    assert_eq!(of(Arch::Sm100, 128, 1, 1024), (8, false));
+    assert_eq!(of(Arch::Sm80, 128, 1, 1024), (1, false));
+}
+
+#[test]
+fn tables_that_end_before_need_no_variants_for_long_ones() {
+    let text = text::print(&paged("bf16", 32, 8, 128));
+    let variants = |most: u64| {
+        let short = text.replace("dim $p in 1..=1024", &format!("dim $p in 1..={most}"));
+        assert!(most == 1024 || short != text);
+        plan(site(&text::parse(&short).unwrap())).unwrap().variants.len()
+    };
+    let all = [1024, 767, 255].map(variants);
+    assert!(all[0] > all[1] && all[1] > all[2], "{all:?}");
+}
+
+#[test]
+fn splits_have_names_and_keys_of_their_own() {
+    for arch in Arch::ALL {
+        for d in [16, 24, 64, 80, 128, 256] {
+            let module = paged("bf16", 32, 8, d);
+            let all = splits(Site { arch, ..site(&module) });
+            let keys: std::collections::BTreeSet<&String> = all.iter().map(|(key, _)| key).collect();
+            assert_eq!(keys.len(), 18, "{keys:?}");
+            for (key, splits) in &all {
+                let names: std::collections::BTreeSet<String> =
+                    splits.iter().map(super::Split::name).collect();
+                assert_eq!(names.len(), splits.len(), "{key}: {names:?}");
+                // Blocks that are to run together fit a multiprocessor.
+                let fits = |s: &super::Split| s.blocks * s.shared(d) <= u64::from(arch.max_shared());
+                assert!(splits.iter().all(fits), "{arch} {d}");
+            }
+        }
+    }
+    // Nothing is chosen in f32, and nothing where there is no cache.
+    assert!(splits(site(&paged("f32", 32, 8, 128))).is_empty());
+}
+
+#[test]
+fn chosen_splits_fit_workspace_and_counters() {
+    let module = paged("bf16", 32, 8, 128);
+    let site = site(&module);
+    for at in 1..20 {
+        let choices = chosen_splits(site, at);
+        let planned = super::plan(site, &choices).unwrap();
+        for b in [1, 2, 3, 4, 5, 8, 9, 16, 17, 64] {
+            for p in [1, 8, 255, 256, 1024] {
+                let dims = [("t", b), ("b", b), ("p", p)];
+                let variant = chosen(&planned, &dims);
+                let (grid, cluster) = (grid(variant, &dims), i64::from(variant.launches[0].cluster));
+                let needed = grid[0] / cluster * grid[1] * grid[2] * 4 * (128 + 4) * 4;
+                assert!(planned.workspace.eval(&bindings(&dims)).unwrap() >= needed, "{at} {b} {p}");
+                assert!(planned.counters as i64 >= grid[1] * grid[2] * 4);
+                assert_eq!(grid[0] % cluster, 0);
+            }
         }
     }
 }
