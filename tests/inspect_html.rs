@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use common::root;
+use millrace::compiler::codegen::WeightMode;
 use millrace::fit::{Question, Subject};
 use millrace::ir::manifest::{Manifest, ModelKind};
 use millrace::ir::{DType, Module, text};
@@ -31,7 +32,7 @@ fn compiled(folder: &str, dummy: bool) -> (Compiled, History) {
 
 fn page_of(folder: &str, dummy: bool) -> (Compiled, History, String) {
     let (compiled, history) = compiled(folder, dummy);
-    let facts = Facts { manifest: &compiled.manifest, stored: true, file: None };
+    let facts = Facts { manifest: &compiled.manifest, weights: WeightMode::Stored, file: None };
     let text = page(&compiled.module, &facts, Some(&history));
     (compiled, history, text)
 }
@@ -57,7 +58,7 @@ fn page_of_text(source: &str) -> String {
         model: None,
         profiles: Vec::new(),
     };
-    page(&module, &Facts { manifest: &manifest, stored: false, file: None }, None)
+    page(&module, &Facts { manifest: &manifest, weights: WeightMode::Stripped, file: None }, None)
 }
 
 #[test]
@@ -214,7 +215,7 @@ fn both_verbs_write_pages() {
 fn a_page_shows_where_weights_are_under_a_budget() {
     let (compiled, history) = compiled("examples/models/baker-street-6m", false);
     let (module, manifest) = (&compiled.module, &compiled.manifest);
-    let facts = Facts { manifest, stored: true, file: None };
+    let facts = Facts { manifest, weights: WeightMode::Stored, file: None };
     let plain = page(module, &facts, Some(&history));
     assert_eq!(split(&plain).1["streaming"], Value::Null);
     let session = SessionOptions { budget: WeightBudget::Fraction(0.3), ..SessionOptions::default() };

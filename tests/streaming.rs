@@ -7,6 +7,7 @@
 #[path = "common/models.rs"]
 mod common;
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -101,11 +102,13 @@ fn three_steps(session: &mut Session<'_>) -> Vec<Vec<u32>> {
 }
 
 fn session<'e>(engine: &'e Engine, allocation: Allocation, ring: Ring, budget: WeightBudget) -> Session<'e> {
+    engine.session(session_options(allocation, ring, budget)).unwrap()
+}
+
+fn session_options(allocation: Allocation, ring: Ring, budget: WeightBudget) -> SessionOptions {
     // As many copies under way as a ring allows.
     let copy_queues = ring.slots - 1;
-    engine
-        .session(SessionOptions { allocation, ring, copy_queues, budget, ..SessionOptions::default() })
-        .unwrap()
+    SessionOptions { allocation, ring, copy_queues, budget, ..SessionOptions::default() }
 }
 
 /// What the ledger holds is what the placement says.
@@ -177,40 +180,95 @@ fn baker_street_computes_the_same_bits_under_every_budget() {
     }
 }
 
-/// A large shape with weights from a seed, `MILLRACE_STREAMING_SHAPE` or that of Llama 3.1 8B in bf16 (16 GB), under budgets that
-/// change in one session: with the usual ring, and with one of more slots than two.
+/// A large shape under budgets that change in one session: with the usual ring, and with one of more slots than two.
+///
+/// The engine is the file `MILLRACE_STREAMING_ENGINE`, compiled with `--weight-streaming` and, if its weights are from a seed,
+/// `--complete-weights`; or it is made of weights from a seed, computed each time they are read, in the shape
+/// `MILLRACE_STREAMING_SHAPE` or that of Llama 3.1 8B in bf16 (16 GB).
 #[test]
 #[ignore = "takes the memory of a large model"]
 fn a_large_shape_computes_the_same_bits_under_every_budget() {
+    if let Ok(path) = std::env::var("MILLRACE_STREAMING_ENGINE") {
+        let engine = Engine::open(&path).unwrap();
+        return large_matrix(&engine, &engine.manifest().target);
+    }
     let folder = std::env::var("MILLRACE_STREAMING_SHAPE");
     let folder = folder.unwrap_or_else(|_| "tests/data/configs/llama-3.1-8b".into());
     for target in &targets() {
         let mut options = options(DType::BF16, target);
         options.import.dummy_weights = true;
-        let engine = engine(&folder, &options);
-        let wide = Ring { slots: 4, slot_bytes: 12 << 20, ..Ring::DEFAULT };
-        for (allocation, ring) in [(Allocation::Static, Ring::DEFAULT), (Allocation::Dynamic, wide)] {
-            let mut session = session(&engine, allocation, ring, WeightBudget::Resident);
-            let expected = three_steps(&mut session);
-            assert!(expected.iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()));
-            for budget in budgets(&session, &ring) {
-                let start = Instant::now();
-                session.set_weight_budget(budget).unwrap();
-                assert_exact(&session);
-                // Twice, so that a device replays what it recorded.
-                for _ in 0..2 {
-                    assert!(
-                        three_steps(&mut session) == expected,
-                        "{target}, {allocation:?}, {budget}, {ring:?}"
-                    );
-                }
-                let moved = session.placement().1.moved();
-                eprintln!(
-                    "{target}, {allocation:?}, {budget}: {moved} bytes a step, {:.1?}",
-                    start.elapsed()
+        large_matrix(&engine(&folder, &options), target);
+    }
+}
+
+fn large_matrix(engine: &Engine, target: &str) {
+    let wide = Ring { slots: 4, slot_bytes: 12 << 20, ..Ring::DEFAULT };
+    for (allocation, ring) in [(Allocation::Static, Ring::DEFAULT), (Allocation::Dynamic, wide)] {
+        let start = Instant::now();
+        // The cache of a large shape takes gigabytes where it has room for all sequences.
+        let options = session_options(allocation, ring, WeightBudget::Resident);
+        let mut session = engine.session(SessionOptions { kv_pages: Some(4), ..options }).unwrap();
+        let expected = three_steps(&mut session);
+        assert!(expected.iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()));
+        let different = expected.iter().flatten().collect::<BTreeSet<_>>().len();
+        assert!(different > 1000, "{different} different logits");
+        eprintln!(
+            "{target}, {allocation:?}, {} slots of {} bytes: resident in {:.1?}",
+            ring.slots,
+            ring.slot_bytes,
+            start.elapsed()
+        );
+        // Twice on a device, so that it replays what it recorded.
+        let times = if target.contains("cuda") { 2 } else { 1 };
+        for budget in budgets(&session, &ring) {
+            let start = Instant::now();
+            session.set_weight_budget(budget).unwrap();
+            let placed = start.elapsed();
+            assert_exact(&session);
+            let start = Instant::now();
+            for _ in 0..times {
+                assert!(
+                    three_steps(&mut session) == expected,
+                    "{target}, {allocation:?}, {budget}, {ring:?}"
                 );
             }
+            let placement = session.placement().1;
+            eprintln!(
+                "{target}, {allocation:?}, {budget}: {} bytes held, {} moved by a step, bits equal; placed in {placed:.1?}, {} steps in {:.1?}",
+                placement.device_bytes(),
+                placement.moved(),
+                3 * times,
+                start.elapsed()
+            );
         }
+        let least = session.minimum_budget();
+        let error = session.set_weight_budget(WeightBudget::Bytes(least - 1)).unwrap_err();
+        assert_eq!(error.code(), "run/weight-budget");
+        assert!(error.to_string().contains(&least.to_string()), "{error}");
+    }
+}
+
+/// Weights from a seed that are stored give the bits of those that loading computes, resident and from the file.
+#[test]
+fn complete_engines_hold_weights_from_a_seed() {
+    for target in &targets() {
+        let mut options = options(DType::BF16, target);
+        options.import.dummy_weights = true;
+        let made = engine(&folders()[0], &options);
+        options.weights = WeightMode::Complete;
+        let complete = engine(&folders()[0], &options);
+        assert!(made.file().weights_range().is_none_or(|(_, len)| len == 0));
+        let module = complete.module();
+        for id in module.used_weights() {
+            assert!(complete.file().weight(&module.weights[id].name).is_some());
+        }
+        let mut computed = session(&made, Allocation::Static, RINGS[0], WeightBudget::Resident);
+        let expected = three_steps(&mut computed);
+        let mut stored = session(&complete, Allocation::Static, RINGS[0], WeightBudget::Resident);
+        assert!(three_steps(&mut stored) == expected);
+        stored.set_weight_budget(WeightBudget::Fraction(0.0)).unwrap();
+        assert!(stored.placement().1.moved() > 0);
+        assert!(three_steps(&mut stored) == expected);
     }
 }
 

@@ -387,7 +387,11 @@ impl Compiled {
             "producer": format!("millrace {}", env!("CARGO_PKG_VERSION")),
             "source_hash": hex(&self.source_hash),
             "pipeline": self.manifest.pipeline,
-            "weights": if self.weights == WeightMode::Stored { "stored" } else { "stripped" },
+            "weights": match self.weights {
+                WeightMode::Stored => "stored",
+                WeightMode::Complete => "complete",
+                WeightMode::Stripped => "stripped",
+            },
             "passes": self.runs.iter().map(|r| r.name).collect::<Vec<_>>(),
         });
         if !self.tuned.is_empty() {

@@ -12,10 +12,21 @@ use crate::places::Piece;
 /// Alignment of every buffer.
 pub(crate) const ALIGN: usize = 64;
 
-/// Zeroed memory aligned to [`ALIGN`]; pages are touched only when written.
+/// Zeroed memory aligned to [`ALIGN`]; pages of a large buffer are touched only when written.
 pub(crate) struct Buffer {
     pointer: NonNull<u8>,
     len: usize,
+    /// Bytes that were allocated before the first.
+    skip: usize,
+}
+
+/// Bytes from which on a buffer is cleared by taking other memory.
+const LARGE: usize = 1 << 20;
+
+/// What a buffer of `len` bytes allocates: room to begin at an aligned byte. An allocation that asks for more alignment than
+/// the system gives is zeroed by writing it, each page of it.
+fn layout(len: usize) -> Option<Layout> {
+    Layout::from_size_align(len.checked_add(ALIGN)?, 1).ok()
 }
 
 // SAFETY: the buffer owns its memory and gives it out by Rust's borrowing rules.
@@ -36,12 +47,23 @@ impl Buffer {
         };
         let size = usize::try_from(len).map_err(|_| out_of_memory())?;
         if size == 0 {
-            return Ok(Buffer { pointer: NonNull::<Aligned>::dangling().cast(), len: 0 });
+            return Ok(Buffer { pointer: NonNull::<Aligned>::dangling().cast(), len: 0, skip: 0 });
         }
-        let layout = Layout::from_size_align(size, ALIGN).map_err(|_| out_of_memory())?;
+        let layout = layout(size).ok_or_else(out_of_memory)?;
         // SAFETY: the layout has a non-zero size.
-        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(out_of_memory)?;
-        Ok(Buffer { pointer, len: size })
+        let base = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(out_of_memory)?;
+        let skip = base.as_ptr().addr().wrapping_neg() % ALIGN;
+        // SAFETY: less than ALIGN bytes on, and there are ALIGN more than `size`.
+        Ok(Buffer { pointer: unsafe { base.add(skip) }, len: size, skip })
+    }
+
+    /// Makes every byte zero; a large buffer gives its pages back.
+    pub fn clear(&mut self) {
+        let fresh = (self.len >= LARGE).then(|| Buffer::zeroed(self.len as u64, "zeros"));
+        match fresh {
+            Some(Ok(fresh)) => *self = fresh,
+            _ => self.bytes_mut().fill(0),
+        }
     }
 
     /// The bytes.
@@ -75,8 +97,11 @@ struct Aligned;
 impl Drop for Buffer {
     fn drop(&mut self) {
         if self.len > 0 {
-            // SAFETY: the same layout as in `zeroed`.
-            unsafe { dealloc(self.pointer.as_ptr(), Layout::from_size_align_unchecked(self.len, ALIGN)) }
+            // SAFETY: the base and the layout of `zeroed`.
+            unsafe {
+                let base = self.pointer.sub(self.skip).as_ptr();
+                dealloc(base, Layout::from_size_align_unchecked(self.len + ALIGN, 1));
+            }
         }
     }
 }
@@ -232,4 +257,40 @@ fn account(file: &str, name: &str) -> Option<u64> {
     let text = std::fs::read_to_string(file).ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix(name))?.trim().strip_suffix("kB")?;
     line.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_and_zero() {
+        for len in [0, 1, 63, 64, 65, 4096, LARGE as u64 - 1, LARGE as u64] {
+            let mut buffer = Buffer::zeroed(len, "a test").unwrap();
+            assert!(buffer.bytes().as_ptr().addr().is_multiple_of(ALIGN));
+            assert_eq!(buffer.bytes().len() as u64, len);
+            assert!(buffer.bytes().iter().all(|b| *b == 0));
+            buffer.bytes_mut().fill(7);
+            buffer.clear();
+            assert_eq!(buffer.bytes().len() as u64, len);
+            assert!(buffer.bytes().iter().all(|b| *b == 0));
+        }
+        assert_eq!(Buffer::zeroed(u64::MAX, "a test").err().unwrap().code(), "run/out-of-memory");
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn pages_that_are_not_written_take_no_memory() {
+        const MIB: u64 = 1 << 20;
+        let before = resident_set();
+        let mut buffer = Buffer::zeroed(512 * MIB, "a test").unwrap();
+        let empty = resident_set();
+        assert!(empty < before + 64 * MIB, "{before} to {empty} bytes");
+        buffer.bytes_mut()[..256 << 20].fill(1);
+        let written = resident_set();
+        assert!(written > before + 192 * MIB, "{before} to {written} bytes");
+        buffer.clear();
+        let cleared = resident_set();
+        assert!(cleared + 192 * MIB < written, "{written} to {cleared} bytes");
+    }
 }

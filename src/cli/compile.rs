@@ -39,6 +39,9 @@ pub struct Args {
     /// Leave weights out; loading binds them to the model folder by name and hash
     #[arg(long)]
     strip_weights: bool,
+    /// Store also the weights that loading could compute, such as those of --dummy-weights
+    #[arg(long, conflicts_with = "strip_weights")]
+    complete_weights: bool,
     #[command(flatten)]
     control: Control,
     /// Measure kernels on this machine's GPU for this time first; with --tuning, into that file
@@ -287,9 +290,12 @@ pub fn main(args: &Args) -> Result<()> {
     options.profiles = args.profile.iter().map(|p| ShapeProfile::parse(p)).collect::<Result<_>>()?;
     options.memory.measure = args.json || args.control.wants_stats();
     options.memory.limit = args.host_mem_limit.as_deref().map(size::parse).transpose()?;
-    if args.strip_weights {
-        options.weights = WeightMode::Stripped;
-    }
+    options.weights = match (args.strip_weights, args.complete_weights) {
+        (true, _) => WeightMode::Stripped,
+        (_, true) => WeightMode::Complete,
+        _ => WeightMode::Stored,
+    };
+    let weights = options.weights;
     let mut dumper = args.control.dumper(&registry)?;
     // The report lists the remarks of every layer.
     options.controls.whole |= args.json;
@@ -328,7 +334,7 @@ pub fn main(args: &Args) -> Result<()> {
         _ => None,
     };
     if let Some(path) = &args.html {
-        let facts = Facts { manifest: &compiled.manifest, stored: !args.strip_weights, file: None };
+        let facts = Facts { manifest: &compiled.manifest, weights, file: None };
         let history = recorder.unwrap_or_default().finish(&compiled.context);
         write_page(path, &page(&compiled.module, &facts, Some(&history)))?;
     }

@@ -6,6 +6,7 @@ pub use device::tables;
 
 use std::path::PathBuf;
 
+use millrace::compiler::codegen::WeightMode;
 use millrace::fit::{Question, Subject};
 use millrace::ir::{Bindings, Module, ShapeProfile, text};
 use millrace::page::{Facts, FileFacts, Streaming, page_with};
@@ -145,10 +146,15 @@ fn weights(engine: &Engine) -> Value {
 
 /// What a page shows besides the module.
 fn facts(engine: &Engine) -> Facts<'_> {
-    let file = engine.file();
+    let (file, module) = (engine.file(), engine.module());
+    let all = || module.used_weights().iter().all(|id| file.weight(&module.weights[*id].name).is_some());
     Facts {
         manifest: engine.manifest(),
-        stored: !file.is_stripped(),
+        weights: match file.is_stripped() {
+            true => WeightMode::Stripped,
+            false if all() => WeightMode::Complete,
+            false => WeightMode::Stored,
+        },
         file: Some(FileFacts {
             bytes: file.file_len(),
             identity: millrace::compiler::compile::hex(&file.identity()),

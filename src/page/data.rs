@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use millrace_compiler::codegen::WeightMode;
 use millrace_ir::cost::{Cost, Rates, node_cost};
 use millrace_ir::weights::{WeightReader, needs_source};
 use millrace_ir::{
@@ -55,7 +56,7 @@ pub(super) fn data(module: &Module, facts: &Facts<'_>, history: Option<&History>
         "kernels": module.kernels.iter()
             .map(|(id, k)| json!([id.to_string(), k.name, k.dtypes]))
             .collect::<Vec<_>>(),
-        "weights": weights(module, facts.stored, &mut strings),
+        "weights": weights(module, facts.weights, &mut strings),
         "states": states(module, &mut strings),
         "groups": groups(module),
         "buffers": buffers(module),
@@ -154,7 +155,7 @@ fn memory(module: &Module) -> Value {
 }
 
 /// Per weight: id, name, type, bytes, first use (position or -1), stream facts, tensors of the checkpoint, how kept.
-fn weights(module: &Module, stored: bool, strings: &mut Strings) -> Vec<Value> {
+fn weights(module: &Module, mode: WeightMode, strings: &mut Strings) -> Vec<Value> {
     let reader = WeightReader::new(module);
     let used = module.used_weights();
     let describe = |id: &WeightId| {
@@ -163,8 +164,13 @@ fn weights(module: &Module, stored: bool, strings: &mut Strings) -> Vec<Value> {
         let bytes = reader.len(*id).unwrap_or(0);
         let from: Vec<usize> = sources(module, *id).into_iter().map(|s| strings.number(s)).collect();
         let ty = strings.number(ty.to_string());
-        // 0 bound at load, 1 stored, 2 generated at load because no checkpoint is needed.
-        let kept = if needs_source(module, *id) { u8::from(stored) } else { 2 };
+        // 0 bound at load, 1 stored, 2 generated at load.
+        let kept = match mode {
+            WeightMode::Complete => 1,
+            _ if !needs_source(module, *id) => 2,
+            WeightMode::Stored => 1,
+            WeightMode::Stripped => 0,
+        };
         Some(json!([id.index(), name, ty, bytes, stream, from, kept]))
     };
     used.iter().filter_map(describe).collect()

@@ -10,6 +10,7 @@ mod streaming;
 pub use history::{History, PassStep, Recorder};
 pub use streaming::Streaming;
 
+use millrace_compiler::codegen::WeightMode;
 use millrace_ir::Module;
 use millrace_ir::manifest::Manifest;
 
@@ -31,8 +32,8 @@ const SCRIPTS: [&str; 8] = [
 pub struct Facts<'a> {
     /// The manifest.
     pub manifest: &'a Manifest,
-    /// Whether the engine carries its weights.
-    pub stored: bool,
+    /// Which weights the engine carries.
+    pub weights: WeightMode,
     /// The engine file, if one is written.
     pub file: Option<FileFacts>,
 }

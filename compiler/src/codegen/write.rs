@@ -21,9 +21,11 @@ fn symbolic() -> Error {
 /// Whether the engine carries its weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum WeightMode {
-    /// Yes.
+    /// Those that are made of checkpoint tensors; loading computes the others.
     #[default]
     Stored,
+    /// All: also those that loading could compute, which are then read from the file like the others.
+    Complete,
     /// Only their names and hashes; loading binds them to a model folder.
     Stripped,
 }
@@ -70,7 +72,8 @@ fn source_keys(module: &Module, id: WeightId) -> Vec<String> {
 
 /// Writes an engine to `path`, or nowhere on failure. `progress` gets the bytes of weights written so far and in all.
 ///
-/// Weights whose expressions need no checkpoint (splat, random, literals) are not stored: loading computes them.
+/// Weights whose expressions need no checkpoint (splat, random, literals) are stored by [`WeightMode::Complete`] only: loading computes
+/// them.
 ///
 /// # Errors
 /// I/O failures, missing or mis-shaped tensors. The file at `path` is then unchanged.
@@ -99,11 +102,12 @@ pub fn write_engine(
     if let Some(source) = source {
         reader = reader.with_source("model", source);
     }
-    let stored: Vec<WeightId> =
-        module.used_weights().into_iter().filter(|id| needs_source(module, *id)).collect();
+    let complete = parts.weights == WeightMode::Complete;
+    let mut stored = module.used_weights();
+    stored.retain(|id| complete || needs_source(module, *id));
     let total = stored.iter().map(|id| reader.len(*id)).sum::<Result<u64>>()?;
     let mut out = match parts.weights {
-        WeightMode::Stored => writer.begin_weights()?,
+        WeightMode::Stored | WeightMode::Complete => writer.begin_weights()?,
         WeightMode::Stripped => writer.begin_stripped_weights()?,
     };
     let mut done = 0;

@@ -43,13 +43,12 @@ struct Arguments {
 
 /// An element, and the arithmetic that comes near it.
 trait Rounded: Copy + Default {
-    /// Bytes of an element.
-    type Bytes: AsRef<[u8]>;
-    /// Elements, each with whether it is in doubt.
-    fn near(arguments: &Arguments, std: f64) -> [(Self, bool); BLOCK];
+    /// Elements, and which of them are in doubt.
+    fn near(arguments: &Arguments, std: f64) -> ([Self; BLOCK], [bool; BLOCK]);
     /// The element that [`crate::tensor::encode`] makes.
     fn exact(value: f64) -> Self;
-    fn bytes(self) -> Self::Bytes;
+    /// The bytes of elements.
+    fn store(elements: &[Self], out: &mut [u8]);
 }
 
 /// Units in the last place by which numbers that are computed may differ from [`normal`]. In f64 series end below 2^-41 and
@@ -59,51 +58,54 @@ const DOUBT: u64 = 1 << 18;
 const DOUBT_F32: u32 = 64;
 
 impl Rounded for u16 {
-    type Bytes = [u8; 2];
-    fn near(Arguments { x, z }: &Arguments, std: f64) -> [(u16, bool); BLOCK] {
+    fn near(Arguments { x, z }: &Arguments, std: f64) -> ([u16; BLOCK], [bool; BLOCK]) {
         const HALF: u32 = 1 << 15;
         let std = std as f32;
-        let mut out = [(0, false); BLOCK];
+        let (mut out, mut doubt) = ([0; BLOCK], [false; BLOCK]);
         // One kind of arithmetic a loop, so that the loops run on several numbers at once.
         let parts = x.map(split_f32);
         let radii = parts.map(|(m, k)| minus_twice_ln_f32(m, k).sqrt());
         let turns = z.map(cos_turn_f32);
-        for ((out, radius), turn) in out.iter_mut().zip(radii).zip(turns) {
-            let bits = (std * (radius * turn)).to_bits();
+        let values: [f32; BLOCK] = std::array::from_fn(|i| std * (radii[i] * turns[i]));
+        for ((out, doubt), value) in out.iter_mut().zip(&mut doubt).zip(values) {
+            let bits = value.to_bits();
             // The conversion of half ignores what lies below 2^-20 of a number, which is below the doubt too.
             let near_half = (bits & 0xffff).wrapping_sub(HALF - DOUBT_F32) <= 2 * DOUBT_F32;
             let exponent = (bits >> 23 & 0xff).wrapping_sub(8) > 240;
-            *out = ((bits.wrapping_add(HALF) >> 16) as u16, near_half | exponent);
+            *out = (bits.wrapping_add(HALF) >> 16) as u16;
+            *doubt = near_half | exponent;
         }
-        out
+        (out, doubt)
     }
     fn exact(value: f64) -> u16 {
         half::bf16::from_f64(value).to_bits()
     }
-    fn bytes(self) -> [u8; 2] {
-        self.to_le_bytes()
+    fn store(elements: &[Self], out: &mut [u8]) {
+        let bytes = out.as_chunks_mut().0.iter_mut();
+        bytes.zip(elements).for_each(|(to, element)| *to = element.to_le_bytes());
     }
 }
 
 impl Rounded for u32 {
-    type Bytes = [u8; 4];
-    fn near(Arguments { x, z }: &Arguments, std: f64) -> [(u32, bool); BLOCK] {
+    fn near(Arguments { x, z }: &Arguments, std: f64) -> ([u32; BLOCK], [bool; BLOCK]) {
         const HALF: u64 = 1 << 28;
-        let mut out = [(0, false); BLOCK];
-        for ((out, x), z) in out.iter_mut().zip(x).zip(z) {
+        let (mut out, mut doubt) = ([0; BLOCK], [false; BLOCK]);
+        for (((out, doubt), x), z) in out.iter_mut().zip(&mut doubt).zip(x).zip(z) {
             let value = std * (minus_twice_ln(*x).sqrt() * cos_turn(*z));
             let bits = value.to_bits();
             let near_half = (bits & (2 * HALF - 1)).wrapping_sub(HALF - DOUBT) <= 2 * DOUBT;
             let exponent = (bits >> 52 & 0x7ff).wrapping_sub(1023 - 120) > 240;
-            *out = ((value as f32).to_bits(), near_half | exponent);
+            *out = (value as f32).to_bits();
+            *doubt = near_half | exponent;
         }
-        out
+        (out, doubt)
     }
     fn exact(value: f64) -> u32 {
         (value as f32).to_bits()
     }
-    fn bytes(self) -> [u8; 4] {
-        self.to_le_bytes()
+    fn store(elements: &[Self], out: &mut [u8]) {
+        let bytes = out.as_chunks_mut().0.iter_mut();
+        bytes.zip(elements).for_each(|(to, element)| *to = element.to_le_bytes());
     }
 }
 
@@ -188,15 +190,14 @@ fn fill_as<T: Rounded>(seed: u64, std: f64, first: u64, out: &mut [u8]) {
             *x = 1.0 - bits(key, index, 0) as i64 as f64 * UNIT;
             *z = (bits(key, index, 1) as i64 as f64 * UNIT - 0.5).abs() - 0.25;
         }
-        let mut rounded = T::near(&arguments, std);
-        rounded.iter_mut().zip(&arguments.z).for_each(|(to, z)| to.1 |= z.abs() < 1.0 / 4096.0);
-        for (i, (to, (near, doubt))) in out.chunks_exact_mut(size).zip(&rounded).enumerate() {
-            let element = match doubt {
-                true => T::exact(std * normal(seed, index.wrapping_add(i as u64))),
-                false => *near,
-            };
-            to.copy_from_slice(element.bytes().as_ref());
+        let (mut elements, mut doubt) = T::near(&arguments, std);
+        doubt.iter_mut().zip(&arguments.z).for_each(|(doubt, z)| *doubt |= z.abs() < 1.0 / 4096.0);
+        if doubt.iter().fold(false, |any, doubt| any | doubt) {
+            for i in (0..BLOCK).filter(|i| doubt[*i]) {
+                elements[i] = T::exact(std * normal(seed, index.wrapping_add(i as u64)));
+            }
         }
+        T::store(&elements, out);
         index = index.wrapping_add(BLOCK as u64);
     }
 }

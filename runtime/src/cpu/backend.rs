@@ -103,7 +103,7 @@ impl Cpu {
 
     /// Clears every state to zero.
     pub fn reset_states(&mut self) {
-        self.states.iter_mut().flatten().for_each(|b| b.bytes_mut().fill(0));
+        self.states.iter_mut().flatten().for_each(Buffer::clear);
     }
 
     /// Threads that kernels use.
