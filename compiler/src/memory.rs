@@ -172,8 +172,10 @@ impl Estimate {
         let least = self.least();
         if limit < least {
             let message = format!("compiling needs about {least} bytes of host memory, the limit is {limit}");
+            // The next process may begin with some pages more than this one.
+            let enough = least.div_ceil(1 << 20) + 1;
             return Err(Error::new(Kind::OutOfMemory, "compile/host-memory", message)
-                .hint(format!("use --host-mem-limit {}MiB or more", least.div_ceil(1 << 20))));
+                .hint(format!("use --host-mem-limit {enough}MiB or more")));
         }
         let room = limit - self.fixed();
         let threads = (room.saturating_sub(KERNEL_BASE) / KERNEL_THREAD).max(1);
@@ -203,7 +205,7 @@ mod tests {
         assert_eq!(estimate.shares(Some(estimate.least())).unwrap().threads, Some(1));
         let error = estimate.shares(Some(estimate.least() - 1)).unwrap_err();
         assert_eq!((error.code(), error.kind()), ("compile/host-memory", Kind::OutOfMemory));
-        assert!(error.to_string().contains("--host-mem-limit 136MiB"), "{error}");
+        assert!(error.to_string().contains("--host-mem-limit 137MiB"), "{error}");
         assert_eq!(estimate.shares(None).unwrap(), Shares { buffers: Buffers::default(), threads: None });
         let plain = Estimate { kernels: false, ..estimate };
         let tight = plain.shares(Some(plain.least())).unwrap();
