@@ -274,6 +274,9 @@ fn encode(map: &Map) -> Result<[u8; 128]> {
     Ok(bytes)
 }
 
+/// Captures that are tried before a step runs without a graph.
+const CAPTURES: usize = 4;
+
 /// A recorded list of launches and copies.
 #[derive(Debug)]
 pub(super) struct Graph {
@@ -287,10 +290,21 @@ unsafe impl Send for Graph {}
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    /// Records what `enqueue` puts into `stream`, which is used for nothing else. Nothing of it runs.
+    /// Records what `enqueue` puts into `stream`, which is used for nothing else. Nothing of it runs. What other threads do
+    /// meanwhile (memory that is given back waits for the device) can end a capture, so `enqueue` may be called several times.
     ///
     /// The graph names the memory of staging, landing and device that was enqueued; whoever launches it keeps that alive.
-    pub fn record(stream: &Stream, enqueue: impl FnOnce(&Stream) -> Result<()>) -> Result<Graph> {
+    pub fn record(stream: &Stream, mut enqueue: impl FnMut(&Stream) -> Result<()>) -> Result<Graph> {
+        let mut made = Graph::capture(stream, &mut enqueue);
+        let mut left = CAPTURES - 1;
+        while made.is_err() && left > 0 {
+            made = Graph::capture(stream, &mut enqueue);
+            left -= 1;
+        }
+        made
+    }
+
+    fn capture(stream: &Stream, enqueue: &mut dyn FnMut(&Stream) -> Result<()>) -> Result<Graph> {
         let context = &stream.context;
         context.enter()?;
         // A library may load a kernel when it is first enqueued, which stricter modes do not allow.
