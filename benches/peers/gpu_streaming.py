@@ -88,6 +88,8 @@ def main():
     parser.add_argument("--layers", type=int)
     parser.add_argument("-o", "--output", type=pathlib.Path)
     args = parser.parse_args()
+    import torch
+
     stages = args.stages.split(",")
     millrace = common.Millrace(pathlib.Path(args.millrace).resolve())
     report = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **common.head(millrace)}
@@ -142,6 +144,7 @@ def main():
                 report.setdefault("errors", {})[stage] = repr(error)[:1500]
                 say(f"{stage}: {error!r}"[:1500])
             gc.collect()
+            torch.cuda.empty_cache()
             say(f"{stage}: {time.perf_counter() - begin:.1f} s")
             save()
     table(report)

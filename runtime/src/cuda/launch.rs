@@ -290,8 +290,8 @@ unsafe impl Send for Graph {}
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    /// Records what `enqueue` puts into `stream`, which is used for nothing else. Nothing of it runs. What other threads do
-    /// meanwhile (memory that is given back waits for the device) can end a capture, so `enqueue` may be called several times.
+    /// Records what `enqueue` puts into `stream`, which is used for nothing else. Nothing of it runs. Another thread of the
+    /// process that waits for the whole context ends a capture, so `enqueue` may be called several times.
     ///
     /// The graph names the memory of staging, landing and device that was enqueued; whoever launches it keeps that alive.
     pub fn record(stream: &Stream, mut enqueue: impl FnMut(&Stream) -> Result<()>) -> Result<Graph> {
@@ -307,8 +307,7 @@ impl Graph {
     fn capture(stream: &Stream, enqueue: &mut dyn FnMut(&Stream) -> Result<()>) -> Result<Graph> {
         let context = &stream.context;
         context.enter()?;
-        // A library may load a kernel when it is first enqueued, which stricter modes do not allow.
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is live and idle.
         context.check(unsafe { sys::cuStreamBeginCapture_v2(stream.raw, mode) }, "begin a capture")?;
         let enqueued = enqueue(stream);

@@ -1,10 +1,11 @@
 //! Matrix products by cuBLASLt. Engines never need it: where a tuning chose it they have kernels beside, and its absence is
 //! an answer. Nothing of the library is touched before [`present`] has found it.
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::mem::{MaybeUninit, size_of_val};
 use std::ptr::null_mut;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::cublaslt::sys;
 use millrace_ir::{DType, Error, Kind, Result};
@@ -117,11 +118,17 @@ impl Question {
 }
 
 /// The library, opened for one context.
+///
+/// Handles are made once for each device and never destroyed: to destroy one, the library waits for the whole context, which ends the
+/// captures of other threads, and the driver (580.159.04) has crashed on it while another thread captured.
 #[derive(Debug)]
 pub(super) struct Library {
     handle: sys::cublasLtHandle_t,
     context: Arc<Context>,
 }
+
+/// The handles of this process, as numbers, by device.
+static HANDLES: Mutex<BTreeMap<u32, usize>> = Mutex::new(BTreeMap::new());
 
 // SAFETY: the library's functions may be called from any thread, with one handle too; it is a plain number to this process.
 unsafe impl Send for Library {}
@@ -135,9 +142,18 @@ impl Library {
             return Ok(None);
         }
         context.enter()?;
-        let mut handle = null_mut();
-        // SAFETY: the library is there and a context is current; the handle is destroyed when dropped.
-        check(unsafe { sys::cublasLtCreate(&mut handle) }, "start")?;
+        let mut handles = HANDLES.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = match handles.get(&context.info.index) {
+            Some(known) => *known as sys::cublasLtHandle_t,
+            None => {
+                context.keep()?;
+                let mut handle = null_mut();
+                // SAFETY: the library is there, and a context is current that stays as long as the handle.
+                check(unsafe { sys::cublasLtCreate(&mut handle) }, "start")?;
+                handles.insert(context.info.index, handle as usize);
+                handle
+            }
+        };
         Ok(Some(Arc::new(Library { handle, context: context.clone() })))
     }
 
@@ -145,16 +161,6 @@ impl Library {
     pub fn version(&self) -> u64 {
         // SAFETY: the library is there; the call takes nothing.
         (unsafe { sys::cublasLtGetVersion() }) as u64
-    }
-}
-
-impl Drop for Library {
-    fn drop(&mut self) {
-        // SAFETY: the handle is live and this is its owner; plans hold the library.
-        unsafe {
-            let _ = self.context.enter();
-            sys::cublasLtDestroy(self.handle);
-        }
     }
 }
 

@@ -90,6 +90,13 @@ impl Context {
         Ok(Arc::new(context))
     }
 
+    /// Keeps the device's primary context until the process ends, for what lives as long.
+    pub fn keep(&self) -> Result<()> {
+        let mut raw = null_mut();
+        // SAFETY: the device exists; what is retained here is never released.
+        check(unsafe { sys::cuDevicePrimaryCtxRetain(&mut raw, self.device) }, "keep a context")
+    }
+
     /// Makes the context current on this thread; an error once it has failed.
     pub fn enter(&self) -> Result<()> {
         if let Some(cause) = self.poison.get() {
