@@ -149,9 +149,9 @@ pub fn minimum(demand: &Demand, ring: &Ring) -> u64 {
     fixed + options(demand, ring).into_iter().map(least).min().unwrap_or(0).min(copied)
 }
 
-/// Bytes that a link could move during the fixed costs of a copy and of the launch that waits for it, and a little more: on an H200
-/// these take 2.5 to 4.5 us, and sizes of slots around the best one hardly differ in time, while small ones tell for more in short steps.
-const COPY_COST: u64 = 320 << 10;
+/// Bytes that a link could move while a copy has its fixed costs, with room to spare: on an H200 they are 2.5 to 4.5 us, 140 to 250 KiB.
+/// A step takes within 1 % of its shortest time with any value from 160 to 640 KiB; large slots keep it near the time of its bytes alone.
+const COPY_COST: u64 = 640 << 10;
 
 /// The bytes of a slot for `missing` bytes that do not fit: streaming with slots of `s` bytes moves `missing + slots s` bytes
 /// in about `missing / s` copies more, so that `s` is the root of `missing COPY_COST / slots`. If too little streams in
