@@ -11,7 +11,7 @@ mod timings;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use millrace_ir::eval::evaluate_with;
 use millrace_ir::ops::{EvalCtx, Numerics, Op};
@@ -22,6 +22,13 @@ use millrace_ir::{Bindings, Builder, DType, Def, Dim, Module, Node, Operand, Sym
 
 use super::plan::{Argument, Planned, Site};
 use super::{Arch, select};
+
+/// The folder that a variable of the environment names, made if it is not there.
+fn folder(variable: &str) -> PathBuf {
+    let folder = PathBuf::from(std::env::var_os(variable).unwrap());
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
 
 /// Kernels and cases of one dump.
 #[derive(Default)]
@@ -310,8 +317,8 @@ fn cases() -> Dump {
 #[test]
 #[ignore = "writes cases for a device into the folder MILLRACE_CUDA_CASES"]
 fn write_cases() {
-    let folder = std::env::var("MILLRACE_CUDA_CASES").unwrap();
+    let folder = folder("MILLRACE_CUDA_CASES");
     let mut dump = cases();
     timings::add(&mut dump);
-    dump.write(Path::new(&folder));
+    dump.write(&folder);
 }

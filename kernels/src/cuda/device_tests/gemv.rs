@@ -5,7 +5,6 @@
 //! `gemv.json`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use crate::cuda::Arch;
 use crate::cuda::matmul::choice::{RANGES, RowRange, Way, candidates};
@@ -105,9 +104,7 @@ fn every_case_has_a_gemv_and_tiles() {
 #[test]
 #[ignore = "writes launches for a device into the folder MILLRACE_CUDA_GEMV"]
 fn write_gemv() {
-    let folder = std::env::var("MILLRACE_CUDA_GEMV").unwrap();
-    let folder = Path::new(&folder);
-    std::fs::create_dir_all(folder).unwrap();
+    let folder = super::folder("MILLRACE_CUDA_GEMV");
     let (problems, kernels) = written();
     for ((_, text), at) in &kernels {
         std::fs::write(folder.join(format!("g{at}.cu")), text).unwrap();

@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::Path;
 
 use millrace_ir::{Bindings, Dim, Module, Operand, Sym, text};
 
@@ -193,9 +192,7 @@ fn cases() -> Vec<Case> {
 #[test]
 #[ignore = "writes cases for a device into the folder MILLRACE_CUDA_SPLITS"]
 fn write_splits() {
-    let folder = std::env::var("MILLRACE_CUDA_SPLITS").unwrap();
-    let folder = Path::new(&folder);
-    std::fs::create_dir_all(folder).unwrap();
+    let folder = super::folder("MILLRACE_CUDA_SPLITS");
     let mut kernels: BTreeMap<String, usize> = BTreeMap::new();
     let mut json = String::from("[\n");
     for (at, case) in cases().iter().enumerate() {

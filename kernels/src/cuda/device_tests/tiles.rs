@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::Path;
 
 use millrace_ir::launch::{MapBase, TensorMap, Tiles};
 use millrace_ir::sampling::Random;
@@ -271,9 +270,7 @@ fn launches_of_all_parts_are_planned() {
 #[test]
 #[ignore = "writes launches for a device into the folder MILLRACE_CUDA_TILES"]
 fn write_tiles() {
-    let folder = std::env::var("MILLRACE_CUDA_TILES").unwrap();
-    let folder = Path::new(&folder);
-    std::fs::create_dir_all(folder).unwrap();
+    let folder = super::folder("MILLRACE_CUDA_TILES");
     let (problems, kernels) = written();
     let mut archs = vec![Arch::Sm90a; kernels.len()];
     for ((arch, text), at) in &kernels {
