@@ -139,7 +139,7 @@ fn the_published_cache_arithmetic() {
     assert!(fit.to_string().contains("4060 blocks, 259840 tokens, 63.44 GiB"), "{fit}");
 }
 
-/// The 8B shape in bf16 on an H200: 4.00 ms a step resident, 369 ms for 8 x 2048 tokens, 15.0 GB over a link of 55.6 GB/s.
+/// The 8B shape in bf16 on an H200: every row of a measured sweep, and 369 ms for 8 x 2048 tokens.
 #[test]
 fn predicted_steps_are_those_measured() {
     let mut options = CompileOptions {
@@ -151,6 +151,9 @@ fn predicted_steps_are_those_measured() {
     options.pipeline = options.target.level(2);
     options.import.dummy_weights = true;
     options.import.max_num_tokens = Some(16384);
+    options.import.max_batch_size = Some(32);
+    options.import.max_seq_len = Some(4096);
+    options.import.max_input_len = Some(2048);
     let compiled = compile(&root("tests/data/configs/llama-3.1-8b"), &options, None).unwrap();
     let table = compiled.device.bundles.first().map(|b| &b.table);
     assert!(table.is_some());
@@ -159,10 +162,26 @@ fn predicted_steps_are_those_measured() {
         Fit::of(subject, &Question { batch: Some(batch), sequence: Some(sequence), ..Question::default() })
             .unwrap()
     };
+    let sweep = std::fs::read(root("benches/results/gpu-streaming-2026-11-21-3.json")).unwrap();
+    let sweep: Value = serde_json::from_slice(&sweep).unwrap();
+    let sweep = sweep["sweep"].as_array().unwrap();
+    assert_eq!(sweep.len(), 12);
+    for row in sweep {
+        // Half of the new tokens are there, and the prompt.
+        let past = row["input_len"].as_u64().unwrap() + row["output_len"].as_u64().unwrap() / 2;
+        let fit = ask(row["batch_size"].as_u64().unwrap(), 2 * past);
+        let percent = row["weights_budget"].as_str().unwrap();
+        let told = fit.rows.iter().find(|r| format!("{}%", r.percent) == percent).unwrap();
+        // Residents are spread by predicted times, which move the last tile.
+        let (moved, streamed) = (told.moved, row["streamed_bytes_per_step"].as_u64().unwrap());
+        assert!(moved.abs_diff(streamed) < 32 << 20, "{percent}: {moved} and {streamed}");
+        let (told, measured) = (told.decode.unwrap().0, row["decode_ms_per_step"].as_f64().unwrap());
+        let told = told as f64 / 1e6;
+        assert!((told / measured - 1.0).abs() < 0.05, "{percent}: {told} ms, measured {measured}");
+    }
     let fit = ask(1, 256);
     let decode: Vec<f64> = fit.rows.iter().map(|r| r.decode.unwrap().0 as f64 / 1e6).collect();
     assert!(decode.windows(2).all(|pair| pair[1] <= pair[0]), "{decode:?}");
-    assert!((decode[5] / 4.004 - 1.0).abs() < 0.1, "{decode:?}");
     let floor = fit.rows[0].moved as f64 / 55.6e9 * 1e3;
     assert!((floor..1.03 * floor).contains(&decode[0]), "{decode:?}, floor {floor}");
     let prefill = ask(8, 2048).rows[5].prefill.0 as f64 / 1e6;

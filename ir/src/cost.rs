@@ -68,12 +68,14 @@ impl Rates {
 
 /// What a device sustains over whole steps of a model, for predictions of time; [`Rates`] are its ceilings.
 ///
-/// A node takes [`Cost::seconds`] at [`Sustained::rates`], a launch [`Sustained::launch`] more, and a copy of `n` bytes
-/// `copy + n / link` seconds.
+/// A node takes [`Sustained::seconds`], a launch [`Sustained::launch`] more, and a copy of `n` bytes `copy + n / link` seconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sustained {
     /// Arithmetic and memory traffic inside of kernels.
     pub rates: Rates,
+    /// Share of its arithmetic that a node bound by memory takes besides: a product of few rows reads them again for each
+    /// group of columns.
+    pub exposed: f64,
     /// Seconds of each launch besides.
     pub launch: f64,
     /// Seconds of each step besides.
@@ -91,6 +93,7 @@ impl Sustained {
     /// Two server cores with AVX-512 and a solid state disk of 2 GB/s; [`Sustained::with_link`] takes a measured one.
     pub const CPU: Sustained = Sustained {
         rates: Rates { flops: 340e9, bytes: 22e9 },
+        exposed: 0.0,
         launch: 5e-6,
         step: 50e-6,
         link: 2e9,
@@ -99,10 +102,12 @@ impl Sustained {
     };
     /// One H200. The link moved 36.6, 48.7, 53.7 and 55.6 GB/s in copies of 256 KiB, 1, 4 and at least 16 MiB; a kernel
     /// boundary in a CUDA graph takes 1.3 us; kernels read weights at 90 % of the rate of memory and multiply at 82 % of
-    /// the rate of 8192 x 8192 matrices. Driver 580 took 526 MiB for its context and the code of a small engine; the estimate
+    /// the rate of 8192 x 8192 matrices. The matmuls of a Llama 3.1 8B layer took 102.4, 104.7 and 117.8 us for 1, 8 and 32 rows: 0.7
+    /// of their arithmetic more (`benches/results/gpu-kernels-2026-11-21/skinny-matmul.txt`). Driver 580 took 526 MiB for its context and the code of a small engine; the estimate
     /// is to lie above.
     pub const CUDA: Sustained = Sustained {
         rates: Rates { flops: 650e12, bytes: 4.1e12 },
+        exposed: 0.7,
         launch: 1.3e-6,
         step: 50e-6,
         link: 55.6e9,
@@ -113,6 +118,13 @@ impl Sustained {
     /// What stands for a target's kind of device.
     pub fn of_target(target: &str) -> Sustained {
         if target.starts_with("cuda") { Self::CUDA } else { Self::CPU }
+    }
+
+    /// Seconds of a node inside of its kernel: [`Cost::seconds`], and what of a memory-bound node's arithmetic is not hidden.
+    pub fn seconds(&self, cost: Cost) -> f64 {
+        let memory = Cost { flops: 0, ..cost }.seconds(self.rates);
+        let arithmetic = Cost { flops: cost.flops, ..Cost::default() }.seconds(self.rates);
+        arithmetic.max(memory + self.exposed * arithmetic)
     }
 
     /// The same device with another link, in bytes a second.
@@ -400,6 +412,21 @@ mod tests {
         assert_eq!(cost(500, 20, 10).seconds(rates), 5.0);
         assert_eq!(cost(100, 20, 10).plus(cost(0, 5, 5)).seconds(rates), 4.0);
         assert_eq!(Rates::of_target("cuda:sm_90a").0, Rates::CUDA);
+    }
+
+    #[test]
+    fn few_rows_cost_what_was_measured() {
+        // Weights of a layer of Llama 3.1 8B: what rows add to the time of one.
+        let weights = 218_103_808u64;
+        let of = |rows: u64| Sustained::CUDA.seconds(cost(2 * weights * rows, 2 * weights, 0));
+        for (rows, measured) in [(8, 2.3e-6), (32, 15.4e-6)] {
+            let added = of(rows) - of(1);
+            assert!((added - measured).abs() < 2e-6, "{rows}: {added:e}");
+        }
+        // Many rows hide memory altogether.
+        assert_eq!(of(4096), (2 * weights * 4096) as f64 / Sustained::CUDA.rates.flops);
+        let one = cost(100, 20, 10);
+        assert_eq!(Sustained::CPU.seconds(one), one.seconds(Sustained::CPU.rates));
     }
 
     #[test]

@@ -205,11 +205,13 @@ impl Fit {
         };
         fit.capacities(module, manifest, question, rest)?;
         for percent in PERCENTS {
-            let budget = least + ((all - least) as u128 * percent as u128 / 100) as u64;
             if fit.streamable == 0 && percent < 100 {
                 continue;
             }
-            let budget = if percent == 100 { WeightBudget::Resident } else { WeightBudget::Bytes(budget) };
+            let budget = match percent {
+                100 => WeightBudget::Resident,
+                _ => WeightBudget::Fraction(percent as f64 / 100.0),
+            };
             let placement = budget.place(&demand, &options.ring, &work, || Ok(0))?;
             let told = |step: &Step| {
                 let told = step.predict((module, manifest), &device, (&demand, &placement));

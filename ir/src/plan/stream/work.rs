@@ -22,7 +22,7 @@ pub fn times(module: &Module, device: &Sustained, bindings: &Bindings, sequences
         let mut launched = false;
         for id in &graph.order[group] {
             let cost = step_cost(module, *id, bindings, sequences).unwrap_or_default();
-            let mut seconds = cost.seconds(device.rates);
+            let mut seconds = device.seconds(cost);
             if !launched && !graph.nodes[*id].op.traits().view {
                 launched = true;
                 seconds += device.launch;
