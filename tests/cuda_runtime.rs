@@ -233,6 +233,30 @@ fn profiles_tell_the_time_of_every_node() {
 }
 
 #[test]
+fn launches_are_replayed_by_themselves() {
+    let Some(device) = gpu("replayed launches") else { return };
+    let engine = plain_engine(&device);
+    let order = &engine.module().graph.order;
+    let mut session = engine.session(SessionOptions::default()).unwrap();
+    let mut groups: Vec<_> = order.iter().map(|node| vec![*node]).collect();
+    groups.extend([order.clone(), Vec::new()]);
+    assert_eq!(session.time_nodes(&groups).unwrap(), vec![None; groups.len()], "no step yet");
+    (0..3).for_each(|call| step(&mut session, 64, call, true));
+    let times = session.time_nodes(&groups).unwrap();
+    let (whole, none) = (times[order.len()].unwrap(), times[order.len() + 1]);
+    assert!(none.is_none() && !whole.is_zero());
+    for time in &times[..order.len()] {
+        assert!(time.is_some_and(|t| !t.is_zero() && t <= 2 * whole), "{times:?}");
+    }
+    // Steps go on.
+    (0..3).for_each(|call| step(&mut session, 64, call, true));
+    let options = SessionOptions { allocation: Allocation::Dynamic, ..SessionOptions::default() };
+    let mut dynamic = engine.session(options).unwrap();
+    step(&mut dynamic, 64, 0, false);
+    assert_eq!(dynamic.time_nodes(&groups).unwrap(), vec![None; groups.len()], "its memory is gone");
+}
+
+#[test]
 fn device_code_that_does_not_fit_is_an_error() {
     let Some(device) = gpu("device code") else { return };
     let open = |table: LaunchTable, image: Vec<u8>| {

@@ -97,6 +97,8 @@ fn decoder_steps_know_their_lengths() {
     let steps = session.detach_profile().unwrap().steps;
     let lengths: Vec<_> = steps.iter().map(|s| (s.sequences[0].queries, s.sequences[0].keys)).collect();
     assert_eq!(lengths, [(3, 3), (1, 4), (1, 5), (1, 6)]);
+    let nodes = vec![engine.module().graph.order.clone()];
+    assert_eq!(session.time_nodes(&nodes).unwrap(), [None], "only launches of a device are replayed");
 }
 
 /// Output of `millrace bench`, and the trace it wrote.
@@ -165,6 +167,7 @@ fn a_decoder_has_prefill_and_decode() {
     let steps: Vec<_> =
         phases.iter().map(|p| (p["phase"].as_str().unwrap(), p["steps"].as_u64().unwrap())).collect();
     assert_eq!(steps, [("prefill", 1), ("decode", 3)]);
+    assert_eq!(rows[0]["profile"]["replayed"], Value::Null);
     let events = complete_events(&trace);
     assert_eq!(events.iter().filter(|e| e["args"]["phase"] == "decode").count() * 4, events.len() * 3);
 }

@@ -1,6 +1,7 @@
 //! `millrace bench`: the field's sweep over batch sizes and lengths.
 
 mod profile;
+mod replay;
 mod report;
 
 use std::path::PathBuf;
@@ -345,8 +346,13 @@ pub fn main(args: &Args) -> Result<()> {
         if let (Some(trace), Some(recorded)) = (&mut trace, &recorded) {
             trace.add(&title, engine.module(), recorded, ceilings);
         }
-        let profile =
-            ceilings.zip(recorded).map(|(c, recorded)| profile::summarise(engine.module(), &recorded, c));
+        let profile = match ceilings.zip(recorded) {
+            Some((ceilings, recorded)) => {
+                let replayed = replay::replay(session, engine.module(), &recorded)?;
+                Some(profile::summarise(engine.module(), &recorded, ceilings, replayed))
+            }
+            None => None,
+        };
         rows.push(report::Row { title, cells, profile });
     }
     // What the library did not take shows when it is asked.

@@ -9,6 +9,7 @@
 //! are two, so that a step can be enqueued *ahead*: before the one before it has ended, and *fed* with the argmax of that
 //! step without a detour by the host.
 
+mod nodes;
 mod steps;
 
 use std::collections::VecDeque;

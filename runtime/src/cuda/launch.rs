@@ -116,6 +116,11 @@ impl Ready {
         matches!(self, Ready::Launch(_))
     }
 
+    /// Whether it orders copies of weights that stream.
+    pub fn is_streaming(&self) -> bool {
+        matches!(self, Ready::Arrive(_) | Ready::Leave(_))
+    }
+
     /// Whether a library computes it.
     pub fn is_product(&self) -> bool {
         matches!(self, Ready::Product(..))

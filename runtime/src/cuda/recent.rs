@@ -29,6 +29,11 @@ impl<K: PartialEq, V> Recent<K, V> {
         self.entries.push((key, value));
     }
 
+    /// The value used last.
+    pub fn last(&self) -> Option<&V> {
+        self.entries.last().map(|(_, v)| v)
+    }
+
     /// Values.
     pub fn values(&self) -> impl Iterator<Item = &V> {
         self.entries.iter().map(|(_, v)| v)
@@ -53,6 +58,7 @@ mod tests {
         recent.put(1, a);
         recent.put(3, 'c');
         assert_eq!(recent.values().copied().collect::<String>(), "ac");
+        assert_eq!(recent.last(), Some(&'c'));
         assert_eq!(recent.take(&2), None);
         recent.put(3, 'd');
         assert_eq!(recent.values().copied().collect::<String>(), "ad");

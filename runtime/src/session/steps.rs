@@ -1,8 +1,10 @@
 //! Steps of a session, and what they leave behind.
 
+use std::time::Duration;
+
 use millrace_ir::bind::bind;
 use millrace_ir::checkpoint::TensorSource;
-use millrace_ir::{DType, Error, Kind, Result, TensorType};
+use millrace_ir::{DType, Error, Kind, NodeId, Result, TensorType};
 
 use super::{Backend, Session, TensorRef, on_backend};
 use crate::cuda::After;
@@ -225,6 +227,25 @@ impl<'e> Session<'e> {
         let values: Vec<f32> =
             output.bytes.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect();
         Ok(values.chunks_exact(width as usize).map(argmax_row).collect())
+    }
+
+    /// The time of the launches of each group of nodes in the last step, by themselves: one after the other, overlapping as they do
+    /// in a step, as a CUDA graph that is replayed. That is what a kernel takes without the events around it that a
+    /// [`Profile`](crate::Profile) needs. `None` for groups without launches or of which weights stream, in sessions that do not keep their memory, and on a
+    /// processor.
+    ///
+    /// Launches compute with whatever is in memory, so that states and outputs hold nothing of meaning afterwards: begin
+    /// new sequences.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn time_nodes(&mut self, groups: &[Vec<NodeId>]) -> Result<Vec<Option<Duration>>> {
+        let module = self.engine.module();
+        let times = match &mut self.backend {
+            Backend::Cpu(_) => return Ok(vec![None; groups.len()]),
+            Backend::Cuda(cuda) => cuda.time_nodes(module, groups)?,
+        };
+        Ok(times.into_iter().map(|time| time.and_then(|t| Duration::try_from_secs_f64(t).ok())).collect())
     }
 
     /// Output `index` of the last step; `None` if there is none or its device has failed.

@@ -17,6 +17,7 @@ use millrace::runtime::profile::{Span, Step};
 use millrace::{Error, Profile, Result};
 use serde_json::{Value, json};
 
+use super::replay::Replay;
 use crate::cli::ceilings::Ceilings;
 
 /// Time and work of some nodes.
@@ -74,9 +75,11 @@ impl Phase {
 pub struct Summary {
     ceilings: Ceilings,
     phases: Vec<Phase>,
+    replay: Option<Replay>,
 }
 
-fn kernel(module: &Module, node: NodeId) -> &str {
+/// The kernel of a node.
+pub fn kernel(module: &Module, node: NodeId) -> &str {
     let kernel = module.graph.nodes.get(node).and_then(|n| n.kernel).and_then(|k| module.kernels.get(k));
     kernel.map_or("none", |k| k.name.as_str())
 }
@@ -106,14 +109,17 @@ fn layers(module: &Module, node: NodeId) -> Vec<String> {
 }
 
 /// A node with time, and what ran with it.
-struct Call<'a> {
-    span: &'a Span,
-    layers: Vec<String>,
-    cost: Cost,
+pub struct Call<'a> {
+    /// Of the node that has the time.
+    pub span: &'a Span,
+    /// Layers of all, numbers left out.
+    pub layers: Vec<String>,
+    /// Work of all.
+    pub cost: Cost,
 }
 
 /// The calls of a step. What has no time of its own ran with the next that has.
-fn calls<'a>(module: &Module, step: &'a Step) -> Vec<Call<'a>> {
+pub fn calls<'a>(module: &Module, step: &'a Step) -> Vec<Call<'a>> {
     let (mut calls, mut cost, mut names) = (Vec::new(), Cost::default(), Vec::new());
     for (at, span) in step.spans.iter().enumerate() {
         cost = cost.plus(step_cost(module, span.node, &step.bindings, &step.sequences).unwrap_or_default());
@@ -129,8 +135,8 @@ fn calls<'a>(module: &Module, step: &'a Step) -> Vec<Call<'a>> {
     calls
 }
 
-/// Adds up a profile of `module`.
-pub fn summarise(module: &Module, profile: &Profile, ceilings: Ceilings) -> Summary {
+/// Adds up a profile of `module`, whose last step may have been replayed.
+pub fn summarise(module: &Module, profile: &Profile, ceilings: Ceilings, replay: Option<Replay>) -> Summary {
     let mut phases: Vec<Phase> = Vec::new();
     for step in &profile.steps {
         let name = phase_of(module, step);
@@ -156,7 +162,7 @@ pub fn summarise(module: &Module, profile: &Profile, ceilings: Ceilings) -> Summ
         }
     }
     phases.iter_mut().for_each(|p| p.families.sort_by_key(|f| std::cmp::Reverse(f.time)));
-    Summary { ceilings, phases }
+    Summary { ceilings, phases, replay }
 }
 
 const COLUMNS: [&str; 9] =
@@ -166,7 +172,8 @@ fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-fn percent(part: f64, whole: f64) -> f64 {
+/// Hundredths.
+pub fn percent(part: f64, whole: f64) -> f64 {
     if whole > 0.0 { part / whole * 100.0 } else { 0.0 }
 }
 
@@ -232,6 +239,14 @@ impl Summary {
                 text += "\n";
             }
         }
+        if let Some((heading, lines)) = self.replay.as_ref().map(|r| r.lines(&self.ceilings)) {
+            text += &format!("{heading}\n");
+            for [name, cells @ .., layers] in lines {
+                let cells: String = cells.iter().map(|c| format!(" {c:>14}")).collect();
+                text += format!("  {name:<28}{cells}  {layers}").trim_end();
+                text += "\n";
+            }
+        }
         text
     }
 
@@ -247,6 +262,15 @@ impl Summary {
             );
             for line in self.cells(phase) {
                 text += &format!("| {} |\n", line.join(" | "));
+            }
+        }
+        if let Some((heading, lines)) = self.replay.as_ref().map(|r| r.lines(&self.ceilings)) {
+            text += &format!("\n{heading}\n\n");
+            for (index, line) in lines.iter().enumerate() {
+                text += &format!("| {} |\n", line.join(" | "));
+                if index == 0 {
+                    text += &format!("| ---{} | --- |\n", " | ---:".repeat(5));
+                }
             }
         }
         text
@@ -290,6 +314,7 @@ impl Summary {
         json!({
             "ceilings": self.ceilings.json(),
             "phases": phases.collect::<Vec<_>>(),
+            "replayed": self.replay.as_ref().map(|replay| replay.json(&self.ceilings)),
         })
     }
 }

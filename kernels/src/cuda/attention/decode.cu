@@ -5,9 +5,9 @@
 // core. A lane holds whole 16-byte pieces of rows as fragments of the matrix instruction: the order of a product's terms is
 // free, so a lane's 16 contiguous bytes may stand for any columns, if both operands agree. Pieces come from global memory
 // directly or through a ring in shared memory, with the same result.
-// Blocks of a cluster join what they found through shared memory. If a row needs several clusters, each leaves maximum,
-// sum and unscaled result in the workspace, and the last cluster of a row and key head to arrive joins them in order of
-// the ranges. Without clusters every block stands for one.
+// Blocks of a cluster join what they found through shared memory, each for a slice of the heads. If a row needs several
+// clusters, each leaves maximum, sum and unscaled result in the workspace, and the last block to arrive for a slice of a row
+// and key head joins them in order of the ranges. Without clusters every block stands for one.
 //
 // FUSED: queries and new keys come unrotated, and new rows are not in the cache yet. A block rotates its query heads; the
 // block whose range ends with the row's own position takes that key and value from shared memory and writes them to the
@@ -422,7 +422,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
         if (column == 0) joined[head] = make_float2(most, all);
     }
 
-    // Join the blocks of the cluster: each takes some of the columns.
+    // Join the blocks of the cluster: each takes a slice of the heads, and those of blocks that a last cluster lacks.
     const int part = share.range / CLUSTER, parts = (used + CLUSTER - 1) / CLUSTER;
     const i64 cell = (i64)row * gridDim.y + share.column;
     float *const all_parts = partials + cell * (gridDim.x / CLUSTER) * PART, *const mine = all_parts + part * PART;
@@ -434,56 +434,66 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(WARPS * 32, MIN_BLOCKS
     __syncthreads();
     constexpr int members = 1, rank = 0;
 #endif
-    for (int e = rank * WARPS * 32 + threadIdx.x; e < heads * (D / 4); e += members * WARPS * 32) {
-        const int head = e / (D / 4), column = e % (D / 4) * 4;
+    for (int slice = rank; slice < SLICES; slice += members) {
+        const int slice_end = min(heads, (slice + 1) * SLICE) * (D / 4);
+        for (int e = slice * SLICE * (D / 4) + threadIdx.x; e < slice_end; e += WARPS * 32) {
+            const int head = e / (D / 4), column = e % (D / 4) * 4;
 #if CLUSTER > 1
-        const u32 at = shared_address(&sums[head * PAD + column]), state_at = shared_address(&joined[head]);
-        float2 state[CLUSTER];
-        float4 x[CLUSTER];
+            const u32 at = shared_address(&sums[head * PAD + column]), state_at = shared_address(&joined[head]);
+            float2 state[CLUSTER];
+            float4 x[CLUSTER];
 #pragma unroll
-        for (int m = 0; m < CLUSTER; ++m) {
-            state[m] = make_float2(-INFINITY_F32, 0.0f);
-            x[m] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (m < members) state[m] = load_cluster2(in_block(state_at, m)), x[m] = load_cluster4(in_block(at, m));
-        }
-        float most = state[0].x;
+            for (int m = 0; m < CLUSTER; ++m) {
+                state[m] = make_float2(-INFINITY_F32, 0.0f);
+                x[m] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (m < members) state[m] = load_cluster2(in_block(state_at, m)), x[m] = load_cluster4(in_block(at, m));
+            }
+            float most = state[0].x;
 #pragma unroll
-        for (int m = 1; m < CLUSTER; ++m) most = fmaxf(most, state[m].x);
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        float all = 0.0f;
+            for (int m = 1; m < CLUSTER; ++m) most = fmaxf(most, state[m].x);
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            float all = 0.0f;
 #pragma unroll
-        for (int m = 0; m < CLUSTER; ++m) {
-            const float factor = exp2_fast(state[m].x - most);
-            add(sum, x[m], factor);
-            all = fmaf(state[m].y, factor, all);
-        }
+            for (int m = 0; m < CLUSTER; ++m) {
+                const float factor = exp2_fast(state[m].x - most);
+                add(sum, x[m], factor);
+                all = fmaf(state[m].y, factor, all);
+            }
 #else
-        const float4 sum = *(const float4 *)&sums[head * PAD + column];
-        const float most = joined[head].x, all = joined[head].y;
+            const float4 sum = *(const float4 *)&sums[head * PAD + column];
+            const float most = joined[head].x, all = joined[head].y;
 #endif
-        if (parts == 1) {
-            store(out + out_at + head * D + column, sum, 1.0f / all);
-        } else {
-            *(float4 *)(mine + STATE + head * D + column) = sum;
-            if (column == 0) *(float2 *)(mine + 2 * head) = make_float2(most, all);
+            if (parts == 1) {
+                store(out + out_at + head * D + column, sum, 1.0f / all);
+            } else {
+                *(float4 *)(mine + STATE + head * D + column) = sum;
+                if (column == 0) *(float2 *)(mine + 2 * head) = make_float2(most, all);
+            }
         }
     }
 #if CLUSTER > 1
     // Nobody leaves while others read its memory; what a block has read is in its stores.
     cluster_arrive_relaxed();
 #endif
-    // Blocks that wrote to the workspace arrive at the counter; the last of them joins the parts.
-    constexpr int WRITERS = (HEAD_BLOCK * (D / 4) + WARPS * 32 - 1) / (WARPS * 32);
-    if (parts > 1 && rank < WRITERS) {
-        const int last_members = used - (parts - 1) * CLUSTER;
-        const int arrivals = (parts - 1) * min(CLUSTER, WRITERS) + min(last_members, WRITERS);
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            arrived = arrive(counters + cell);
-            if (arrived == arrivals - 1) counters[cell] = 0;
+    // Blocks that wrote a slice to the workspace arrive at its counter; the last of them joins the slice's parts.
+    if (parts > 1) {
+        for (int slice = rank; slice < SLICES; slice += members) {
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                u32 *const counter = counters + cell * SLICES + slice;
+                arrived = arrive(counter);
+                if (arrived == parts - 1) *counter = 0;
+            }
+            __syncthreads();
+            if (arrived == parts - 1) {
+                const int first = slice * SLICE, end = min(heads, first + SLICE);
+                if (parts > FEW_PARTS) {
+                    join_parts<MANY_PARTS>(all_parts, parts, first, end, out + out_at);
+                } else {
+                    join_parts<FEW_PARTS>(all_parts, parts, first, end, out + out_at);
+                }
+            }
         }
-        __syncthreads();
-        if (arrived == arrivals - 1) join_parts(all_parts, parts, heads, out + out_at);
     }
 #if CLUSTER > 1
     cluster_wait();

@@ -19,7 +19,7 @@ pub(super) const THREADS: u32 = 128;
 /// Most parts of a row that are joined through memory.
 const MAX_PARTS: u64 = 128;
 
-/// Most bytes of counters.
+/// Most bytes of counters of rows whose heads are joined as one.
 const MAX_COUNTERS: u64 = 1 << 20;
 
 /// A choice: its key, and the splits there are, the built-in one first.
@@ -101,11 +101,13 @@ pub(super) fn plan(
     let context = paged.width.mul(&paged.tokens_per_block.into());
     let longest = context.extent(&Bindings::maxima(&call.site.module.dims)).unwrap_or(u64::MAX);
     let mut variants = Vec::new();
-    let mut workspace = Dim::from(0u64);
+    let (mut workspace, mut counters) = (Dim::from(0u64), 0);
     for (class, least, most) in classes(call) {
         let mut add = |split: Split, width: Option<(u64, u64)>| {
             let (launch, bytes) = launch(call, before, &split, &context, (least, most));
             workspace = workspace.max_of(&bytes);
+            // One for each row, and slice of its heads that blocks of a cluster join.
+            counters = counters.max(most * columns * split.cluster.min(split::head_block(call) as u64) * 4);
             let mut when = single_rows(call, least, most);
             when.extend(width.map(|(first, last)| between(&paged.width, first, last)));
             variants.push(SiteVariant::new(when, vec![launch]));
@@ -126,7 +128,6 @@ pub(super) fn plan(
         }
         add(short, None);
     }
-    let counters = most_rows(call)? * columns * 4;
     Some(Planned { variants, streamed: Vec::new(), workspace, counters })
 }
 

@@ -45,17 +45,21 @@ DEVICE u32 arrive(u32 *counter) {
 // A part's maximum and sum of each head, then its result, in floats.
 constexpr int PART = HEAD_BLOCK * (D + 4), STATE = HEAD_BLOCK * 4;
 
-// Joins the parts of a row for the heads of a block in order, with all threads.
-DEVICE void join_parts(const float *all_parts, int parts, int heads, Element *out) {
-    for (int e = threadIdx.x; e < heads * (D / 4); e += WARPS * 32) {
+// Heads are joined in slices, each by another block of a cluster.
+constexpr int SLICES = CLUSTER < HEAD_BLOCK ? CLUSTER : HEAD_BLOCK;
+constexpr int SLICE = (HEAD_BLOCK + SLICES - 1) / SLICES;
+
+// Joins the parts of a row for heads `first` up to `end` of a block in order, with all threads, `BATCH` parts on their way at once.
+template <int BATCH> DEVICE void join_parts(const float *all_parts, int parts, int first, int end, Element *out) {
+    for (int e = first * (D / 4) + threadIdx.x; e < end * (D / 4); e += WARPS * 32) {
         const int head = e / (D / 4), column = e % (D / 4) * 4;
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         float most = -INFINITY_F32, total = 0.0f;
-        for (int base = 0; base < parts; base += 8) {
-            float2 state[8];
-            float4 x[8];
+        for (int base = 0; base < parts; base += BATCH) {
+            float2 state[BATCH];
+            float4 x[BATCH];
 #pragma unroll
-            for (int s = 0; s < 8; ++s) {
+            for (int s = 0; s < BATCH; ++s) {
                 const float *from = all_parts + min(base + s, parts - 1) * PART;
                 state[s] = __ldcg((const float2 *)(from + 2 * head));
                 x[s] = __ldcg((const float4 *)(from + STATE + head * D + column));
@@ -63,12 +67,12 @@ DEVICE void join_parts(const float *all_parts, int parts, int heads, Element *ou
             }
             float next = most;
 #pragma unroll
-            for (int s = 0; s < 8; ++s) next = fmaxf(next, state[s].x);
+            for (int s = 0; s < BATCH; ++s) next = fmaxf(next, state[s].x);
             const float shrink = exp2_fast(most - next);
             sum.x *= shrink, sum.y *= shrink, sum.z *= shrink, sum.w *= shrink, total *= shrink;
             most = next;
 #pragma unroll
-            for (int s = 0; s < 8; ++s) {
+            for (int s = 0; s < BATCH; ++s) {
                 const float factor = exp2_fast(state[s].x - most);
                 add(sum, x[s], factor);
                 total = fmaf(state[s].y, factor, total);
@@ -77,3 +81,5 @@ DEVICE void join_parts(const float *all_parts, int parts, int heads, Element *ou
         store(out + head * D + column, sum, 1.0f / total);
     }
 }
+// Many parts take as many registers as a thread has.
+constexpr int FEW_PARTS = 8, MANY_PARTS = WARPS * MIN_BLOCKS <= 12 ? 24 : FEW_PARTS;

@@ -74,7 +74,7 @@ fn single_rows_decode_and_others_prefill() {
     });
     // A short context needs fewer ranges than a long one.
     let short = [("t", 1), ("b", 1), ("p", 4)];
-    assert_eq!(grid(chosen(&planned, &short), &short), [8, 8, 1], "one cluster");
+    assert_eq!(grid(chosen(&planned, &short), &short), [2, 8, 1], "one cluster");
     let many = grid(chosen(&planned, &one), &one);
     assert!(many[0] > 16 && many[0] <= 128, "{many:?}");
 }
@@ -89,7 +89,7 @@ fn partial_results_fit_the_workspace() {
         let cluster = i64::from(chosen(&planned, &dims).launches[0].cluster);
         let needed = grid[0] / cluster * grid[1] * grid[2] * 4 * (128 + 4) * 4;
         assert!(planned.workspace.eval(&bindings(&dims)).unwrap() >= needed, "{b}");
-        assert!(planned.counters as i64 >= grid[1] * grid[2] * 4);
+        assert!(planned.counters as i64 >= grid[1] * grid[2] * cluster.min(4) * 4);
         assert_eq!(grid[0] % cluster, 0);
     }
 }
@@ -320,22 +320,28 @@ fn a_choice_splits_the_steps_of_its_key_and_no_others() {
 }
 
 #[test]
-fn long_tables_take_other_splits_where_that_was_measured() {
+fn what_was_measured_is_built_in() {
     let of = |arch, d, b: u64, pages: u64| {
         let module = paged("bf16", 32, 8, d);
         let planned = plan(Site { arch, ..site(&module) }).unwrap();
         let launch = chosen(&planned, &[("t", b), ("b", b), ("p", pages)]).launches[0].clone();
-        (launch.cluster, launch.shared > 0)
+        (launch.cluster, launch.threads, launch.shared)
     };
     // Pages of 32 positions.
     let of_b = |b| [255, 256, 767, 768].map(|pages| of(Arch::Sm90a, 128, b, pages));
-    assert_eq!(of_b(1), [(8, false), (2, true), (2, true), (2, false)]);
-    assert_eq!(of_b(4), [(4, false), (2, true), (2, true), (2, true)]);
-    assert_eq!(of_b(8), [(4, false); 4]);
-    assert_eq!(of_b(32), [(1, true); 4]);
-    assert_eq!(of(Arch::Sm90a, 64, 1, 1024), (8, false));
-    assert_eq!(of(Arch::Sm100, 128, 1, 1024), (8, false));
-    assert_eq!(of(Arch::Sm80, 128, 1, 1024), (1, false));
+    let (ring, wide, many) = ((2, 128, 96 << 10), (2, 256, 192 << 10), (1, 128, 64 << 10));
+    for b in [1, 2, 4] {
+        assert_eq!(of_b(b), [wide, ring, ring, ring]);
+    }
+    assert_eq!(of_b(8), [ring; 4]);
+    assert_eq!(of_b(16), [many; 4]);
+    let long = (1, 128, 96 << 10);
+    assert_eq!(of_b(32), [many, long, long, long]);
+    assert_eq!(of(Arch::Sm90a, 64, 1, 1024), (2, 128, 48 << 10));
+    // Elsewhere: registers.
+    assert_eq!(of(Arch::Sm90a, 48, 1, 1024), (8, 128, 0));
+    assert_eq!(of(Arch::Sm100, 128, 1, 1024), (8, 128, 0));
+    assert_eq!(of(Arch::Sm80, 128, 1, 1024), (1, 128, 0));
 }
 
 #[test]
@@ -386,7 +392,7 @@ fn chosen_splits_fit_workspace_and_counters() {
                 let (grid, cluster) = (grid(variant, &dims), i64::from(variant.launches[0].cluster));
                 let needed = grid[0] / cluster * grid[1] * grid[2] * 4 * (128 + 4) * 4;
                 assert!(planned.workspace.eval(&bindings(&dims)).unwrap() >= needed, "{at} {b} {p}");
-                assert!(planned.counters as i64 >= grid[1] * grid[2] * 4);
+                assert!(planned.counters as i64 >= grid[1] * grid[2] * cluster.min(4) * 4);
                 assert_eq!(grid[0] % cluster, 0);
             }
         }

@@ -143,9 +143,15 @@ fn cases() -> Vec<Case> {
     ] {
         cases.push(Case { lens, timed: true, ..llama.clone() });
     }
-    for (b, lens) in
-        [(1, [256, 1024, 2048, 8192, 16384, 32768].as_slice()), (8, &[256, 2048]), (32, &[256, 1024, 2048])]
-    {
+    let timed: [(usize, &[u64]); 6] = [
+        (1, &[256, 1024, 2048, 4096, 8192, 16384, 32768]),
+        (2, &[2048]),
+        (4, &[2048]),
+        (8, &[256, 2048, 8192]),
+        (16, &[256, 2048, 8192]),
+        (32, &[256, 1024, 2048]),
+    ];
+    for (b, lens) in timed {
         for len in lens {
             cases.push(Case { lens: vec![*len; b], timed: true, fused: true, ..llama.clone() });
         }
