@@ -338,9 +338,11 @@ def attention(args, millrace, scratch, limits, entry):
         # The launches of all layers as one graph, and what the step takes more with than without them.
         kernels = row["profile"]["replayed"]["kernels"]
         [kernel] = [k for k in kernels if "attention" in k["kernel"]]
-        replayed.append(kernel["us_each"])
-        adds.append(kernel["adds_us_each"])
         bytes_read = kernel["read_bytes"] / kernel["calls"]
+        # It is the last step that is replayed, in which early sequences have ended.
+        if bytes_read >= full:
+            replayed.append(kernel["us_each"])
+            adds.append(kernel["adds_us_each"])
         calls = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("cat") == "paged_attention"]
         # Steps in which every sequence decodes at the long context.
         calls = [e for e in calls if e["args"]["phase"] == "decode" and e["args"]["read_bytes"] >= full]
@@ -354,17 +356,18 @@ def attention(args, millrace, scratch, limits, entry):
             [short] = millrace.bench(engine, [batch], f"{PROMPT},{steps + 1}", runs=args.runs)
             more = (row["decode_ms_per_step"] - short["decode_ms_per_step"]) / layers
             differences.append(full / max(more, 1e-9) / 1e6)
-    entry.update(us=spread(us), gbs=spread(gbs), replayed_us=spread(replayed), adds_us=spread(adds))
-    entry["replayed_gbs"] = spread([bytes_read / each / 1e3 for each in replayed])
-    entry["adds_gbs"] = spread([bytes_read / each / 1e3 for each in adds])
+    entry.update(us=spread(us), gbs=spread(gbs))
+    if replayed:
+        entry.update(replayed_us=spread(replayed), adds_us=spread(adds))
+        entry["replayed_gbs"] = spread([bytes_read / each / 1e3 for each in replayed])
+        entry["adds_gbs"] = spread([bytes_read / each / 1e3 for each in adds])
     if differences:
         entry["gbs_by_difference"] = spread(differences)
     if limits:
-        entry["of_read_rate"] = entry["replayed_gbs"]["median"] / limits["read_gbs"]
-    say(
-        f"attention batch {batch}: {entry['replayed_us']['median']:.1f} us, {entry['replayed_gbs']['median']:.0f} GB/s; "
-        f"between events {entry['us']['median']:.1f} us, adds {entry['adds_us']['median']:.1f} us to a step"
-    )
+        entry["of_read_rate"] = entry["gbs"]["median"] / limits["read_gbs"]
+    say(f"attention batch {batch}: {entry['us']['median']:.1f} us, {entry['gbs']['median']:.0f} GB/s")
+    if replayed:
+        say(f"  replayed {entry['replayed_us']['median']:.1f} us, adds {entry['adds_us']['median']:.1f} us to a step")
     if args.peers:
         try:
             entry["torch_sdpa_gbs"] = 4 * 8 * 128 * batch * context / sdpa_ms(fields, batch, context) / 1e6
@@ -408,15 +411,16 @@ def table(report):
             cells.append(f"{theirs['median'] / ms['millrace']['median']:.2f}" if theirs else "-")
             lines.append(f"| {name} {entry['batch']} x {entry['length']} | {' | '.join(cells)} |")
     if report.get("attention"):
-        lines += ["", "| decode attention | us a layer | GB/s | of read rate | adds us to a step | by difference GB/s | torch sdpa GB/s |"]
-        lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        columns = ["us between events", "GB/s", "of read rate", "us replayed", "by difference GB/s", "torch sdpa GB/s"]
+        lines += ["", f"| decode attention, a layer | {' | '.join(columns)} |"]
+        lines.append("| --- |" + " ---: |" * len(columns))
         for entry in report["attention"]:
             if "error" in entry:
                 lines.append(f"| batch {entry['batch']}, context {entry['context']} | failed | - | - | - | - | - |")
                 continue
             share = entry.get("of_read_rate")
-            cells = [f"{entry['replayed_us']['median']:.1f}", f"{entry['replayed_gbs']['median']:.0f}"]
-            cells += [f"{share:.0%}" if share else "-", f"{entry['adds_us']['median']:.1f}"]
+            cells = [f"{entry['us']['median']:.1f}", f"{entry['gbs']['median']:.0f}", f"{share:.0%}" if share else "-"]
+            cells.append(f"{entry['replayed_us']['median']:.1f}" if "replayed_us" in entry else "-")
             cells.append(f"{entry['gbs_by_difference']['median']:.0f}" if "gbs_by_difference" in entry else "-")
             cells.append(f"{entry['torch_sdpa_gbs']:.0f}" if "torch_sdpa_gbs" in entry else "-")
             lines.append(f"| batch {entry['batch']}, context {entry['context']} | {' | '.join(cells)} |")
