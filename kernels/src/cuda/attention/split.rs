@@ -87,7 +87,7 @@ pub(super) const CLASSES: [Class; 6] = [
         min_chunk: 1024,
         one_cluster: 1024,
         percent: 260,
-        measured: [MANY_RINGS, (4, 3, 2, 1, 400), (4, 3, 2, 1, 400)],
+        measured: [(4, 3, 2, 1, 400); 3],
     },
 ];
 

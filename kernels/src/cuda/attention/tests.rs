@@ -335,8 +335,7 @@ fn what_was_measured_is_built_in() {
     }
     assert_eq!(of_b(8), [ring; 4]);
     assert_eq!(of_b(16), [many; 4]);
-    let long = (1, 128, 96 << 10);
-    assert_eq!(of_b(32), [many, long, long, long]);
+    assert_eq!(of_b(32), [(1, 128, 96 << 10); 4]);
     assert_eq!(of(Arch::Sm90a, 64, 1, 1024), (2, 128, 48 << 10));
     // Elsewhere: registers.
     assert_eq!(of(Arch::Sm90a, 48, 1, 1024), (8, 128, 0));
