@@ -6,16 +6,17 @@
 
 #[path = "common/random/mod.rs"]
 mod random;
+#[path = "common/seeds.rs"]
+mod seeds;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use millrace::compiler::passes::all as registry;
 use millrace::ir::sampling::{RandomGraph, graph};
 use millrace::ir::{Op, Operand, text};
 use random::{Failure, Summary, examine};
+use seeds::{number, on_all_processors};
 
 /// Graphs of an ordinary test run.
 const GRAPHS: u64 = 2000;
@@ -25,10 +26,6 @@ const NODES: usize = 16;
 
 /// After so many failures a run ends.
 const ENOUGH: usize = 12;
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{variable}={v} is no number")))
-}
 
 /// Graphs are of many sizes; small ones are the easiest to understand when they fail.
 fn size(seed: u64) -> usize {
@@ -94,28 +91,13 @@ fn reduce(seed: u64, folder: &Path, failure: Failure) -> (RandomGraph, Failure) 
 
 fn run(seeds: std::ops::Range<u64>) -> Summary {
     let folder = scratch();
-    let next = AtomicU64::new(seeds.start);
-    let total = Mutex::new(Summary::default());
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                let mut mine = Summary::default();
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds.end || mine.failures.len() >= ENOUGH {
-                        break;
-                    }
-                    let tried = graph(seed, size(seed));
-                    if let Err(failure) = try_graph(&tried, folder.path(), &mut mine) {
-                        mine.failures.push((seed, failure));
-                    }
-                }
-                total.lock().unwrap().join(mine);
-            });
+    let try_one = |seed: u64, mine: &mut Summary| {
+        if let Err(failure) = try_graph(&graph(seed, size(seed)), folder.path(), mine) {
+            mine.failures.push((seed, failure));
         }
-    });
-    total.into_inner().unwrap()
+        mine.failures.len() < ENOUGH
+    };
+    on_all_processors(seeds, try_one, Summary::join)
 }
 
 /// Writes the failing graph down, as small as it gets; returns what to tell.

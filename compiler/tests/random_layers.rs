@@ -4,12 +4,13 @@
 //! - `MILLRACE_RANDOM_LOG=FILE` writes how many were rolled, and why others were not;
 //! - `MILLRACE_RANDOM_SEED=N` tries one graph only.
 
+#[path = "../../tests/common/seeds.rs"]
+mod seeds;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use millrace_compiler::pass::{Context, Pass};
 use millrace_compiler::pipeline::{Controls, LEVELS, Manager, Pipeline};
@@ -22,6 +23,7 @@ use millrace_ir::sampling::{Layered, Random, RandomGraph, layered};
 use millrace_ir::tensor::Tensor;
 use millrace_ir::weights::WeightReader;
 use millrace_ir::{Module, Op, Operand, Phase, Result as Outcome, text};
+use seeds::{number, on_all_processors};
 
 /// Graphs of an ordinary test run.
 const GRAPHS: u64 = 300;
@@ -294,32 +296,14 @@ fn examine(layered: &Layered, summary: &mut Summary) -> Result<(), String> {
     Ok(())
 }
 
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{variable}={v} is no number")))
-}
-
 fn run(seeds: std::ops::Range<u64>) -> Summary {
-    let next = AtomicU64::new(seeds.start);
-    let total = Mutex::new(Summary::default());
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                let mut mine = Summary::default();
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds.end || mine.failures.len() >= ENOUGH {
-                        break;
-                    }
-                    if let Err(failure) = examine(&layered(seed, size(seed)), &mut mine) {
-                        mine.failures.push((seed, failure));
-                    }
-                }
-                total.lock().unwrap().join(mine);
-            });
+    let try_one = |seed: u64, mine: &mut Summary| {
+        if let Err(failure) = examine(&layered(seed, size(seed)), mine) {
+            mine.failures.push((seed, failure));
         }
-    });
-    total.into_inner().unwrap()
+        mine.failures.len() < ENOUGH
+    };
+    on_all_processors(seeds, try_one, Summary::join)
 }
 
 /// Writes the failing graph down, of the shortest draft that fails; returns what to tell.

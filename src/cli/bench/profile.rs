@@ -177,6 +177,25 @@ pub fn percent(part: f64, whole: f64) -> f64 {
     if whole > 0.0 { part / whole * 100.0 } else { 0.0 }
 }
 
+/// A line of a table whose last column is wide.
+fn aligned(line: &[String]) -> String {
+    let [name, cells @ .., layers] = line else { return String::new() };
+    let cells: String = cells.iter().map(|c| format!(" {c:>14}")).collect();
+    format!("{}\n", format!("  {name:<28}{cells}  {layers}").trim_end())
+}
+
+/// A table of markdown: names of columns, then lines; numbers between the first and the last column.
+fn markdown(lines: &[Vec<String>]) -> String {
+    let mut text = String::new();
+    for (index, line) in lines.iter().enumerate() {
+        text += &format!("| {} |\n", line.join(" | "));
+        if index == 0 {
+            text += &format!("| ---{} | --- |\n", " | ---:".repeat(line.len().saturating_sub(2)));
+        }
+    }
+    text
+}
+
 impl Summary {
     fn head(&self, phase: &Phase) -> String {
         format!(
@@ -233,19 +252,11 @@ impl Summary {
             text += &format!("{}\n", self.head(phase));
             let mut lines = self.cells(phase);
             lines.insert(0, COLUMNS.map(str::to_string));
-            for [name, cells @ .., layers] in lines {
-                let cells: String = cells.iter().map(|c| format!(" {c:>14}")).collect();
-                text += format!("  {name:<28}{cells}  {layers}").trim_end();
-                text += "\n";
-            }
+            lines.iter().for_each(|line| text += &aligned(line));
         }
         if let Some((heading, lines)) = self.replay.as_ref().map(|r| r.lines(&self.ceilings)) {
             text += &format!("{heading}\n");
-            for [name, cells @ .., layers] in lines {
-                let cells: String = cells.iter().map(|c| format!(" {c:>14}")).collect();
-                text += format!("  {name:<28}{cells}  {layers}").trim_end();
-                text += "\n";
-            }
+            lines.iter().for_each(|line| text += &aligned(line));
         }
         text
     }
@@ -254,24 +265,13 @@ impl Summary {
     pub fn markdown(&self) -> String {
         let mut text = String::new();
         for phase in &self.phases {
-            text += &format!(
-                "\n{}\n\n| {} |\n| ---{}\n",
-                self.head(phase),
-                COLUMNS.join(" | "),
-                " | ---:".repeat(7) + " | --- |"
-            );
-            for line in self.cells(phase) {
-                text += &format!("| {} |\n", line.join(" | "));
-            }
+            let mut lines = vec![COLUMNS.map(str::to_string).to_vec()];
+            lines.extend(self.cells(phase).iter().map(|cells| cells.to_vec()));
+            text += &format!("\n{}\n\n{}", self.head(phase), markdown(&lines));
         }
         if let Some((heading, lines)) = self.replay.as_ref().map(|r| r.lines(&self.ceilings)) {
-            text += &format!("\n{heading}\n\n");
-            for (index, line) in lines.iter().enumerate() {
-                text += &format!("| {} |\n", line.join(" | "));
-                if index == 0 {
-                    text += &format!("| ---{} | --- |\n", " | ---:".repeat(5));
-                }
-            }
+            let lines: Vec<Vec<String>> = lines.iter().map(|cells| cells.to_vec()).collect();
+            text += &format!("\n{heading}\n\n{}", markdown(&lines));
         }
         text
     }

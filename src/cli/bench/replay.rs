@@ -30,8 +30,7 @@ pub struct Replay {
     parts: Vec<Part>,
 }
 
-const COLUMNS: [&str; 7] =
-    ["kernel", "calls", "us each", "GB/s", "% of read rate", "us each adds to the step", "layers"];
+const COLUMNS: [&str; 7] = ["kernel", "calls", "us each", "GB/s", "% of read rate", "us each adds", "layers"];
 
 /// Replays the last step of `profile`, which `session` ran; nothing where launches are no graph or weights stream.
 ///

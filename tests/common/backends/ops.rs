@@ -15,18 +15,11 @@ use super::case::{Case, Step};
 use super::kernels::rows;
 
 const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
-const WHOLE: [DType; 10] = [
-    DType::F32,
-    DType::F16,
-    DType::BF16,
-    DType::F8E4M3,
-    DType::F8E5M2,
-    DType::I8,
-    DType::U8,
-    DType::I32,
-    DType::I64,
-    DType::Bool,
-];
+
+/// Element types of whole bytes.
+fn whole() -> impl Iterator<Item = DType> {
+    DType::ALL.into_iter().filter(|dtype| dtype.size_bytes().is_some())
+}
 
 /// A graph of nodes that read inputs only.
 struct Nodes {
@@ -81,7 +74,7 @@ pub fn ops() -> Vec<Case> {
     }
     cases.push(norms(DType::BF16, 4096));
     cases.push(norms(DType::BF16, 9000));
-    for dtype in WHOLE {
+    for dtype in whole() {
         cases.push(casts(dtype));
         cases.push(binary(dtype));
         cases.push(movement(dtype));
@@ -123,7 +116,7 @@ fn binary(dtype: DType) -> Case {
 fn casts(from: DType) -> Case {
     let mut n = Nodes::new();
     let x = n.input("edges", from, &[0, 29]);
-    for to in WHOLE {
+    for to in whole() {
         n.add(Cast { to }, &[x]);
     }
     n.case(format!("cast/{from}"), &[1, 7, 40])

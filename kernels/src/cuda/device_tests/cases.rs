@@ -67,19 +67,12 @@ fn extremes(dump: &mut Dump) {
     dump.one(Binary { function: BinaryFn::Add }, &[none, none], &[]);
 }
 
-const WHOLE: [DType; 10] = [
-    DType::F32,
-    DType::F16,
-    DType::BF16,
-    DType::F8E4M3,
-    DType::F8E5M2,
-    DType::I8,
-    DType::U8,
-    DType::I32,
-    DType::I64,
-    DType::Bool,
-];
 const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+/// Element types of whole bytes.
+fn whole() -> impl Iterator<Item = DType> {
+    DType::ALL.into_iter().filter(|dtype| dtype.size_bytes().is_some())
+}
 
 /// Values where conversions differ from one another.
 fn edges(dtype: DType) -> Tensor {
@@ -115,8 +108,8 @@ fn edges(dtype: DType) -> Tensor {
 }
 
 fn casts(dump: &mut Dump) {
-    for from in WHOLE {
-        for to in WHOLE {
+    for from in whole() {
+        for to in whole() {
             dump.of(Cast { to }, &[edges(from)]);
         }
     }
@@ -143,7 +136,7 @@ fn elementwise(dump: &mut Dump) {
             dump.one(Binary { function }, &[(dtype, &["t", "1", "24"]), (dtype, &["5", "24"])], &fills);
         }
     }
-    for dtype in WHOLE {
+    for dtype in whole() {
         dump.one(Select, &[(DType::Bool, &["t", "1"]), (dtype, &["t", "32"]), (dtype, &["32"])], &[]);
     }
     let silu = vec![
@@ -240,7 +233,7 @@ fn reductions(dump: &mut Dump) {
 
 fn movement(dump: &mut Dump) {
     let (t, one) = (Dim::from(millrace_ir::Sym::new("t").unwrap()), |n: u64| Dim::from(n));
-    for dtype in WHOLE {
+    for dtype in whole() {
         dump.one(Transpose { perm: vec![1, 0] }, &[(dtype, &["t", "48"])], &[]);
         dump.one(Transpose { perm: vec![1, 0, 2] }, &[(dtype, &["t", "4", "16"])], &[]);
         dump.one(
