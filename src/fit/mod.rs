@@ -75,7 +75,7 @@ pub struct Capacity {
 /// A step at one weight budget.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// Percent of the way from the minimum to all weights.
+    /// Percent of what can stream that stays, as [`WeightBudget::Fraction`] counts.
     pub percent: u64,
     /// Bytes for weights and ring.
     pub device: u64,
