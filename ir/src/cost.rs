@@ -36,13 +36,6 @@ impl Cost {
             written: self.written.saturating_add(other.written),
         }
     }
-
-    /// Seconds by the roofline: the slower of arithmetic and memory traffic
-    /// (Williams, Waterman and Patterson 2009).
-    pub fn seconds(self, rates: Rates) -> f64 {
-        let bytes = self.read.saturating_add(self.written);
-        (self.flops as f64 / rates.flops).max(bytes as f64 / rates.bytes)
-    }
 }
 
 /// Sustained rates of a device.
@@ -102,9 +95,9 @@ impl Sustained {
     };
     /// One H200. The link moved 36.6, 48.7, 53.7 and 55.6 GB/s in copies of 256 KiB, 1, 4 and at least 16 MiB; a kernel
     /// boundary in a CUDA graph takes 1.3 us; kernels read weights at 90 % of the rate of memory and multiply at 82 % of
-    /// the rate of 8192 x 8192 matrices. The matmuls of a Llama 3.1 8B layer took 102.4, 104.7 and 117.8 us for 1, 8 and 32 rows: 0.7
-    /// of their arithmetic more (`benches/results/gpu-kernels-2026-11-21/skinny-matmul.txt`). Driver 580 took 526 MiB for its context and the code of a small engine; the estimate
-    /// is to lie above.
+    /// the rate of 8192 x 8192 matrices. The matmuls of a Llama 3.1 8B layer took 102.4, 104.7 and 117.8 us for 1, 8 and 32
+    /// rows: 0.7 of their arithmetic more (`benches/results/gpu-kernels-2026-11-21/skinny-matmul.txt`). Driver 580 took
+    /// 526 MiB for its context and the code of a small engine; the estimate is to lie above.
     pub const CUDA: Sustained = Sustained {
         rates: Rates { flops: 650e12, bytes: 4.1e12 },
         exposed: 0.7,
@@ -120,10 +113,11 @@ impl Sustained {
         if target.starts_with("cuda") { Self::CUDA } else { Self::CPU }
     }
 
-    /// Seconds of a node inside of its kernel: [`Cost::seconds`], and what of a memory-bound node's arithmetic is not hidden.
+    /// Seconds of a node inside of its kernel by the roofline, the slower of arithmetic and memory traffic (Williams, Waterman and
+    /// Patterson 2009), and what of a memory-bound node's arithmetic is not hidden.
     pub fn seconds(&self, cost: Cost) -> f64 {
-        let memory = Cost { flops: 0, ..cost }.seconds(self.rates);
-        let arithmetic = Cost { flops: cost.flops, ..Cost::default() }.seconds(self.rates);
+        let arithmetic = cost.flops as f64 / self.rates.flops;
+        let memory = cost.read.saturating_add(cost.written) as f64 / self.rates.bytes;
         arithmetic.max(memory + self.exposed * arithmetic)
     }
 
@@ -407,10 +401,14 @@ mod tests {
     }
 
     #[test]
-    fn time_is_the_slower_of_both() {
+    fn time_is_the_slower_of_both_and_what_is_not_hidden() {
         let rates = Rates { flops: 100.0, bytes: 10.0 };
-        assert_eq!(cost(500, 20, 10).seconds(rates), 5.0);
-        assert_eq!(cost(100, 20, 10).plus(cost(0, 5, 5)).seconds(rates), 4.0);
+        let hidden = Sustained { rates, ..Sustained::CPU };
+        assert_eq!(hidden.seconds(cost(500, 20, 10)), 5.0);
+        assert_eq!(hidden.seconds(cost(100, 20, 10).plus(cost(0, 5, 5))), 4.0);
+        let half = Sustained { exposed: 0.5, ..hidden };
+        assert_eq!(half.seconds(cost(500, 20, 10)), 5.5);
+        assert_eq!(half.seconds(cost(800, 20, 10)), 8.0);
         assert_eq!(Rates::of_target("cuda:sm_90a").0, Rates::CUDA);
     }
 
@@ -425,8 +423,6 @@ mod tests {
         }
         // Many rows hide memory altogether.
         assert_eq!(of(4096), (2 * weights * 4096) as f64 / Sustained::CUDA.rates.flops);
-        let one = cost(100, 20, 10);
-        assert_eq!(Sustained::CPU.seconds(one), one.seconds(Sustained::CPU.rates));
     }
 
     #[test]

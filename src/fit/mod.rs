@@ -208,6 +208,7 @@ impl Fit {
             if fit.streamable == 0 && percent < 100 {
                 continue;
             }
+            // An engine of which nothing streams takes no other budget than all.
             let budget = match percent {
                 100 => WeightBudget::Resident,
                 _ => WeightBudget::Fraction(percent as f64 / 100.0),

@@ -231,8 +231,8 @@ impl<'e> Session<'e> {
 
     /// The time of the launches of each group of nodes in the last step, by themselves: one after the other, overlapping as they do
     /// in a step, as a CUDA graph that is replayed. That is what a kernel takes without the events around it that a
-    /// [`Profile`](crate::Profile) needs. `None` for groups without launches or of which weights stream, in sessions that do not keep their memory, and on a
-    /// processor.
+    /// [`Profile`](crate::Profile) needs. `None` for groups without launches or of which weights stream, in sessions that
+    /// do not keep their memory, and on a processor.
     ///
     /// Launches compute with whatever is in memory, so that states and outputs hold nothing of meaning afterwards: begin
     /// new sequences.
@@ -245,6 +245,7 @@ impl<'e> Session<'e> {
             Backend::Cpu(_) => return Ok(vec![None; groups.len()]),
             Backend::Cuda(cuda) => cuda.time_nodes(module, groups)?,
         };
+        self.note_driver();
         Ok(times.into_iter().map(|time| time.and_then(|t| Duration::try_from_secs_f64(t).ok())).collect())
     }
 

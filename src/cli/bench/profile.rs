@@ -22,28 +22,45 @@ use crate::cli::ceilings::Ceilings;
 
 /// Time and work of some nodes.
 #[derive(Clone, Default)]
-struct Family {
-    kernel: String,
-    layers: String,
-    calls: usize,
+pub struct Family {
+    /// What ran them.
+    pub kernel: String,
+    /// Their layers, numbers left out.
+    pub layers: String,
+    /// How often it ran.
+    pub calls: usize,
     time: Duration,
     /// How much of that was waiting for streamed weights.
     stall: Duration,
     /// Bytes of weights that were brought in meanwhile.
     streamed: u64,
-    cost: Cost,
+    /// Work of all calls.
+    pub cost: Cost,
 }
 
 impl Family {
-    fn add(&mut self, span: &Span, cost: Cost) {
-        self.calls += 1;
-        self.time += span.duration;
-        self.stall += span.stall;
-        self.streamed += span.streamed;
-        self.cost = self.cost.plus(cost);
+    /// Adds a call to its family among `all`, which begins with its first call, and tells which that is.
+    pub fn count(all: &mut Vec<Family>, module: &Module, call: &Call<'_>) -> usize {
+        let (kernel, layers) = (kernel(module, call.span.node), call.layers.join(", "));
+        let found = all.iter().position(|f| f.kernel == kernel && f.layers == layers);
+        let index = found.unwrap_or_else(|| {
+            all.push(Family { kernel: kernel.to_string(), layers, ..Family::default() });
+            all.len() - 1
+        });
+        all[index].add(call);
+        index
     }
 
-    fn bytes(&self) -> u64 {
+    fn add(&mut self, call: &Call<'_>) {
+        self.calls += 1;
+        self.time += call.span.duration;
+        self.stall += call.span.stall;
+        self.streamed += call.span.streamed;
+        self.cost = self.cost.plus(call.cost);
+    }
+
+    /// Bytes read and written.
+    pub fn bytes(&self) -> u64 {
         self.cost.read.saturating_add(self.cost.written)
     }
 
@@ -78,8 +95,7 @@ pub struct Summary {
     replay: Option<Replay>,
 }
 
-/// The kernel of a node.
-pub fn kernel(module: &Module, node: NodeId) -> &str {
+fn kernel(module: &Module, node: NodeId) -> &str {
     let kernel = module.graph.nodes.get(node).and_then(|n| n.kernel).and_then(|k| module.kernels.get(k));
     kernel.map_or("none", |k| k.name.as_str())
 }
@@ -146,20 +162,13 @@ pub fn summarise(module: &Module, profile: &Profile, ceilings: Ceilings, replay:
         });
         let phase = &mut phases[index];
         phase.steps += 1;
-        phase.total.time += step.duration;
-        for Call { span, layers, cost } in calls(module, step) {
-            let (kernel, layers) = (kernel(module, span.node), layers.join(", "));
-            let found = phase.families.iter().position(|f| f.kernel == kernel && f.layers == layers);
-            let index = found.unwrap_or_else(|| {
-                phase.families.push(Family { kernel: kernel.to_string(), layers, ..Family::default() });
-                phase.families.len() - 1
-            });
-            phase.families[index].add(span, cost);
-            phase.total.stall += span.stall;
-            phase.total.streamed += span.streamed;
-            phase.total.cost = phase.total.cost.plus(cost);
-            phase.total.calls += 1;
+        let time = phase.total.time + step.duration;
+        for call in calls(module, step) {
+            Family::count(&mut phase.families, module, &call);
+            phase.total.add(&call);
         }
+        // What lies between the calls is the step's as well.
+        phase.total.time = time;
     }
     phases.iter_mut().for_each(|p| p.families.sort_by_key(|f| std::cmp::Reverse(f.time)));
     Summary { ceilings, phases, replay }
@@ -177,20 +186,23 @@ pub fn percent(part: f64, whole: f64) -> f64 {
     if whole > 0.0 { part / whole * 100.0 } else { 0.0 }
 }
 
-/// A line of a table whose last column is wide.
-fn aligned(line: &[String]) -> String {
-    let [name, cells @ .., layers] = line else { return String::new() };
-    let cells: String = cells.iter().map(|c| format!(" {c:>14}")).collect();
-    format!("{}\n", format!("  {name:<28}{cells}  {layers}").trim_end())
+/// Lines of columns, numbers between the first and the last.
+fn aligned<const N: usize>(lines: &[[String; N]]) -> String {
+    let line = |line: &[String; N]| {
+        let [name, cells @ .., layers] = line.as_slice() else { return String::new() };
+        let cells: String = cells.iter().map(|c| format!(" {c:>14}")).collect();
+        format!("{}\n", format!("  {name:<28}{cells}  {layers}").trim_end())
+    };
+    lines.iter().map(line).collect()
 }
 
-/// A table of markdown: names of columns, then lines; numbers between the first and the last column.
-fn markdown(lines: &[Vec<String>]) -> String {
+/// The same as a table of markdown; the first line names the columns.
+fn markdown<const N: usize>(lines: &[[String; N]]) -> String {
     let mut text = String::new();
     for (index, line) in lines.iter().enumerate() {
         text += &format!("| {} |\n", line.join(" | "));
         if index == 0 {
-            text += &format!("| ---{} | --- |\n", " | ---:".repeat(line.len().saturating_sub(2)));
+            text += &format!("| ---{} | --- |\n", " | ---:".repeat(N.saturating_sub(2)));
         }
     }
     text
@@ -207,9 +219,9 @@ impl Summary {
         )
     }
 
-    /// Cells below [`COLUMNS`], the last ones for the time between kernels, for waiting inside kernels with the rate at which
-    /// weights streamed, if any did, and for the whole.
-    fn cells(&self, phase: &Phase) -> Vec<[String; 9]> {
+    /// [`COLUMNS`] and the cells below them, the last ones for the time between kernels, for waiting inside kernels with the
+    /// rate at which weights streamed, if any did, and for the whole.
+    fn lines(&self, phase: &Phase) -> Vec<[String; 9]> {
         let share = |time: Duration| format!("{:.1}", percent(ms(time), ms(phase.total.time)));
         let line = |name: &str, f: &Family| {
             let (flops, bytes) = (f.rate(f.cost.flops), f.rate(f.bytes()));
@@ -225,7 +237,8 @@ impl Summary {
                 f.layers.clone(),
             ]
         };
-        let mut lines: Vec<_> = phase.families.iter().map(|f| line(&f.kernel, f)).collect();
+        let mut lines = vec![COLUMNS.map(str::to_string)];
+        lines.extend(phase.families.iter().map(|f| line(&f.kernel, f)));
         let outside = phase.outside();
         let mut between = [const { String::new() }; 9];
         between[0] = "between kernels".to_string();
@@ -250,13 +263,10 @@ impl Summary {
         let mut text = String::new();
         for phase in &self.phases {
             text += &format!("{}\n", self.head(phase));
-            let mut lines = self.cells(phase);
-            lines.insert(0, COLUMNS.map(str::to_string));
-            lines.iter().for_each(|line| text += &aligned(line));
+            text += &aligned(&self.lines(phase));
         }
         if let Some((heading, lines)) = self.replay.as_ref().map(|r| r.lines(&self.ceilings)) {
-            text += &format!("{heading}\n");
-            lines.iter().for_each(|line| text += &aligned(line));
+            text += &format!("{heading}\n{}", aligned(&lines));
         }
         text
     }
@@ -265,12 +275,9 @@ impl Summary {
     pub fn markdown(&self) -> String {
         let mut text = String::new();
         for phase in &self.phases {
-            let mut lines = vec![COLUMNS.map(str::to_string).to_vec()];
-            lines.extend(self.cells(phase).iter().map(|cells| cells.to_vec()));
-            text += &format!("\n{}\n\n{}", self.head(phase), markdown(&lines));
+            text += &format!("\n{}\n\n{}", self.head(phase), markdown(&self.lines(phase)));
         }
         if let Some((heading, lines)) = self.replay.as_ref().map(|r| r.lines(&self.ceilings)) {
-            let lines: Vec<Vec<String>> = lines.iter().map(|cells| cells.to_vec()).collect();
             text += &format!("\n{heading}\n\n{}", markdown(&lines));
         }
         text
