@@ -104,7 +104,9 @@ impl Way {
     pub fn name(&self) -> String {
         match self {
             Way::Skinny(s) => {
-                format!("skinny-t{}-n{}-k{}-c{}-w{}", s.tile, s.warps_n, s.warps_k, s.columns, s.whole)
+                let after = if s.after() { "-norm" } else { "" };
+                let Shape { tile, warps_n, warps_k, columns, whole, .. } = s;
+                format!("skinny-t{tile}-n{warps_n}-k{warps_k}-c{columns}-w{whole}{after}")
             }
             Way::Gemv(s) => format!("gemv-r{}-u{}-k{}-c{}", s.rows, s.unroll, s.split, s.columns),
             Way::Simple => "simple".to_string(),
@@ -185,7 +187,9 @@ pub fn candidates(problem: &Problem<'_>, rows: RowRange) -> Vec<Way> {
     }
     // Below this a tile is mostly rows that are not there.
     if rows.last > 8 || ways.is_empty() {
-        ways.extend(large::tiles(problem, rows.at).into_iter().map(Way::Large));
+        let large = large::tiles(problem, rows.at).into_iter().map(Way::Large);
+        let at = if rows.first < large::fewest_rows(problem) { ways.len() } else { 0 };
+        ways.splice(at..at, large);
     }
     if ways.is_empty() {
         ways.extend(gemv::shapes(problem, rows).into_iter().take(GEMV).map(Way::Gemv));

@@ -6,9 +6,7 @@ use crate::cuda::{Arch, Site, plan_site, plan_site_with};
 
 /// A problem whose weight is in cores, and its variants as built in.
 fn built_in(problem: &Problem<'_>) -> Vec<SiteVariant> {
-    let mut variants = skinny::variants(problem);
-    variants.extend(large::variants(problem).unwrap());
-    variants
+    super::super::variants(problem, &Choices::default()).unwrap()
 }
 
 fn serving(variants: &[SiteVariant], m: u64) -> &SiteVariant {

@@ -45,10 +45,14 @@ pub fn plan(site: Site<'_>, choices: &Choices) -> Option<Planned> {
 fn variants(problem: &Problem<'_>, choices: &Choices) -> Option<Vec<SiteVariant>> {
     let mut variants = skinny::variants(problem);
     match large::variants(problem) {
-        Some(tail) => variants.extend(tail.into_iter().map(|mut variant| {
-            variant.launches.splice(0..0, norm::launch(problem));
-            variant
-        })),
+        Some(tail) => {
+            let fewest = large::fewest_rows(problem);
+            variants.retain(|few| few.when.iter().all(|c| c.max < fewest));
+            variants.extend(tail.into_iter().map(|mut variant| {
+                variant.launches.splice(0..0, norm::launch(problem));
+                variant
+            }));
+        }
         None => {
             variants.extend(gemv::variants(problem));
             variants.push(SiteVariant::new(Vec::new(), simple::launches(problem)?));

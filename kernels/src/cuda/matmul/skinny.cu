@@ -1,14 +1,16 @@
 // y = epilogue(norm(x) w^T) for few rows of x; the weight in blocks of eight rows by eight columns.
 //
-// A block owns neighbouring tiles of TILE panels (eight weight rows each). One warp copies weights into a ring of STAGES buffers in shared memory, far ahead of the others and, on devices
-// with overlapping launches, before the predecessor is done; the other warps multiply. The weight is the operand with 16
-// rows of the matrix instruction, x the one with 8 columns. Warps divide the panels of a tile WARPS_N ways and the
-// columns of a chunk WARPS_K ways; sums over warps are added in a fixed order.
+// A block owns neighbouring tiles of TILE panels (eight weight rows each). One warp copies weights into a ring of STAGES
+// buffers in shared memory, far ahead of the others and, on devices with overlapping launches, before the predecessor is
+// done; the other warps multiply. The weight is the operand with 16 rows of the matrix instruction, x the one with 8
+// columns. Warps divide the panels of a tile WARPS_N ways and the columns of a chunk WARPS_K ways; sums over warps are
+// added in a fixed order.
 //
 // Constants: K, PANELS (of the weight), TILE, WARPS_N, WARPS_K, COLUMNS (most rows of x, a multiple of 8), CHUNK (columns
 // of a stage, a multiple of 64), STAGES, WHOLE (x is in shared memory as a whole: X_ROWS rows, at most COLUMNS),
-// NORM and EPS, GATED, ALIAS (sums lie over the ring: each block has one tile), RELEASE (units before the last at which
-// the successor may start), ROTATE (chunks by which neighbouring tiles are apart in their walk over K, so that blocks
+// NORM and EPS, AFTER (rows are multiplied with the norm's weight alone, and their results with what the mean of their
+// squares tells), GATED, ALIAS (sums lie over the ring: each block has one tile), RELEASE (units before the last at which the
+// successor may start), ROTATE (chunks by which neighbouring tiles are apart in their walk over K, so that blocks
 // in step with each other read from different memory channels).
 //# tiled
 //
@@ -33,7 +35,7 @@ constexpr int STAGE = W_STAGE + X_STAGE;
 constexpr int RING = STAGES * STAGE;
 constexpr int X_PITCH = CHUNKS * CHUNK * 2 + 16;
 constexpr int X_BYTES = WHOLE ? X_ROWS * X_PITCH : 0;
-constexpr int NORM_BYTES = NORM ? (K * 2 + 15) / 16 * 16 : 0;
+constexpr int NORM_BYTES = NORM || AFTER ? (K * 2 + 15) / 16 * 16 : 0;
 constexpr int ROWS = TILE * 8;
 constexpr int SUM_PITCH = ROWS + 4;
 constexpr int SUM_STEP = (WHOLE ? X_ROWS : COLUMNS) * SUM_PITCH;
@@ -43,9 +45,11 @@ constexpr int AT_NORM = AT_X + X_BYTES;
 constexpr int AT_SUMS = ALIAS ? 0 : AT_NORM + NORM_BYTES;
 constexpr int AT_BARRIERS = ALIAS ? AT_NORM + NORM_BYTES : AT_SUMS + SUMS * 4;
 constexpr int AT_SCRATCH = AT_BARRIERS + STAGES * 16;
-constexpr int SHARED = AT_SCRATCH + 128;
+constexpr int AT_SQUARES = AT_SCRATCH + 128;
+constexpr int SHARED = AT_SQUARES + (AFTER ? WARPS_K * COLUMNS * 4 : 0);
 static_assert(TILE % WARPS_N == 0 && SLABS % WARPS_K == 0 && CHUNK % 64 == 0 && COLUMNS % 8 == 0, "shape of a block");
 static_assert(!GATED || TILE % 2 == 0, "pairs of panels stay together");
+static_assert(!AFTER || (!WHOLE && K % CHUNK == 0), "every column of x passes the ring");
 static_assert(SHARED == EXPECTED_SHARED && (!ALIAS || SUMS * 4 <= RING), "shared memory");
 
 // With the tensor memory unit the weight, and x where it is not whole, come as descriptors.
@@ -321,9 +325,24 @@ DEVICE void load_x(const T *x, u8 *shared, int m) {
 // ---- multiplying ---------------------------------------------------------------------------------------------------
 
 typedef float Sums[PAIRS][COLUMN_TILES][4];
+// Sums of squares of the rows of x that a warp counts: the warps that share columns divide the rows.
+typedef float Squares[COLUMN_TILES];
 
-// Adds the products of one stage. `columns`: those of the chunk that exist.
-DEVICE void multiply(Sums &sums, u32 stage, u32 x, int columns) {
+// Products of two pairs, each rounded.
+template <typename E> DEVICE u32 product2(u32 a, u32 b);
+template <> DEVICE u32 product2<bf16>(u32 a, u32 b) {
+    u32 out;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0x80008000u));
+    return out;
+}
+template <> DEVICE u32 product2<f16>(u32 a, u32 b) {
+    u32 out;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+// Adds the products of one stage. `columns`: those of the chunk that exist; `norm`: the norm's weight for them.
+DEVICE void multiply(Sums &sums, Squares &squares, u32 stage, u32 x, int columns, const u8 *norm) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int first = warp % WARPS_N * WARP_PANELS, part = warp / WARPS_N;
     u32 w_at = stage + first * PANEL_STAGE + (lane / 16) * 128 + lane % 8 * 16;
@@ -340,6 +359,20 @@ DEVICE void multiply(Sums &sums, u32 stage, u32 x, int columns) {
             u32 at = WHOLE ? x + min(row, X_ROWS - 1) * X_PITCH + piece * 16
                            : x + piece / 8 * COLUMNS * 128 + row * 128 + (piece % 8 ^ row % 8) * 16;
             ldmatrix_x4(b[j], at);
+        }
+        if (AFTER) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const u32 weight = *(const u32 *)(norm + (slab * 32 + i * 8 + lane % 4 * 2) * 2);
+#pragma unroll
+                for (int j = 0; j < COLUMN_TILES; ++j) {
+                    if (j % WARPS_N == warp % WARPS_N) {
+                        const float2 v = unpack2<T>(b[j][i]);
+                        squares[j] = fmaf(v.x, v.x, fmaf(v.y, v.y, squares[j]));
+                    }
+                    b[j][i] = product2<T>(b[j][i], weight);
+                }
+            }
         }
 #pragma unroll
         for (int p = 0; p < PAIRS; ++p) {
@@ -370,6 +403,27 @@ DEVICE void keep_sums(const Sums &sums, float *to, int m) {
                 if (column < m && p * 2 + i / 2 < WARP_PANELS)
                     to[column * SUM_PITCH + row + (p * 2 + i / 2) * 8] = sums[p][j][i];
             }
+}
+
+// The squares of a tile's walk to where `scale_of` finds them.
+DEVICE void keep_squares(const Squares &squares, u8 *shared) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float *to = (float *)(shared + AT_SQUARES) + warp / WARPS_N * COLUMNS;
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; ++j) {
+        float sum = squares[j];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (j % WARPS_N == warp % WARPS_N && lane % 4 == 0) to[j * 8 + lane / 4] = sum;
+    }
+}
+
+// What a row's products are multiplied with.
+DEVICE float scale_of(const u8 *shared, int row) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < WARPS_K; ++k) sum += ((const float *)(shared + AT_SQUARES))[k * COLUMNS + row];
+    return rsqrtf(sum * (1.0f / K) + EPS);
 }
 
 DEVICE float total(const float *sums, int row, int column) {
@@ -413,7 +467,7 @@ DEVICE void touch_tile(PARAMETERS, int tile, int m) {
     }
 }
 
-DEVICE void finish_tile(PARAMETERS, const float *sums, int tile, int m) {
+DEVICE void finish_tile(PARAMETERS, const float *sums, const u8 *shared, int tile, int m) {
 //# tiled
     const bool whole = whole_tile(tile, tile_first, tile_count);
 //# end
@@ -425,6 +479,10 @@ DEVICE void finish_tile(PARAMETERS, const float *sums, int tile, int m) {
         if (!feature_of(tile, i % FEATURES, row, segment, at)) continue;
         float v = total(sums, row, column);
         float u = GATED ? total(sums, row + 8, column) : 0.0f;
+        if (AFTER) {
+            const float scale = scale_of(shared, column);
+            v *= scale, u *= scale;
+        }
         finish(ARGUMENTS, column, segment, at, v, u);
     }
 }
@@ -455,6 +513,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     } else {
 #if NORM_ON
         load_norm_weight(norm_weight, memory);
+        if (AFTER) sync_warps();
 #endif
         wait_for_predecessor();
 #if WHOLE_ON
@@ -469,13 +528,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         for (int tile = first_tile(blockIdx.x), end = first_tile(blockIdx.x + 1); tile < end; ++tile) {
 //# end
             Sums sums = {};
+            Squares squares = {};
             if (TOUCH) touch_tile(ARGUMENTS, tile, m);
             for (Cursor at = {tile, 0}; at.tile == tile; at.next()) {
                 int chunk = at.chunk();
                 barrier_wait(full + stage * 8, round & 1);
                 u32 w_at = shared + stage * STAGE;
                 u32 x_at = WHOLE ? shared + AT_X + chunk * CHUNK * 2 : w_at + W_STAGE;
-                multiply(sums, w_at, x_at, K - chunk * CHUNK);
+                multiply(sums, squares, w_at, x_at, K - chunk * CHUNK, memory + AT_NORM + chunk * CHUNK * 2);
                 __syncwarp();
                 if (threadIdx.x % 32 == 0) barrier_arrive(empty + stage * 8);
                 if (++stage == STAGES) stage = 0, ++round;
@@ -483,8 +543,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             // Everyone has read the sums of the tile before, or the ring that they lie over.
             sync_warps();
             keep_sums(sums, kept, m);
+            if (AFTER) keep_squares(squares, memory);
             sync_warps();
-            finish_tile(ARGUMENTS, kept, tile, m);
+            finish_tile(ARGUMENTS, kept, memory, tile, m);
         }
     }
 }

@@ -10,6 +10,7 @@ use millrace_ir::{DType, Dim, Operand};
 use super::epilogue::{arguments, computes, declare, locate_panels, touch};
 use super::norm;
 use super::problem::{Layout, Problem};
+use crate::cuda::Arch;
 use crate::cuda::plan::{Argument, SiteLaunch, SiteVariant, between};
 use crate::cuda::source::{Promise, SourceWriter};
 
@@ -36,7 +37,7 @@ pub struct Shape {
     pub stages: usize,
     /// Rows of x that lie in shared memory as a whole; 0 where x goes through the ring.
     pub whole: usize,
-    /// Whether the kernel normalises x.
+    /// Whether the kernel normalises x: where it lies in shared memory before it is multiplied, elsewhere afterwards.
     pub norm: bool,
     /// Tiles of the busiest block.
     pub passes: usize,
@@ -66,7 +67,13 @@ impl Shape {
         let x = self.whole * (chunks * self.chunk * 2 + 16);
         let norm = if self.norm { (k * 2).next_multiple_of(16) } else { 0 };
         let sums = if self.alias() { 0 } else { self.sum_bytes() };
-        self.stages * (self.stage_bytes() + 16) + x + norm + sums + 128
+        let squares = if self.after() { self.warps_k * self.columns * 4 } else { 0 };
+        self.stages * (self.stage_bytes() + 16) + x + norm + sums + 128 + squares
+    }
+
+    /// Whether rows are multiplied with the norm's weight alone, and their results with what their squares tell.
+    pub fn after(&self) -> bool {
+        self.norm && self.whole == 0
     }
 
     /// Threads of a block: the warps that multiply and the one that copies.
@@ -114,8 +121,11 @@ pub fn shapes(problem: &Problem<'_>, rows: usize) -> Vec<Shape> {
     let work = |s: &Shape| s.passes * s.tile;
     let least = shapes.iter().map(work).min().unwrap_or(0) as f64;
     let excess = |s: &Shape| work(s) as f64 > least * TOLERANCE;
-    // Two panels a warp fill the matrix instruction and leave its sums few registers.
+    // Two panels a warp fill the matrix instruction and leave its sums few registers. What normalising rows afterwards costs
+    // each warp pays once a tile for all of its panels: with few of them, or for many tiles, a launch of the norm is faster.
     let fit = |s: &Shape| match s.tile / s.warps_n {
+        3.. if s.after() && s.passes == 1 && problem.site.arch == Arch::Sm90a => 4,
+        _ if s.after() => 0,
         2 if columns > 8 => 3,
         3 | 4 => 2,
         // Two passes of half the panels hide more of the norm than one: 12.4 against 13.1 us for a weight of [6144, 4096].
@@ -140,7 +150,12 @@ fn candidates(problem: &Problem<'_>, rows: usize, whole: usize) -> Vec<Shape> {
     let most_tile = if columns == 8 { 8 } else { 32 };
     let mut shapes = Vec::new();
     for tile in (unit..=most_tile).step_by(unit) {
-        for (warps_n, warps_k) in [(1, 8), (2, 4), (3, 2), (4, 2), (7, 1), (8, 1)] {
+        let warps = [(1, 8), (2, 4), (3, 2), (4, 2), (7, 1), (8, 1)];
+        for ((warps_n, warps_k), after) in warps.into_iter().flat_map(|w| [(w, false), (w, true)]) {
+            let chunk = (32 * warps_k).max(64);
+            if after && (whole > 0 || !normalises_after(problem, chunk)) {
+                continue;
+            }
             let tiles = panels.div_ceil(tile);
             let passes = tiles.div_ceil(arch.multiprocessors() as usize);
             let mut shape = Shape {
@@ -148,10 +163,10 @@ fn candidates(problem: &Problem<'_>, rows: usize, whole: usize) -> Vec<Shape> {
                 warps_n,
                 warps_k,
                 columns,
-                chunk: (32 * warps_k).max(64),
+                chunk,
                 stages: 0,
                 whole,
-                norm: problem.norm.is_some() && whole > 0,
+                norm: after || (problem.norm.is_some() && whole > 0),
                 passes,
                 blocks: tiles.div_ceil(passes),
             };
@@ -171,6 +186,12 @@ fn candidates(problem: &Problem<'_>, rows: usize, whole: usize) -> Vec<Shape> {
     shapes
 }
 
+/// Whether rows may be normalised after they were multiplied: rows times the norm's weight must have a place in the element type
+/// before they are scaled.
+fn normalises_after(problem: &Problem<'_>, chunk: usize) -> bool {
+    problem.norm.is_some() && problem.dtype == DType::BF16 && problem.k.is_multiple_of(chunk)
+}
+
 /// Whether the family serves the problem.
 fn serves(problem: &Problem<'_>) -> bool {
     problem.layout == Layout::Cores
@@ -180,7 +201,8 @@ fn serves(problem: &Problem<'_>) -> bool {
         && problem.k > 0
 }
 
-/// The variants for up to [`MAX_ROWS`] rows, each with its condition; empty where another family must serve.
+/// The variants for up to [`MAX_ROWS`] rows, each with its condition; empty where another family must serve. The last may be
+/// left to [`super::large`].
 pub fn variants(problem: &Problem<'_>) -> Vec<SiteVariant> {
     if !serves(problem) {
         return Vec::new();
@@ -212,7 +234,8 @@ pub fn launch(problem: &Problem<'_>, shape: &Shape) -> Option<SiteLaunch> {
         .int("STAGES", shape.stages)
         .int("WHOLE", i32::from(shape.whole > 0))
         .int("X_ROWS", shape.whole.max(1))
-        .int("NORM", i32::from(norm.is_some()))
+        .int("NORM", i32::from(norm.is_some() && !shape.after()))
+        .int("AFTER", i32::from(shape.after()))
         .int("GATED", i32::from(problem.gated()))
         .int("ALIAS", i32::from(shape.alias()))
         .int("RELEASE", 4)
