@@ -10,7 +10,6 @@ use millrace_ir::{DType, Dim, Operand};
 use super::epilogue::{arguments, computes, declare, locate_panels, touch};
 use super::norm;
 use super::problem::{Layout, Problem};
-use crate::cuda::Arch;
 use crate::cuda::plan::{Argument, SiteLaunch, SiteVariant, between};
 use crate::cuda::source::{Promise, SourceWriter};
 
@@ -122,9 +121,10 @@ pub fn shapes(problem: &Problem<'_>, rows: usize) -> Vec<Shape> {
     let least = shapes.iter().map(work).min().unwrap_or(0) as f64;
     let excess = |s: &Shape| work(s) as f64 > least * TOLERANCE;
     // Two panels a warp fill the matrix instruction and leave its sums few registers. What normalising rows afterwards costs
-    // each warp pays once a tile for all of its panels: with few of them, or for many tiles, a launch of the norm is faster.
+    // each warp pays once a tile for all of its panels: with few of them, for many tiles, or for more rows, a launch of the norm
+    // is faster.
     let fit = |s: &Shape| match s.tile / s.warps_n {
-        3.. if s.after() && s.passes == 1 && problem.site.arch == Arch::Sm90a => 4,
+        3.. if s.after() && s.passes == 1 && columns <= 48 => 4,
         _ if s.after() => 0,
         2 if columns > 8 => 3,
         3 | 4 => 2,

@@ -148,20 +148,22 @@ fn every_shape_of_interest_has_a_plan_on_every_architecture() {
 }
 
 #[test]
-fn up_to_48_rows_are_normalised_on_the_way_where_that_was_measured() {
+fn up_to_48_rows_are_normalised_on_the_way() {
     let all = cases();
     let module = all[0].module(Layout::Cores, "bf16");
-    let (here, there) = (planned(&module, Arch::Sm90a), planned(&module, Arch::Sm80));
-    let families =
-        |of: &Planned, v: usize| of.variants[v].launches.iter().map(|l| l.source.family).collect::<Vec<_>>();
-    for planned in [&here, &there] {
-        assert_eq!(families(planned, 0), ["cuda.matmul.skinny"]);
-        assert!(planned.variants[0].launches[0].source.text.contains("#define NORM_ON 1"));
-        assert_eq!(families(planned, 7)[0], "cuda.matmul.norm");
+    // Of the others one has too many multiprocessors for one tile of this weight a block.
+    for arch in [Arch::Sm80, Arch::Sm89, Arch::Sm90a, Arch::Sm100] {
+        let planned = planned(&module, arch);
+        let families =
+            |v: usize| planned.variants[v].launches.iter().map(|l| l.source.family).collect::<Vec<_>>();
+        for few in 0..6 {
+            assert_eq!(families(few), ["cuda.matmul.skinny"], "{arch}");
+            assert!(planned.variants[few].launches[0].source.text.contains("#define NORM_ON 1"));
+        }
+        for many in [6, 7] {
+            assert_eq!(families(many.min(planned.variants.len() - 1))[0], "cuda.matmul.norm", "{arch}");
+        }
     }
-    assert_eq!(families(&here, 5), ["cuda.matmul.skinny"]);
-    assert_eq!(families(&here, 6)[0], "cuda.matmul.norm");
-    assert_eq!(families(&there, 4), ["cuda.matmul.norm", "cuda.matmul.skinny"]);
 }
 
 #[test]
