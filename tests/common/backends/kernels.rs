@@ -263,6 +263,21 @@ pub fn paged() -> Vec<Case> {
     }
     let window = Paged { window: 700, ..plain(4, 1, 128) };
     cases.push(window.case("long-window", DType::BF16, long_context(16)));
+    // Plain arithmetic: heads in several blocks, pieces of several lanes, types that tensor cores take at other sizes only.
+    for (heads, kv_heads, d, dtype) in [
+        (12, 1, 20, DType::F32),
+        (20, 2, 256, DType::F32),
+        (9, 1, 96, DType::F32),
+        (4, 2, 12, DType::BF16),
+        (4, 2, 20, DType::F16),
+        (2, 1, 30, DType::F32),
+    ] {
+        cases.push(plain(heads, kv_heads, d).case("plain", dtype, batches(16)));
+    }
+    for (heads, kv_heads, d, window) in [(6, 2, 128, 0), (4, 1, 32, 700), (8, 1, 4, 20)] {
+        let paged = Paged { window, late: window > 0, ..plain(heads, kv_heads, d) };
+        cases.push(paged.case("plain-long", DType::F32, long_context(16)));
+    }
     for (i, (layout, scaling, rotary)) in ropes().into_iter().enumerate() {
         let rope = Some(Rope { base: 10000.0, layout, scaling, rotary });
         cases.push(Paged { rope, ..plain(4, 2, 64) }.case(

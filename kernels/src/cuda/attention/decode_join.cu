@@ -4,8 +4,11 @@ DEVICE void add(float4 &sum, const float4 &x, float factor) {
     sum.x = fmaf(x.x, factor, sum.x), sum.y = fmaf(x.y, factor, sum.y);
     sum.z = fmaf(x.z, factor, sum.z), sum.w = fmaf(x.w, factor, sum.w);
 }
-DEVICE void store(Element *at, const float4 &v, float factor) {
-    *(uint2 *)at = make_uint2(pack2<Element>(v.x * factor, v.y * factor), pack2<Element>(v.z * factor, v.w * factor));
+template <typename E> DEVICE void store(E *at, const float4 &v, float factor) {
+    *(uint2 *)at = make_uint2(pack2<E>(v.x * factor, v.y * factor), pack2<E>(v.z * factor, v.w * factor));
+}
+DEVICE void store(float *at, const float4 &v, float factor) {
+    *(float4 *)at = make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
 }
 
 #if CLUSTER > 1

@@ -1,9 +1,9 @@
 //! Attention over packed sequences and over the paged cache, and the mean over a sequence's rows.
 //!
-//! Five families share the constants of a `Call`: `decode` serves steps of one row a sequence and splits the
-//! sequence over blocks, `prefill` serves any mix of rows with the tensor cores, `hopper` does so with Hopper's, `plain`
-//! in f32 arithmetic, `simple` serves every element type and
-//! head size with one warp a row and head. All read positions and pages as `millrace_ir::ops::paging` says and
+//! Six families share the constants of a `Call`: `decode` serves steps of one row a sequence and splits the
+//! sequence over blocks, `single` does so in f32 arithmetic, `prefill` serves any mix of rows with the tensor cores, `hopper`
+//! does so with Hopper's, `plain` in f32 arithmetic, `simple` serves every element type and head size with one warp a row
+//! and head. All read positions and pages as `millrace_ir::ops::paging` says and
 //! keep a row's result independent of the other rows. They must not know how the pages were filled, but for `layer`, which
 //! joins the rotation and the cache writes in front of an attention node to it.
 
@@ -15,6 +15,7 @@ mod mean_pool;
 mod plain;
 mod prefill;
 mod simple;
+mod single;
 mod split;
 #[cfg(test)]
 mod tests;
@@ -40,13 +41,16 @@ pub fn plan(site: Site<'_>, choices: &Choices) -> Option<Planned> {
     }
     let call = Call::of(site)?;
     if !call.fits_tensor_cores() {
+        let single::Planned { mut variants, workspace, counters } = single::plan(&call);
         let simple = simple::launch(&call);
-        let Some(plain) = plain::launch(&call) else { return Some(Planned::one(simple)) };
-        let variants = vec![
-            SiteVariant::new(single_rows(&call, 0, u64::MAX), vec![simple]),
-            SiteVariant::new(Vec::new(), vec![plain]),
-        ];
-        return Some(Planned { variants, streamed: Vec::new(), workspace: 0u64.into(), counters: 0 });
+        match plain::launch(&call) {
+            Some(plain) => {
+                variants.push(SiteVariant::new(single_rows(&call, 0, u64::MAX), vec![simple]));
+                variants.push(SiteVariant::new(Vec::new(), vec![plain]));
+            }
+            None => variants.push(SiteVariant::new(Vec::new(), vec![simple])),
+        }
+        return Some(Planned { variants, streamed: Vec::new(), workspace, counters });
     }
     let hopper = hopper::launch(&call);
     let counters = if hopper.is_some() { hopper::COUNTERS } else { 0 };

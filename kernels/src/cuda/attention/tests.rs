@@ -127,15 +127,44 @@ fn only_hopper_has_its_kernel() {
 }
 
 #[test]
-fn other_types_and_sizes_take_the_plain_kernel() {
-    for (dtype, d) in [("f32", 64), ("bf16", 12), ("f16", 264)] {
+fn other_types_and_sizes_take_kernels_of_plain_arithmetic() {
+    for (dtype, d) in [("f32", 64), ("bf16", 12), ("f16", 264), ("f32", 30)] {
         let module = paged(dtype, 4, 2, d);
         let planned = plan(site(&module)).unwrap();
-        let launch = &planned.variants[0].launches[0];
-        assert_eq!(launch.source.family, "cuda.attention.simple", "{dtype} {d}");
-        assert_eq!(launch.source.promise.no_local, d % 32 == 0);
-        let many = chosen(&planned, &[("t", 9), ("b", 2), ("p", 1)]).launches[0].source.family;
-        assert_eq!(many, if d == 264 { "cuda.attention.simple" } else { "cuda.attention.plain" });
+        let family = |dims: &[(&str, u64)]| chosen(&planned, dims).launches[0].source.family;
+        let split = d <= 256 && d % 4 == 0;
+        let (one, many) = if split {
+            ("cuda.attention.single", "cuda.attention.plain")
+        } else {
+            ("cuda.attention.simple", "cuda.attention.simple")
+        };
+        assert_eq!(family(&[("t", 5), ("b", 5), ("p", 1)]), one, "{dtype} {d}");
+        assert_eq!(family(&[("t", 9), ("b", 2), ("p", 1)]), many, "{dtype} {d}");
+        assert!(planned.variants.last().unwrap().when.is_empty());
+    }
+}
+
+#[test]
+fn parts_of_plain_single_rows_fit_workspace_and_counters() {
+    for (heads, kv_heads, d) in [(32, 8, 64), (4, 4, 128), (64, 2, 256), (12, 1, 20)] {
+        let module = paged("f32", heads, kv_heads, d);
+        let planned = plan(site(&module)).unwrap();
+        let mut before = i64::MAX;
+        for b in 1..=64 {
+            let dims = [("t", b), ("b", b), ("p", 1024)];
+            let variant = chosen(&planned, &dims);
+            check(&variant.launches[0].source);
+            let grid = grid(variant, &dims);
+            let head_block = (heads / kv_heads).div_ceil(grid[1] as usize / kv_heads) as i64;
+            let needed = grid[0] * grid[1] * grid[2] * head_block * (d as i64 + 4) * 4;
+            assert!(planned.workspace.eval(&bindings(&dims)).unwrap() >= needed, "{b}");
+            assert!(planned.counters as i64 >= grid[1] * grid[2] * 4);
+            assert!(grid[0] >= 1 && grid[0] <= before, "more sequences, fewer parts");
+            before = grid[0];
+        }
+        // A short context has nothing to divide.
+        let short = [("t", 1), ("b", 1), ("p", 1)];
+        assert_eq!(grid(chosen(&planned, &short), &short)[0], 1);
     }
 }
 
