@@ -102,15 +102,32 @@ const SINGLE: &str = "module @m phase imported {
 }
 ";
 
+/// Weights whose rows fill no blocks of eight columns, and more rows than few.
+const ODD_ROWS: &str = "module @m phase imported {
+  dim $t in 1..=512 hint 8
+  weight @w : bf16[4096, 1028] = random(seed = 1, std = 0.1)
+  graph @main(%0 \"x\": bf16[$t, 1028]) -> (\"y\": bf16[$t, 4096]) {
+    %1 = matmul %0, @w {transpose_b = true} : bf16[$t, 4096] loc(odd)
+    return %1
+  }
+}
+";
+
+/// A file of IR text.
+fn text_file(text: &str) -> tempfile::NamedTempFile {
+    let file = tempfile::Builder::new().suffix(".ir").tempfile().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    file
+}
+
 #[test]
 fn every_family_builds_for_every_architecture() {
     if !nvrtc("every_family_builds_for_every_architecture") {
         return;
     }
     let mut seen: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    let single = tempfile::Builder::new().suffix(".ir").tempfile().unwrap();
-    std::fs::write(single.path(), SINGLE).unwrap();
-    let mut cases = vec![(single.path().to_path_buf(), Precision::Auto)];
+    let (single, odd) = (text_file(SINGLE), text_file(ODD_ROWS));
+    let mut cases = [&single, &odd].map(|file| (file.path().to_path_buf(), Precision::Auto)).to_vec();
     let zoo = [
         "lenet.ir",
         "depthwise.ir",
@@ -193,8 +210,7 @@ fn every_split_of_single_rows_builds() {
     if !nvrtc("every_split_of_single_rows_builds") {
         return;
     }
-    let file = tempfile::Builder::new().suffix(".ir").tempfile().unwrap();
-    std::fs::write(file.path(), MIDDLE).unwrap();
+    let file = text_file(MIDDLE);
     let built = |target: &str, at: usize| {
         let mut options = cached(target);
         let prepared = prepare_with(file.path(), &options, None, &mut Progress::default()).unwrap();
@@ -236,7 +252,9 @@ fn streamed_weights_build_for_every_architecture() {
         return;
     }
     let mut seen: BTreeSet<String> = BTreeSet::new();
+    let odd = text_file(ODD_ROWS);
     let cases = [
+        (odd.path().to_path_buf(), Precision::Auto),
         (root("examples/models/baker-street-6m"), Precision::Fixed(DType::BF16)),
         (root("examples/models/baker-street-6m"), Precision::Fixed(DType::F32)),
         (root("tests/data/configs/minilm"), Precision::Fixed(DType::F16)),
@@ -285,7 +303,7 @@ fn streamed_weights_build_for_every_architecture() {
     }
     for arch in Arch::ALL {
         let large = if arch.has_wgmma() { "wgmma" } else { "mma" };
-        for family in ["skinny", "gemv", "simple", large] {
+        for family in ["skinny", "gemv", "simt", "simple", large] {
             let name = format!("{arch} cuda.matmul.{family}");
             assert!(seen.contains(&name), "no {name} in {seen:?}");
         }

@@ -17,6 +17,7 @@ use super::library;
 use super::norm;
 use super::problem::{Layout, Problem};
 use super::simple;
+use super::simt;
 use super::skinny::{self, Shape};
 use crate::cuda::plan::{SiteLaunch, SiteLibrary, SiteVariant, between};
 
@@ -95,6 +96,8 @@ pub enum Way {
     Large(Tile),
     /// By [`gemv`].
     Gemv(gemv::Shape),
+    /// By [`simt`], tiles of this edge.
+    Simt(u64),
     /// By [`simple`].
     Simple,
 }
@@ -109,6 +112,7 @@ impl Way {
                 format!("skinny-t{tile}-n{warps_n}-k{warps_k}-c{columns}-w{whole}{after}")
             }
             Way::Gemv(s) => format!("gemv-r{}-u{}-k{}-c{}", s.rows, s.unroll, s.split, s.columns),
+            Way::Simt(edge) => format!("simt-e{edge}"),
             Way::Simple => "simple".to_string(),
             Way::Large(Tile::Wgmma { consumers, columns, stages, cluster, split, boxes, group }) => format!(
                 "wgmma-m{}-c{columns}-s{stages}-x{cluster}-p{split}-b{boxes}-g{group}",
@@ -126,6 +130,7 @@ impl Way {
             Way::Skinny(shape) => (skinny::launch(problem, shape)?, shape.norm),
             Way::Gemv(shape) => (gemv::launch(problem, shape)?, shape.norm),
             Way::Large(tile) => (large::launch(problem, *tile)?, false),
+            Way::Simt(edge) => (simt::launch(problem, *edge)?, false),
             Way::Simple => return simple::launches(problem),
         };
         let norm = norm::launch(problem).filter(|_| !normed);
@@ -193,6 +198,9 @@ pub fn candidates(problem: &Problem<'_>, rows: RowRange) -> Vec<Way> {
     }
     if ways.is_empty() {
         ways.extend(gemv::shapes(problem, rows).into_iter().take(GEMV).map(Way::Gemv));
+        if rows.last > 16 {
+            ways.extend(simt::edges(problem, rows.at).into_iter().map(Way::Simt));
+        }
         ways.push(Way::Simple);
     }
     ways

@@ -129,7 +129,7 @@ fn keys_name_what_matters() {
 
 #[test]
 fn sites_without_a_choice_have_one_candidate() {
-    let module = module("f32", 64, &[64], "");
+    let module = module("f32", 66, &[64], "");
     let site = Site { module: &module, nodes: &module.graph.order, arch: Arch::Sm90a };
     let problem = Problem::of(site).unwrap();
     assert!(RANGES[10..].iter().all(|r| candidates(&problem, *r) == [Way::Simple]));

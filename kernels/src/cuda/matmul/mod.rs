@@ -4,8 +4,8 @@
 //! eight columns, 128 contiguous bytes for 16-bit elements. A warp reads four neighbouring blocks as 512 contiguous bytes,
 //! and a tile of blocks is what the matrix instructions read from shared memory without a swizzle.
 //!
-//! Four families share the work. Weights in cores: [`skinny`] for few rows, [`large`] for many. Others: [`gemv`] for few rows,
-//! [`simple`] for everything else. Where a measurement chose it, products of a [`library`] stand beside them.
+//! Five families share the work. Weights in cores: [`skinny`] for few rows, [`large`] for many. Others: [`gemv`] for few rows,
+//! [`simt`] for many in f32, [`simple`] for everything else. Where a measurement chose it, products of a [`library`] stand beside them.
 
 pub mod choice;
 pub mod epilogue;
@@ -15,6 +15,7 @@ pub mod library;
 pub mod norm;
 pub mod problem;
 pub mod simple;
+pub mod simt;
 pub mod skinny;
 pub mod tile_epilogue;
 
@@ -55,7 +56,12 @@ fn variants(problem: &Problem<'_>, choices: &Choices) -> Option<Vec<SiteVariant>
         }
         None => {
             variants.extend(gemv::variants(problem));
-            variants.push(SiteVariant::new(Vec::new(), simple::launches(problem)?));
+            match simt::variants(problem) {
+                tiles if tiles.is_empty() => {
+                    variants.push(SiteVariant::new(Vec::new(), simple::launches(problem)?));
+                }
+                tiles => variants.extend(tiles),
+            }
         }
     }
     choice::apply(problem, choices, &mut variants);
