@@ -153,6 +153,16 @@ impl<'a> Call<'a> {
         writer.body(COMMON).body(super::SEQUENCES)
     }
 
+    /// Arguments of kernels whose blocks join their results through memory: [`Call::arguments`] without numbers, workspace,
+    /// counters, sequences, columns of the table.
+    pub fn joined_arguments(&self) -> Vec<Argument> {
+        let mut args = self.arguments();
+        args.retain(|a| !matches!(a, Argument::I32(_)));
+        args.extend([Argument::Workspace(0u64.into()), Argument::Counters(0), Argument::I32(self.b.clone())]);
+        args.extend(self.paged.as_ref().map(|paged| Argument::I32(paged.width.clone())));
+        args
+    }
+
     /// Arguments `q, k, v, starts`, those of the cache, `out`.
     pub fn arguments(&self) -> Vec<Argument> {
         let mut args: Vec<Argument> =

@@ -150,13 +150,8 @@ fn launch(
     let parts = context.ceil_div((keys as u64 * cluster) as i64).min_of(&Dim::from(parts));
     let part = (columns as usize * split::head_block(call) * (call.d + 4) * 4) as u64;
     let bytes = call.b.min_of(&Dim::from(most)).mul(&parts).mul(&Dim::from(part));
-    let mut args = call.arguments();
-    // The kernel takes all numbers last.
-    args.retain(|a| !matches!(a, Argument::I32(_)));
-    args.extend([Argument::Workspace(0u64.into()), Argument::Counters(0)]);
-    if let Some(paged) = &call.paged {
-        args.extend([&call.b, &paged.width, &paged.pages].map(|dim| Argument::I32(dim.clone())));
-    }
+    let mut args = call.joined_arguments();
+    args.extend(call.paged.as_ref().map(|paged| Argument::I32(paged.pages.clone())));
     if let Some(before) = before {
         args[0] = Argument::Address(before.q);
         args.extend([before.k, before.v, before.positions].map(Argument::Address));

@@ -5,7 +5,7 @@ use millrace_ir::{Bindings, Dim};
 
 use super::call::Call;
 use super::single_rows;
-use crate::cuda::plan::{Argument, SiteLaunch, SiteVariant};
+use crate::cuda::plan::{SiteLaunch, SiteVariant};
 use crate::cuda::source::Promise;
 
 /// Warps of a block; `WARPS` of the kernel.
@@ -72,20 +72,16 @@ pub(super) fn plan(call: &Call<'_>) -> Planned {
             break;
         }
         let resident = u64::from(call.site.arch.multiprocessors()) * BLOCKS;
-        // A class is split for as many as half of its largest steps have.
+        // A class is split for its largest steps, one that is wide for twice its smallest.
         let parts = (resident / (columns * most.min(2 * least.max(1)))).clamp(1, MAX_PARTS);
         let parts = context.ceil_div(MIN_CHUNK as i64).min_of(&Dim::from(parts));
         let part = (columns as usize * head_block * (call.d + 4) * 4) as u64;
         let bytes = call.b.min_of(&Dim::from(most)).mul(&parts).mul(&Dim::from(part));
         planned.workspace = planned.workspace.max_of(&bytes);
         planned.counters = planned.counters.max(most * columns * 4);
-        let mut args = call.arguments();
-        // The kernel takes all numbers last.
-        args.retain(|a| !matches!(a, Argument::I32(_)));
-        args.extend([Argument::Workspace(0u64.into()), Argument::Counters(0)]);
-        args.extend([&call.b, &paged.width].map(|dim| Argument::I32(dim.clone())));
         let grid = [parts, columns.into(), call.t.clone()];
-        let mut launch = SiteLaunch::new(source.clone(), grid, 32 * WARPS as u32).args(args);
+        let mut launch =
+            SiteLaunch::new(source.clone(), grid, 32 * WARPS as u32).args(call.joined_arguments());
         launch.dependent = true;
         planned.variants.push(SiteVariant::new(single_rows(call, least, most), vec![launch]));
         least = most + 1;

@@ -71,11 +71,6 @@ impl Shape {
     }
 }
 
-/// Columns of the results over all segments, or of the gated one.
-fn features(problem: &Problem<'_>) -> usize {
-    if problem.gated() { problem.segments[0] } else { problem.n() }
-}
-
 /// Bytes of an element.
 fn bytes(problem: &Problem<'_>) -> usize {
     problem.dtype.bits() / 8
@@ -84,7 +79,7 @@ fn bytes(problem: &Problem<'_>) -> usize {
 /// Most rows of x for which the family serves the problem.
 fn most_rows(problem: &Problem<'_>) -> u64 {
     let many = 512 * problem.site.arch.multiprocessors() as usize;
-    if features(problem) >= many { MAX_ROWS_OF_MANY } else { MAX_ROWS }
+    if problem.features() >= many { MAX_ROWS_OF_MANY } else { MAX_ROWS }
 }
 
 /// Elements of a load: as many of a row as fill 16 bytes, or the largest power of two that divides a row.
@@ -99,7 +94,7 @@ fn serves(problem: &Problem<'_>) -> bool {
         && computes(problem.dtype)
         && computes(problem.out)
         && problem.k > 0
-        && features(problem) > 0
+        && problem.features() > 0
         && i32::try_from(problem.k * MOST_COLUMNS as usize).is_ok()
 }
 
@@ -120,7 +115,7 @@ pub fn shapes(problem: &Problem<'_>, rows: RowRange) -> Vec<Shape> {
             // A lane has as many bytes under way with narrow loads as with wide ones.
             let unroll = (batch * 16 / (rows * words)).clamp(1, if columns > 4 { 2 } else { 4 });
             let mut shape = Shape { rows, unroll, split, columns, norm: false };
-            let fits = (own..=own * features(problem)).contains(&rows) && shape.resident(problem) >= 3;
+            let fits = (own..=own * problem.features()).contains(&rows) && shape.resident(problem) >= 3;
             if !fits {
                 continue;
             }
@@ -167,7 +162,7 @@ pub fn launch(problem: &Problem<'_>, shape: &Shape) -> Option<SiteLaunch> {
     let parameter = if norm.is_some() { "const T *norm_weight," } else { "" };
     let writer = SourceWriter::new("cuda.matmul.gemv")
         .int("K", problem.k)
-        .int("FEATURES", features(problem))
+        .int("FEATURES", problem.features())
         .int("GATED", i32::from(problem.gated()))
         .int("VECTOR", vector(problem))
         .int("ROWS", shape.rows)
@@ -185,7 +180,7 @@ pub fn launch(problem: &Problem<'_>, shape: &Shape) -> Option<SiteLaunch> {
         locate_columns(declare(writer, problem)?, problem).body_for(include_str!("gemv.cu"), tiles.is_some());
     let source = writer.promise(Promise { registers: 0, no_local: true }).finish();
     // Every block is there at once, and has as many groups as any other, or one less.
-    let groups = features(problem).div_ceil(shape.group(problem));
+    let groups = problem.features().div_ceil(shape.group(problem));
     let room = problem.site.arch.multiprocessors() as usize * shape.resident(problem);
     let blocks = Dim::from(groups.div_ceil(groups.div_ceil(room)));
     let blocks = match tiles {

@@ -124,6 +124,11 @@ impl<'a> Problem<'a> {
         self.segments.iter().sum()
     }
 
+    /// Columns of the results over all segments, or of the gated one.
+    pub fn features(&self) -> usize {
+        if self.gated() { self.segments[0] } else { self.n() }
+    }
+
     /// Panels of eight rows that a weight in [`Layout::Cores`] has.
     pub fn panels(&self) -> usize {
         self.segments.iter().map(|s| s.div_ceil(8)).sum()

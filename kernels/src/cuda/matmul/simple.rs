@@ -18,7 +18,7 @@ pub fn launches(problem: &Problem<'_>) -> Option<Vec<SiteLaunch>> {
     if !computes(problem.dtype) || !computes(problem.out) {
         return None;
     }
-    let features: usize = if problem.gated() { problem.segments[0] } else { problem.n() };
+    let features = problem.features();
     let writer = SourceWriter::new("cuda.matmul.simple")
         .int("K", problem.k)
         .int("FEATURES", features)

@@ -12,11 +12,6 @@ use crate::cuda::source::{Promise, SourceWriter};
 /// Edges of tiles of results; `EDGE` of the kernel.
 const EDGES: [u64; 2] = [64, 128];
 
-/// Columns of the results over all segments, or of the gated one.
-fn features(problem: &Problem<'_>) -> usize {
-    if problem.gated() { problem.segments[0] } else { problem.n() }
-}
-
 /// Columns of the results in a tile.
 fn columns(problem: &Problem<'_>, edge: u64) -> u64 {
     if problem.gated() { edge / 2 } else { edge }
@@ -34,7 +29,7 @@ fn serves(problem: &Problem<'_>) -> bool {
 /// take 1.46 of the time of small ones with half as many, 1.01 with 0.7 as many, 0.70 with twice as many.
 fn most_rows_of_small(problem: &Problem<'_>) -> u64 {
     let [_, large] = EDGES;
-    let across = (features(problem) as u64).div_ceil(columns(problem, large)).max(1);
+    let across = (problem.features() as u64).div_ceil(columns(problem, large)).max(1);
     let wanted = u64::from(problem.site.arch.multiprocessors());
     (wanted.div_ceil(across) - 1) * large
 }
@@ -66,7 +61,7 @@ pub fn variants(problem: &Problem<'_>) -> Vec<SiteVariant> {
 
 /// The launch of tiles of `edge` by `edge`.
 pub fn launch(problem: &Problem<'_>, edge: u64) -> Option<SiteLaunch> {
-    let features = features(problem);
+    let features = problem.features();
     let writer = SourceWriter::new("cuda.matmul.simt")
         .int("K", problem.k)
         .int("FEATURES", features)
