@@ -102,16 +102,28 @@ const SINGLE: &str = "module @m phase imported {
 }
 ";
 
-/// Weights whose rows fill no blocks of eight columns, and more rows than few.
-const ODD_ROWS: &str = "module @m phase imported {
+/// Many rows in f32, which a measurement may give to tiles of 64 or of 128.
+const MANY_ROWS: &str = "module @m phase imported {
   dim $t in 1..=512 hint 8
-  weight @w : bf16[4096, 1028] = random(seed = 1, std = 0.1)
-  graph @main(%0 \"x\": bf16[$t, 1028]) -> (\"y\": bf16[$t, 4096]) {
-    %1 = matmul %0, @w {transpose_b = true} : bf16[$t, 4096] loc(odd)
+  weight @w : f32[72, 36] = random(seed = 1, std = 0.1)
+  graph @main(%0 \"x\": f32[$t, 36]) -> (\"y\": f32[$t, 72]) {
+    %1 = matmul %0, @w {transpose_b = true} : f32[$t, 72] loc(many)
     return %1
   }
 }
 ";
+
+/// A measurement that chose `candidate`.
+fn chosen(candidate: &str) -> Entry {
+    Entry {
+        candidate: candidate.into(),
+        nanoseconds: 1,
+        built_in_nanoseconds: 1,
+        device: String::new(),
+        driver: String::new(),
+        version: VERSION.into(),
+    }
+}
 
 /// A file of IR text.
 fn text_file(text: &str) -> tempfile::NamedTempFile {
@@ -126,8 +138,8 @@ fn every_family_builds_for_every_architecture() {
         return;
     }
     let mut seen: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    let (single, odd) = (text_file(SINGLE), text_file(ODD_ROWS));
-    let mut cases = [&single, &odd].map(|file| (file.path().to_path_buf(), Precision::Auto)).to_vec();
+    let (single, many) = (text_file(SINGLE), text_file(MANY_ROWS));
+    let mut cases = [&single, &many].map(|file| (file.path().to_path_buf(), Precision::Auto)).to_vec();
     let zoo = [
         "lenet.ir",
         "depthwise.ir",
@@ -149,6 +161,14 @@ fn every_family_builds_for_every_architecture() {
         options.import.precision = precision;
         if path == single.path() {
             options.pipeline = options.target.level(0);
+        }
+        if path == many.path() {
+            for arch in &options.target.archs {
+                for (rows, candidate) in [("257..384", "simt-e64"), ("385..512", "simt-e128")] {
+                    let key = format!("matmul {arch} f32 out=f32 rows k=36 n=72 m={rows}");
+                    options.tuning.entries.insert(key, chosen(candidate));
+                }
+            }
         }
         let compiled = compile(&path, &options, None).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         assert_eq!(compiled.device.bundles.len(), Arch::ALL.len() + 1);
@@ -220,15 +240,7 @@ fn every_split_of_single_rows_builds() {
         let most = all.iter().map(|(_, _, names)| names.len()).max().unwrap();
         for (key, _, names) in all {
             assert!(key.contains(" rope "), "{key}");
-            let entry = Entry {
-                candidate: names[at.min(names.len() - 1)].clone(),
-                nanoseconds: 1,
-                built_in_nanoseconds: 1,
-                device: String::new(),
-                driver: String::new(),
-                version: VERSION.into(),
-            };
-            options.tuning.entries.insert(key, entry);
+            options.tuning.entries.insert(key, chosen(&names[at.min(names.len() - 1)]));
         }
         // Kernels that keep anything in local memory do not build.
         let compiled = compile(file.path(), &options, None).unwrap_or_else(|e| panic!("{target} {at}: {e}"));
@@ -252,9 +264,7 @@ fn streamed_weights_build_for_every_architecture() {
         return;
     }
     let mut seen: BTreeSet<String> = BTreeSet::new();
-    let odd = text_file(ODD_ROWS);
     let cases = [
-        (odd.path().to_path_buf(), Precision::Auto),
         (root("examples/models/baker-street-6m"), Precision::Fixed(DType::BF16)),
         (root("examples/models/baker-street-6m"), Precision::Fixed(DType::F32)),
         (root("tests/data/configs/minilm"), Precision::Fixed(DType::F16)),
@@ -303,7 +313,7 @@ fn streamed_weights_build_for_every_architecture() {
     }
     for arch in Arch::ALL {
         let large = if arch.has_wgmma() { "wgmma" } else { "mma" };
-        for family in ["skinny", "gemv", "simt", "simple", large] {
+        for family in ["skinny", "gemv", "simple", large] {
             let name = format!("{arch} cuda.matmul.{family}");
             assert!(seen.contains(&name), "no {name} in {seen:?}");
         }

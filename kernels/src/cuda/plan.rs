@@ -158,6 +158,11 @@ impl SiteLaunch {
 }
 
 impl Planned {
+    /// No way to run the site yet.
+    pub fn none() -> Self {
+        Planned { variants: Vec::new(), streamed: Vec::new(), workspace: Dim::from(0u64), counters: 0 }
+    }
+
     /// One launch for every shape.
     pub fn one(launch: SiteLaunch) -> Self {
         Planned::always(vec![launch])
@@ -165,12 +170,7 @@ impl Planned {
 
     /// The same launches for every shape.
     pub fn always(launches: Vec<SiteLaunch>) -> Self {
-        Planned {
-            variants: vec![SiteVariant::new(Vec::new(), launches)],
-            streamed: Vec::new(),
-            workspace: Dim::from(0u64),
-            counters: 0,
-        }
+        Planned { variants: vec![SiteVariant::new(Vec::new(), launches)], ..Planned::none() }
     }
 }
 

@@ -114,7 +114,7 @@ pub fn matmuls() -> Vec<Case> {
     {
         cases.push(matmul(DType::BF16, k, &form("plain", &[n], &[])));
     }
-    // With the most rows large tiles are as many as multiprocessors.
+    // Many features of few columns.
     cases.push(matmul(DType::F32, 12, &form("plain", &[5700], &[])));
     cases.push(matmul(DType::F32, 20, &normed(form("norm-gated", &[2850, 2850], &[Glu(Silu)]))));
     for (k, n) in [(77, 51), (136, 72), (1024, 128)] {

@@ -41,22 +41,21 @@ pub fn plan(site: Site<'_>, choices: &Choices) -> Option<Planned> {
     }
     let call = Call::of(site)?;
     if !call.fits_tensor_cores() {
-        let single::Planned { mut variants, workspace, counters } = single::plan(&call);
+        let mut planned = single::plan(&call).unwrap_or_else(Planned::none);
         let simple = simple::launch(&call);
         match plain::launch(&call) {
             Some(plain) => {
-                variants.push(SiteVariant::new(single_rows(&call, 0, u64::MAX), vec![simple]));
-                variants.push(SiteVariant::new(Vec::new(), vec![plain]));
+                planned.variants.push(SiteVariant::new(single_rows(&call, 0, u64::MAX), vec![simple]));
+                planned.variants.push(SiteVariant::new(Vec::new(), vec![plain]));
             }
-            None => variants.push(SiteVariant::new(Vec::new(), vec![simple])),
+            None => planned.variants.push(SiteVariant::new(Vec::new(), vec![simple])),
         }
-        return Some(Planned { variants, streamed: Vec::new(), workspace, counters });
+        return Some(planned);
     }
     let hopper = hopper::launch(&call);
     let counters = if hopper.is_some() { hopper::COUNTERS } else { 0 };
     let rest = SiteVariant::new(Vec::new(), vec![hopper.unwrap_or_else(|| prefill::launch(&call))]);
-    let none = Planned { variants: Vec::new(), streamed: Vec::new(), workspace: 0u64.into(), counters: 0 };
-    let mut planned = decode::plan(&call, None, choices).unwrap_or(none);
+    let mut planned = decode::plan(&call, None, choices).unwrap_or_else(Planned::none);
     planned.variants.push(rest);
     planned.counters = planned.counters.max(counters);
     Some(planned)

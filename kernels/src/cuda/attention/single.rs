@@ -5,7 +5,7 @@ use millrace_ir::{Bindings, Dim};
 
 use super::call::Call;
 use super::single_rows;
-use crate::cuda::plan::{SiteLaunch, SiteVariant};
+use crate::cuda::plan::{Planned, SiteLaunch, SiteVariant};
 use crate::cuda::source::Promise;
 
 /// Warps of a block; `WARPS` of the kernel.
@@ -26,24 +26,14 @@ const MAX_PARTS: u64 = 64;
 /// Most bytes of counters.
 const MAX_COUNTERS: u64 = 1 << 20;
 
-/// What the variants of a call need.
-pub(super) struct Planned {
-    /// In increasing order of sequences.
-    pub variants: Vec<SiteVariant>,
-    /// Bytes of workspace.
-    pub workspace: Dim,
-    /// Bytes of counters.
-    pub counters: u64,
-}
-
 /// The variants for steps of one row a sequence, in increasing order of sequences; none for heads of more than 256 elements or
 /// of no whole pieces of four, and without a cache.
-pub(super) fn plan(call: &Call<'_>) -> Planned {
-    let mut planned = Planned { variants: Vec::new(), workspace: Dim::from(0u64), counters: 0 };
-    let Some(paged) = &call.paged else { return planned };
+pub(super) fn plan(call: &Call<'_>) -> Option<Planned> {
+    let paged = call.paged.as_ref()?;
     if call.d > 256 || !call.d.is_multiple_of(4) {
-        return planned;
+        return None;
     }
+    let mut planned = Planned::none();
     let lanes = (call.d / 4).next_power_of_two().min(32);
     let pieces = (call.d / 4).div_ceil(lanes);
     let head_blocks = call.group().div_ceil(8 / pieces);
@@ -86,5 +76,5 @@ pub(super) fn plan(call: &Call<'_>) -> Planned {
         planned.variants.push(SiteVariant::new(single_rows(call, least, most), vec![launch]));
         least = most + 1;
     }
-    planned
+    Some(planned)
 }

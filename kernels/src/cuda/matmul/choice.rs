@@ -198,10 +198,11 @@ pub fn candidates(problem: &Problem<'_>, rows: RowRange) -> Vec<Way> {
     }
     if ways.is_empty() {
         ways.extend(gemv::shapes(problem, rows).into_iter().take(GEMV).map(Way::Gemv));
+        ways.push(Way::Simple);
+        // Below this a tile is mostly rows that are not there.
         if rows.last > 16 {
             ways.extend(simt::edges(problem, rows.at).into_iter().map(Way::Simt));
         }
-        ways.push(Way::Simple);
     }
     ways
 }

@@ -28,13 +28,10 @@ fn few_rows_take_the_family_and_more_rows_tiles() {
         for (arch, dtype) in Arch::ALL.into_iter().zip(["f32", "bf16", "f16", "f32", "f32"]) {
             let module = case.module(Layout::Rows, dtype);
             let planned = planned(&module, arch, &Choices::default());
-            let (few, tiles) = planned.variants.split_at(RANGES.len());
-            let family = match dtype {
-                "f32" if case.k % 4 == 0 => "cuda.matmul.simt",
-                _ => "cuda.matmul.simple",
-            };
-            assert!(tiles.iter().all(|v| v.launches.last().unwrap().source.family == family));
-            assert!(tiles.last().unwrap().when.is_empty());
+            assert_eq!(planned.variants.len(), RANGES.len() + 1);
+            let (last, few) = planned.variants.split_last().unwrap();
+            assert_eq!(last.launches.last().unwrap().source.family, "cuda.matmul.simple");
+            assert!(last.when.is_empty());
             for (variant, (first, last)) in few.iter().zip(RANGES) {
                 let launch = variant.launches.last().unwrap();
                 assert_eq!(launch.source.family, "cuda.matmul.gemv");
@@ -151,7 +148,7 @@ fn candidates_begin_with_what_is_built_in_and_each_may_be_chosen() {
     let built_in = planned(&module, Arch::Sm90a, &Choices::default());
     for rows in &ROWS[..7] {
         let ways = choice::candidates(&problem, *rows);
-        assert!(matches!(ways[0], Way::Gemv(_)) && *ways.last().unwrap() == Way::Simple, "{ways:?}");
+        assert!(matches!(ways[0], Way::Gemv(_)) && ways.contains(&Way::Simple), "{ways:?}");
         let serving = |planned: &Planned, m: u64| {
             let found = planned.variants.iter().find(|v| v.when.iter().all(|c| (c.min..=c.max).contains(&m)));
             found.unwrap().launches[0].source.clone()

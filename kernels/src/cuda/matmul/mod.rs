@@ -4,8 +4,9 @@
 //! eight columns, 128 contiguous bytes for 16-bit elements. A warp reads four neighbouring blocks as 512 contiguous bytes,
 //! and a tile of blocks is what the matrix instructions read from shared memory without a swizzle.
 //!
-//! Five families share the work. Weights in cores: [`skinny`] for few rows, [`large`] for many. Others: [`gemv`] for few rows,
-//! [`simt`] for many in f32, [`simple`] for everything else. Where a measurement chose it, products of a [`library`] stand beside them.
+//! Four families share the work. Weights in cores: [`skinny`] for few rows, [`large`] for many. Others: [`gemv`] for few rows,
+//! [`simple`] for everything else. Where a measurement chose it, [`simt`] serves many rows in f32, and products of a [`library`]
+//! stand beside kernels.
 
 pub mod choice;
 pub mod epilogue;
@@ -56,12 +57,7 @@ fn variants(problem: &Problem<'_>, choices: &Choices) -> Option<Vec<SiteVariant>
         }
         None => {
             variants.extend(gemv::variants(problem));
-            match simt::variants(problem) {
-                tiles if tiles.is_empty() => {
-                    variants.push(SiteVariant::new(Vec::new(), simple::launches(problem)?));
-                }
-                tiles => variants.extend(tiles),
-            }
+            variants.push(SiteVariant::new(Vec::new(), simple::launches(problem)?));
         }
     }
     choice::apply(problem, choices, &mut variants);

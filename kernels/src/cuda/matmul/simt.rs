@@ -1,12 +1,11 @@
 //! Matmuls of many rows in f32 with the weight row by row, on the units that do without matrix instructions: 64 sums a thread
-//! out of shared memory.
+//! out of shared memory. A measurement may choose it; nothing is built in.
 
 use millrace_ir::{DType, Dim};
 
 use super::epilogue::{arguments, computes, declare, locate_columns};
-use super::norm;
 use super::problem::{Layout, Problem};
-use crate::cuda::plan::{Argument, SiteLaunch, SiteVariant, between};
+use crate::cuda::plan::{Argument, SiteLaunch};
 use crate::cuda::source::{Promise, SourceWriter};
 
 /// Edges of tiles of results; `EDGE` of the kernel.
@@ -25,7 +24,7 @@ fn serves(problem: &Problem<'_>) -> bool {
         && problem.k.is_multiple_of(4)
 }
 
-/// Most rows for which small tiles are built in: with more there are as many large ones as multiprocessors. On an H200 large ones
+/// Most rows for which small tiles come first: with more there are as many large ones as multiprocessors. On an H200 large ones
 /// take 1.46 of the time of small ones with half as many, 1.01 with 0.7 as many, 0.70 with twice as many.
 fn most_rows_of_small(problem: &Problem<'_>) -> u64 {
     let [_, large] = EDGES;
@@ -34,7 +33,7 @@ fn most_rows_of_small(problem: &Problem<'_>) -> u64 {
     (wanted.div_ceil(across) - 1) * large
 }
 
-/// Edges of tiles for `rows` rows, the built-in one first; empty where the family does not serve the problem.
+/// Edges of tiles for `rows` rows, from best to worst; empty where the family does not serve the problem.
 pub fn edges(problem: &Problem<'_>, rows: u64) -> Vec<u64> {
     let [small, large] = EDGES;
     match serves(problem) {
@@ -42,21 +41,6 @@ pub fn edges(problem: &Problem<'_>, rows: u64) -> Vec<u64> {
         true if rows <= most_rows_of_small(problem) => vec![small, large],
         true => vec![large, small],
     }
-}
-
-/// The variants for any number of rows, the last without a condition; empty where the family does not serve the problem.
-pub fn variants(problem: &Problem<'_>) -> Vec<SiteVariant> {
-    if !serves(problem) {
-        return Vec::new();
-    }
-    let [small, large] = EDGES;
-    let most = most_rows_of_small(problem);
-    let of = |when, edge| {
-        let launches = norm::launch(problem).into_iter().chain([launch(problem, edge)?]).collect();
-        Some(SiteVariant::new(when, launches))
-    };
-    let few = if most > 0 { of(vec![between(&problem.m, 0, most)], small) } else { None };
-    few.into_iter().chain(of(Vec::new(), large)).collect()
 }
 
 /// The launch of tiles of `edge` by `edge`.
@@ -111,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn large_tiles_are_built_in_where_they_fill_the_device() {
+    fn large_tiles_come_first_where_they_fill_the_device() {
         // 16 tiles across: 9 rows of them are 144 for 132 multiprocessors.
         let found = grids(&[2048], "residual", 9 * 128);
         assert_eq!(found[0], (128, vec![Some(16), Some(9), Some(1)]));
@@ -128,7 +112,7 @@ mod tests {
             let module = module(dtype, k, &[64], "");
             let site = Site { module: &module, nodes: &module.graph.order, arch: Arch::Sm90a };
             let problem = Problem::of(site).unwrap();
-            assert!(variants(&problem).is_empty() && edges(&problem, 300).is_empty());
+            assert!(edges(&problem, 300).is_empty());
         }
     }
 }
